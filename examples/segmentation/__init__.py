@@ -1,0 +1,1 @@
+"""What the segmentation examples share: data, augmentation, networks, training, evaluation, figures."""

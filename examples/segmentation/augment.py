@@ -1,0 +1,130 @@
+"""Batched augmentation on the images' own device, each sample with its own random numbers.
+
+Random numbers stay on the device, so nothing here waits for a GPU.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLUR_RADIUS = 6  # pixels: three times the greatest sigma
+
+
+class Weak:
+    """A quarter turn with or without a flip, a small rotation, or nothing: the weak view of SSL4MIS and UniMatch.
+
+    Args:
+        p_turn: probability of one of the eight rotations by 90 degrees and flips.
+        p_rotate: probability of a rotation by up to `degrees` instead.
+        degrees: greatest angle of the small rotation.
+        generator: source of random numbers on the images' device; None for the default one.
+    """
+
+    def __init__(
+        self,
+        p_turn: float = 0.5,
+        p_rotate: float = 0.25,
+        degrees: float = 20.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.p_turn, self.p_rotate, self.degrees, self.generator = p_turn, p_rotate, degrees, generator
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`images` (B, C, S, S) moved, zeros coming in from outside."""
+        return _sample(images, self._grid(images))
+
+    def with_labels(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """`images` (B, C, S, S) and `labels` (B, S, S), integer, under the same motions; background from outside."""
+        grid = self._grid(images)
+        moved = _sample(labels.unsqueeze(1).to(images.dtype), grid)
+        return _sample(images, grid), moved.squeeze(1).to(labels.dtype)
+
+    def motions(self, batch: int, device: torch.device) -> Tensor:
+        """Random matrices (batch, 2, 3) from output to input coordinates."""
+        kind, angle, quarter, flip = torch.rand(4, batch, device=device, generator=self.generator)
+        turns = kind < self.p_turn
+        rotates = ~turns & (kind < self.p_turn + self.p_rotate)
+        quarter_turn = (4 * quarter).floor() * (math.pi / 2)
+        small_angle = (2 * angle - 1) * math.radians(self.degrees)
+        radians = quarter_turn * turns + small_angle * rotates
+        mirror = 1 - 2.0 * (turns & (flip < 0.5))
+        cos, sin = radians.cos(), radians.sin()
+        rotation = torch.stack([torch.stack([mirror * cos, -sin], 1), torch.stack([mirror * sin, cos], 1)], 1)
+        return F.pad(rotation, (0, 1))
+
+    def _grid(self, images: Tensor) -> Tensor:
+        return F.affine_grid(self.motions(len(images), images.device), list(images.shape), align_corners=False)
+
+
+class Strong:
+    """Brightness and contrast jitter and Gaussian blur: the intensity part of UniMatch's strong view.
+
+    Args:
+        p_jitter: probability of the jitter.
+        jitter: greatest change of the brightness and contrast factors from 1.
+        p_blur: probability of the blur.
+        sigma: least and greatest width of the blur in pixels.
+        generator: source of random numbers on the images' device; None for the default one.
+    """
+
+    def __init__(
+        self,
+        p_jitter: float = 0.8,
+        jitter: float = 0.5,
+        p_blur: float = 0.5,
+        sigma: tuple[float, float] = (0.1, 2.0),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.p_jitter, self.jitter, self.p_blur, self.sigma = p_jitter, jitter, p_blur, sigma
+        self.generator = generator
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`images` (B, C, H, W) in [0, 1], changed in intensity alone."""
+        random = torch.rand(5, len(images), 1, 1, 1, device=images.device, generator=self.generator)
+        jitters, brightness, contrast, blurs, width = random
+        jittered = adjust(images, self._factor(brightness), self._factor(contrast))
+        images = torch.where(jitters < self.p_jitter, jittered, images)
+        least, greatest = self.sigma
+        blurred = gaussian_blur(images, (least + (greatest - least) * width).flatten())
+        return torch.where(blurs < self.p_blur, blurred, images)
+
+    def _factor(self, uniform: Tensor) -> Tensor:
+        return 1 + self.jitter * (2 * uniform - 1)
+
+
+def adjust(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
+    """Brightness, then contrast around each image's mean, clamped to [0, 1] after both, as torchvision defines them.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        brightness: factors (B, 1, 1, 1).
+        contrast: factors (B, 1, 1, 1).
+    """
+    images = (images * brightness).clamp(0, 1)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return (mean + (images - mean) * contrast).clamp(0, 1)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of every image by its own width, mirrored at the borders.
+
+    torchvision's takes one width for the whole batch.
+
+    Args:
+        images: (B, C, H, W).
+        sigma: widths in pixels, (B,).
+    """
+    planes_count = images.shape[0] * images.shape[1]
+    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
+    kernels = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1).repeat_interleave(images.shape[1], dim=0)
+    planes = F.pad(images, [BLUR_RADIUS] * 4, mode="reflect").flatten(0, 1)[None]
+    planes = F.conv2d(planes, kernels[:, None, :, None], groups=planes_count)
+    planes = F.conv2d(planes, kernels[:, None, None, :], groups=planes_count)
+    return planes.view(images.shape)
+
+
+def _sample(images: Tensor, grid: Tensor) -> Tensor:
+    # nearest, as the field's code does: labels stay labels, and images keep their grain
+    return F.grid_sample(images, grid, mode="nearest", padding_mode="zeros", align_corners=False)

@@ -1,0 +1,37 @@
+"""Checkpoints: written whole or not at all, and loaded without running code from them."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import InputError
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path` so that, whenever the process dies, `path` holds the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read what `save` wrote, with `weights_only=True`.
+
+    Raises:
+        InputError: no such file, or not a checkpoint.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint.")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a checkpoint of this example (a {type(content).__name__} inside).")
+    return content

@@ -1,0 +1,230 @@
+"""The h5 layout in which the community shares ACDC and LA, read into memory once.
+
+    root/train_slices.list, val.list, ...   one name a line
+    root/data/slices/NAME.h5                a 2D slice: `image` (H, W), `label` (H, W)
+    root/data/NAME.h5                       a volume:   `image` (D, H, W), `label` (D, H, W)
+
+The layout, the lists and the nearest-neighbour resize are those of SSL4MIS
+(https://github.com/HiLab-git/SSL4MIS), on which UniMatch, SS-Net and BCP build.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+
+from .errors import InputError
+
+Image = npt.NDArray[np.float32]
+Label = npt.NDArray[np.uint8]
+
+# No whitespace, no path separator, no leading dot: a name is a file name and nothing else.
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Equally sized 2D slices, ready for training.
+
+    names: N names. images: (N, 1, S, S) float32. labels: (N, S, S) uint8, one class index a pixel.
+    """
+
+    names: list[str]
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One case in its own size: image (D, H, W) float32, label (D, H, W) uint8, one class index a voxel."""
+
+    name: str
+    image: Image
+    label: Label
+
+
+def read_list(path: str | Path) -> list[str]:
+    """The names in a list file, one a line, in order; a trailing `.h5` and blank last lines are dropped.
+
+    Raises InputError where the file is missing, not text or empty, or a name is malformed or repeated.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such list; unpack or convert the data set first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error}); give a list of names") from None
+    names = [line.strip().removesuffix(".h5") for line in text.rstrip().split("\n")]
+    if names == [""]:
+        raise InputError(f"{path}: is empty; it should hold one name a line")
+    seen: set[str] = set()
+    for number, name in enumerate(names, start=1):
+        if not _NAME.fullmatch(name):
+            raise InputError(f"{path}:{number}: {name[:60]!r} is not a name; write one file name a line")
+        if name in seen:
+            raise InputError(f"{path}:{number}: {name} is listed twice; remove one of them")
+        seen.add(name)
+    return names
+
+
+def write_list(path: Path, names: Sequence[str]) -> None:
+    """Write what `read_list` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+def read_case(path: str | Path, num_classes: int) -> tuple[Image, Label]:
+    """One h5 file's image as float32 and label as uint8, of one shape and any number of dimensions.
+
+    Raises InputError where the file is missing or damaged, lacks `image` or `label`, or holds values that
+    would spoil a training run in silence: NaN, infinity, labels that are not whole numbers in
+    0 ... num_classes - 1.
+    """
+    image, label = _read_datasets(Path(path))
+    image = image.astype(np.float32, copy=False)
+    if image.shape != label.shape or image.size == 0:
+        raise InputError(
+            f"{path}: image {image.shape} and label {label.shape} must be of one shape, not empty"
+        )
+    if not np.isfinite(image).all():
+        raise InputError(f"{path}: the image holds NaN or infinite values; convert this case again")
+    if not np.isin(label, np.arange(num_classes)).all():
+        raise InputError(
+            f"{path}: labels run from {label.min()} to {label.max()}; "
+            f"{num_classes} classes need whole numbers in 0 ... {num_classes - 1}"
+        )
+    return image, label.astype(np.uint8, copy=False)
+
+
+def write_case(path: Path, image: Image, label: Label) -> None:
+    """Write what `read_case` reads; the file appears under its name only once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with h5py.File(part, "w") as file:
+        file.create_dataset("image", data=image, compression="lzf")
+        file.create_dataset("label", data=label, compression="lzf")
+    part.replace(path)
+
+
+def write_slices(root: str | Path, case: str, image: Image, label: Label) -> list[str]:
+    """Write a volume (D, H, W) slice by slice; returns the slices' names, numbered from 1."""
+    names = [f"{case}_slice_{number}" for number in range(1, len(image) + 1)]
+    for name, image_slice, label_slice in zip(names, image, label, strict=True):
+        write_case(slice_path(root, name), image_slice, label_slice)
+    return names
+
+
+def load_slices(root: str | Path, names: Sequence[str], size: int, num_classes: int = 4) -> Slices:
+    """The named slices, resized to `size` x `size`. Raises InputError as `read_case`, or if one is not 2D."""
+    images = torch.empty(len(names), 1, size, size, dtype=torch.float32)
+    labels = torch.empty(len(names), size, size, dtype=torch.uint8)
+    for i, name in enumerate(names):
+        path = slice_path(root, name)
+        image, label = read_case(path, num_classes)
+        _require_dimensions(path, image, "(H, W)")
+        images[i, 0] = torch.from_numpy(resize_nearest(image, (size, size)))
+        labels[i] = torch.from_numpy(resize_nearest(label, (size, size)))
+    return Slices(list(names), images, labels)
+
+
+def load_volumes(root: str | Path, names: Sequence[str], num_classes: int = 4) -> list[Volume]:
+    """The named volumes, each in its own size. Raises InputError as `read_case`, or if one is not 3D."""
+    volumes = []
+    for name in names:
+        path = volume_path(root, name)
+        image, label = read_case(path, num_classes)
+        _require_dimensions(path, image, "(D, H, W)")
+        volumes.append(Volume(name, image, label))
+    return volumes
+
+
+def resize_nearest(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A 2D array resized to `shape`, dtype kept. The same `order=0` for image and label, as SSL4MIS does."""
+    height, width = array.shape
+    return ndimage.zoom(array, (shape[0] / height, shape[1] / width), order=0)
+
+
+def check_files(root: str | Path, slices: Sequence[str], volumes: Sequence[str]) -> None:
+    """Raise InputError for the first missing file: seconds into a run, not after an hour of training."""
+    paths = [slice_path(root, name) for name in slices] + [volume_path(root, name) for name in volumes]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; unpack or convert the data set into {root} first")
+
+
+def patients_for_share(percent: float, patients: int = 70) -> int:
+    """How many of the training patients a labelled share of `percent` is: rounded down, at least one.
+
+    Of ACDC's 70: 1, 3 and 7 patients for 1, 5 and 10 %; of LA's 80: 1, 4 and 8, the field's own numbers.
+    Raises InputError for a share outside (0, 100].
+    """
+    if not 0 < percent <= 100:
+        raise InputError(f"a labelled share of {percent} % is outside (0, 100]; try 1, 5 or 10")
+    return max(1, int(patients * percent / 100))
+
+
+def split_by_patients(names: Sequence[str], patients: int) -> tuple[list[str], list[str]]:
+    """The slices of the first `patients` patients in list order (labelled), and all others (unlabelled).
+
+    A slice's patient is its name up to the first `_`: no patient is ever on both sides.
+    Raises InputError where either side would be empty.
+    """
+    order = list(dict.fromkeys(_patient(name) for name in names))
+    if not 0 < patients < len(order):
+        raise InputError(
+            f"{patients} labelled of {len(order)} patients leaves nothing labelled or nothing unlabelled; "
+            f"choose 1 to {len(order) - 1}"
+        )
+    chosen = set(order[:patients])
+    labelled = [name for name in names if _patient(name) in chosen]
+    unlabelled = [name for name in names if _patient(name) not in chosen]
+    return labelled, unlabelled
+
+
+def slice_path(root: str | Path, name: str) -> Path:
+    """Where the layout keeps a 2D slice."""
+    return Path(root) / "data" / "slices" / f"{name}.h5"
+
+
+def volume_path(root: str | Path, name: str) -> Path:
+    """Where the layout keeps a volume."""
+    return Path(root) / "data" / f"{name}.h5"
+
+
+def _patient(name: str) -> str:
+    return name.split("_")[0]
+
+
+def _read_datasets(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with h5py.File(path, "r") as file:
+            return _read_numbers(file, "image"), _read_numbers(file, "label")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; unpack or convert the data set first") from None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: {error.args[0]}; convert this case again") from None
+    except (OSError, RuntimeError, ValueError) as error:  # what h5py raises for damage, by its place
+        raise InputError(f"{path}: not a readable h5 file ({error}); unpack it again") from None
+
+
+def _read_numbers(file: h5py.File, key: str) -> np.ndarray:
+    dataset = file.get(key)
+    if not isinstance(dataset, h5py.Dataset):
+        raise KeyError(f"has no dataset `{key}`")
+    if dataset.dtype.kind not in "iuf":
+        raise TypeError(f"`{key}` holds {dataset.dtype}, not numbers")
+    return dataset[()]
+
+
+def _require_dimensions(path: Path, image: Image, axes: str) -> None:
+    if image.ndim != axes.count(",") + 1:
+        raise InputError(f"{path}: shape {image.shape} where {axes} was expected; is it in the right folder?")

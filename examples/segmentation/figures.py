@@ -1,0 +1,258 @@
+"""The two figures of a run: predictions with their uncertainty (as the paper's figures 3 and 4), and curves.
+
+Both use matplotlib without pyplot (no display, no global state), the colour-blind-safe palette of Okabe and
+Ito (https://jfly.uni-koeln.de/color/), and a size that stays readable at the 900 pixels of a README.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
+from scipy.ndimage import uniform_filter1d
+
+from .errors import InputError
+
+WIDTH = 9.0  # inches: at 100 dots per inch as wide as a README, so that font sizes hold
+DPI = 200  # for dense screens
+CLASS_COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00")
+METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One slice, and what each method makes of it.
+
+    Attributes:
+        image: (H, W) float.
+        reference: (H, W) integer labels, 0 the background.
+        predictions: method -> (labels (H, W), entropy (H, W) in [0, 1]); the same methods in every case.
+        name: printed beside the row.
+    """
+
+    image: np.ndarray
+    reference: np.ndarray
+    predictions: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The CSV files of one run.
+
+    Attributes:
+        training: columns `iteration` and any of `loss_labelled`, `loss_unlabelled`, `confident` (share in
+            [0, 1]) and `grad_norm`; a missing column or an empty cell is left out of the picture.
+        validation: columns `iteration` and `dice` (mean, percent); None where there was no validation.
+    """
+
+    training: Path
+    validation: Path | None = None
+
+
+def middle_slice(label: np.ndarray) -> int:
+    """Index of the slice with the most foreground of a (D, H, W) label volume: mid-ventricular in ACDC."""
+    return int(np.count_nonzero(label, axis=(1, 2)).argmax())
+
+
+def save_predictions(path: Path | str, cases: Sequence[Case], class_names: Sequence[str]) -> None:
+    """Rows: cases. Columns: image, reference, each method's prediction, each method's entropy map.
+
+    Every row is cropped to a square around the reference, with a margin.
+
+    Args:
+        path: image file; its suffix chooses the format.
+        cases: at least one.
+        class_names: one per foreground class, 1 upwards.
+
+    Raises:
+        InputError: when there is no case, the cases differ in their methods, an array's shape differs from
+            its image's, a label has no name, there are over six classes, or `path` cannot be written.
+    """
+    _check_cases(cases, class_names)
+    methods = list(cases[0].predictions)
+    titles = ["Image", "Reference", *methods, *(f"{method}\nentropy" for method in methods)]
+    cell = (WIDTH - 0.9) / len(titles)
+    figure = Figure(figsize=(WIDTH, cell * len(cases) + 0.9), dpi=DPI, layout="compressed")
+    grid = figure.subplots(len(cases), len(titles), squeeze=False)
+    for row, case in zip(grid, cases, strict=True):
+        _draw_case(row, case)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=9)
+    bar = figure.colorbar(grid[0, -1].images[0], ax=grid, fraction=0.02, pad=0.01)
+    bar.set_label("entropy / log C", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    patches = [
+        Patch(facecolor=to_rgba(colour, 0.5), edgecolor=colour, label=name)
+        for colour, name in zip(CLASS_COLOURS, class_names, strict=False)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def save_curves(path: Path | str, runs: Mapping[str, RunLog]) -> None:
+    """Four panels over iterations: losses, share of confident pixels, ||g1||, validation Dice.
+
+    Training curves are running means over 1/50 of their points. A panel without data says so.
+
+    Args:
+        path: image file; its suffix chooses the format.
+        runs: method -> its logs, at most seven.
+
+    Raises:
+        InputError: when there are no or too many runs, a log is missing, lacks `iteration` or holds a cell
+            that is no number, or `path` cannot be written.
+    """
+    if not 0 < len(runs) <= len(METHOD_COLOURS):
+        raise InputError(f"runs: {len(runs)} given, 1 .. {len(METHOD_COLOURS)} can be told apart")
+    figure = Figure(figsize=(WIDTH, 5.6), dpi=DPI, layout="constrained")
+    losses, confident, norm, dice = figure.subplots(2, 2).flat
+    for run, colour in zip(runs.values(), METHOD_COLOURS, strict=False):
+        training = _read_csv(run.training)
+        _draw_mean(losses, training, "loss_labelled", colour=colour)
+        _draw_mean(losses, training, "loss_unlabelled", colour=colour, linestyle="--")
+        _draw_mean(confident, training, "confident", colour=colour)
+        _draw_mean(norm, training, "grad_norm", colour=colour)
+        if run.validation is not None:
+            iteration, values = _points(_read_csv(run.validation), "dice")
+            dice.plot(iteration, values, color=colour, marker="o", markersize=3)
+    _style(losses, "Loss (solid: labelled, dashed: unlabelled)", "loss", log=True)
+    _style(confident, "Confident pixels", "share of unlabelled pixels")
+    _style(norm, "Gradient that gives the perturbation", r"$\|g_1\|$", log=True)
+    _style(dice, "Validation", "mean Dice (%)")
+    lines = [Line2D([], [], color=c, label=m) for m, c in zip(runs, METHOD_COLOURS, strict=False)]
+    figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def _check_cases(cases: Sequence[Case], class_names: Sequence[str]) -> None:
+    if not cases:
+        raise InputError("cases: nothing to draw")
+    if len(class_names) > len(CLASS_COLOURS):
+        raise InputError(
+            f"class_names: {len(class_names)} given, at most {len(CLASS_COLOURS)} can be told apart"
+        )
+    for case in cases:
+        if list(case.predictions) != list(cases[0].predictions):
+            raise InputError(f"case {case.name!r}: its methods differ from those of the first case")
+        arrays = [case.reference, *(array for pair in case.predictions.values() for array in pair)]
+        if (
+            case.image.ndim != 2
+            or case.image.size == 0
+            or any(array.shape != case.image.shape for array in arrays)
+        ):
+            raise InputError(f"case {case.name!r}: image, labels and entropy must share one shape (H, W)")
+        labels = [case.reference, *(labels for labels, _ in case.predictions.values())]
+        if max(array.max() for array in labels) > len(class_names):
+            raise InputError(
+                f"case {case.name!r}: a label is above {len(class_names)}, the number of class names"
+            )
+
+
+def _draw_case(row: np.ndarray, case: Case) -> None:
+    """`row` holds one matplotlib Axes per column of `save_predictions`."""
+    window = _window_around(case.reference)
+    overlays = [case.reference, *(labels for labels, _ in case.predictions.values())]
+    entropies = [entropy for _, entropy in case.predictions.values()]
+    first_entropy = 1 + len(overlays)
+    for axes in row[:first_entropy]:
+        axes.imshow(case.image[window], cmap="gray", interpolation="bilinear")
+    for axes, labels in zip(row[1:first_entropy], overlays, strict=True):
+        _draw_labels(axes, labels[window])
+    for axes, entropy in zip(row[first_entropy:], entropies, strict=True):
+        axes.imshow(entropy[window], cmap="magma", vmin=0, vmax=1)
+    for axes in row:
+        axes.set(xticks=[], yticks=[])
+    row[0].set_ylabel(case.name, fontsize=8)
+
+
+def _draw_labels(axes: Axes, labels: np.ndarray) -> None:
+    """Each class as a translucent fill with a contour."""
+    fills = np.array([(0.0, 0.0, 0.0, 0.0), *(to_rgba(colour, 0.4) for colour in CLASS_COLOURS)])
+    axes.imshow(fills[labels], interpolation="nearest")
+    for index, colour in enumerate(CLASS_COLOURS, start=1):
+        mask = labels == index
+        if mask.any() and not mask.all():  # else there is no contour, and matplotlib warns
+            axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1)
+
+
+def _window_around(reference: np.ndarray, margin: float = 0.4) -> tuple[slice, slice]:
+    """A square around the foreground, `margin` of its size wider on each side; all of an empty slice."""
+    rows, columns = np.nonzero(reference)
+    if rows.size == 0:
+        return slice(None), slice(None)
+    extent = max(np.ptp(rows), np.ptp(columns)) + 1
+    side = max(48, round((1 + 2 * margin) * extent))
+    return _interval(rows, side, reference.shape[0]), _interval(columns, side, reference.shape[1])
+
+
+def _interval(positions: np.ndarray, side: int, limit: int) -> slice:
+    """`side` pixels centred on `positions`, moved or cut to lie in 0 .. limit."""
+    start = int(positions.min() + positions.max() + 1 - side) // 2
+    start = max(0, min(start, limit - side))
+    return slice(start, min(start + side, limit))
+
+
+def _draw_mean(
+    axes: Axes, table: Mapping[str, np.ndarray], column: str, *, colour: str, linestyle: str = "-"
+) -> None:
+    iteration, values = _points(table, column)
+    if values.size:
+        mean = uniform_filter1d(values, size=max(1, values.size // 50), mode="nearest")
+        axes.plot(iteration, mean, color=colour, linestyle=linestyle, linewidth=1.2)
+
+
+def _points(table: Mapping[str, np.ndarray], column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations and values of a column's finite cells; nothing where the column is missing."""
+    values = table.get(column, np.full_like(table["iteration"], np.nan))
+    there = np.isfinite(values)
+    return table["iteration"][there], values[there]
+
+
+def _read_csv(path: Path) -> dict[str, np.ndarray]:
+    """Columns as float64; an empty or missing cell (a run that was stopped mid-line) is NaN."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read ({error.strerror})") from None
+    columns = reader.fieldnames or []
+    if "iteration" not in columns:
+        raise InputError(f"{path}: no column `iteration`")
+    try:
+        return {column: np.array([float(row[column] or "nan") for row in rows]) for column in columns}
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _style(axes: Axes, title: str, ylabel: str, *, log: bool = False) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("iteration", fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not axes.lines:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color="gray")
+    elif log and np.isfinite(axes.dataLim.minposy):  # else no value is positive
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a curve may stay within one decade
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _save(figure: Figure, path: Path | str) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        raise InputError(f"{path}: cannot write ({error})") from None

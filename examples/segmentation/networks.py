@@ -1,0 +1,72 @@
+"""The networks of the field's common recipe."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UNet(nn.Module):
+    """2D UNet of five levels, about 1.8 M parameters at the default width.
+
+    Two 3x3 convolutions with batch norm and LeakyReLU a block and dropout between them in the encoder, max-pooling
+    down, bilinear up: the UNet of SSL4MIS and UniMatch.
+
+    Args:
+        in_channels: channels of the image.
+        num_classes: channels of the logits.
+        width: channels of the first level; they double at each of the four others.
+        dropout: probability by level.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 4,
+        width: int = 16,
+        dropout: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5),
+    ) -> None:
+        super().__init__()
+        channels = [width * 2**level for level in range(5)]
+        inputs = [in_channels, *channels[:-1]]
+        self.encoder = nn.ModuleList(
+            ConvBlock(i, o, p) for i, o, p in zip(inputs, channels, dropout, strict=True)
+        )
+        deep_to_shallow = list(zip(channels[:0:-1], channels[-2::-1], strict=True))
+        self.up = nn.ModuleList(Up(i, o) for i, o in deep_to_shallow)
+        self.decoder = nn.ModuleList(ConvBlock(2 * o, o, 0.0) for _, o in deep_to_shallow)
+        self.head = nn.Conv2d(width, num_classes, kernel_size=3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, num_classes, H, W) of `image` (B, in_channels, H, W); H and W are multiples of 16."""
+        skips = [self.encoder[0](image)]
+        for block in self.encoder[1:]:
+            skips.append(block(F.max_pool2d(skips[-1], 2)))
+        x = skips.pop()
+        for up, block in zip(self.up, self.decoder, strict=True):
+            x = block(torch.cat([skips.pop(), up(x)], dim=1))
+        return self.head(x)
+
+
+class Up(nn.Sequential):
+    """Twice the height and width, with fewer channels; the 1x1 convolution comes first, where it costs least."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel_size=1),
+            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        )
+
+
+class ConvBlock(nn.Sequential):
+    """Two times convolution, batch norm, LeakyReLU, with dropout between."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
+            nn.BatchNorm2d(out_channels),
+            nn.LeakyReLU(0.01, inplace=True),
+            nn.Dropout(dropout),
+            nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1),
+            nn.BatchNorm2d(out_channels),
+            nn.LeakyReLU(0.01, inplace=True),
+        )

@@ -1,0 +1,79 @@
+"""What a run is made of, in one frozen record, and the presets."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Method = Literal["supervised", "fixmatch", "gapmatch"]
+METHODS: tuple[Method, ...] = ("supervised", "fixmatch", "gapmatch")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run's result but the data, the split and the hardware.
+
+    Defaults are the field's common recipe (`--preset paper`).
+    """
+
+    method: Method = "gapmatch"
+    seed: int = 0
+    iterations: int = 30_000
+
+    # data and network
+    size: int = 256
+    """Height and width of the network's input in pixels."""
+    num_classes: int = 4
+    width: int = 16
+    """Channels of the UNet's first level."""
+    labelled_batch: int = 12
+    unlabelled_batch: int = 12
+
+    # the base optimizer
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    power: float = 0.9
+    """lr(t) = lr * (1 - t / iterations) ** power."""
+
+    # FixMatch and GAP
+    tau: float = 0.95
+    eps: float = 0.1
+    alpha: float = 1.0
+    targets: Literal["eval", "train"] = "train"
+    """The model's mode while it makes pseudo-labels (`gap_torch.consistency.FixMatch`)."""
+
+    # the weights that are scored
+    average_decay: float = 0.0
+    """Of an exponential moving average over iterations; 0 scores the trained weights themselves."""
+    statistics_slices: int = 0
+    """Slices over which batch-norm statistics are taken anew before scoring; 0 keeps the running ones."""
+
+    # bookkeeping
+    validate_every: int = 500
+    log_every: int = 20
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON and checkpoints."""
+        return asdict(self)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # placeholder for measured values
+    "cpu": {
+        "size": 128,
+        "iterations": 2_000,
+        "average_decay": 0.99,
+        "statistics_slices": 240,
+        "validate_every": 250,
+    },
+    "phantom": {
+        "size": 64,
+        "iterations": 200,
+        "labelled_batch": 6,
+        "unlabelled_batch": 6,
+        "average_decay": 0.98,
+        "statistics_slices": 96,
+        "validate_every": 50,
+        "log_every": 5,
+    },
+}

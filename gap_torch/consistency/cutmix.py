@@ -1,0 +1,65 @@
+"""CutMix (Yun et al., 2019) between the samples of a batch, with targets pasted along (UniMatch's strong view)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class CutMix:
+    """Paste a box from another sample of the batch into each sample, with probability `p`.
+
+    Works in 2D and 3D. A box holds a uniformly drawn share of the area or volume; the ratio of two of its sides
+    lies between `1 / aspect` and `aspect`. Sides longer than the image are cut off.
+
+    Args:
+        p: probability of a box in each sample.
+        share: least and greatest share of the image in the box.
+        aspect: greatest ratio of two sides of the box, relative to the image's own.
+        generator: source of random numbers, on the tensors' device; None for the default one.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        share: tuple[float, float] = (0.02, 0.4),
+        aspect: float = 10 / 3,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.p, self.share, self.aspect, self.generator = p, share, aspect, generator
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same boxes, from the sample before, in each of `tensors` (image, pseudo-label, confidence).
+
+        Args:
+            tensors: the first (B, C, *spatial), the others (B, C, *spatial) or (B, *spatial).
+        """
+        image = tensors[0]
+        boxes = self.boxes(image.shape[0], image.shape[2:], image.device)
+        return tuple(torch.where(_match(boxes, t, image.ndim), t.roll(1, dims=0), t) for t in tensors)
+
+    def boxes(self, batch: int, spatial: tuple[int, ...], device: torch.device) -> Tensor:
+        """Random boxes as a bool mask (batch, *spatial)."""
+        dims = len(spatial)
+        least, greatest = self.share
+        share = least + (greatest - least) * self._rand(batch, 1, device=device)
+        stretch = (self._rand(batch, dims, device=device) - 0.5) * math.log(self.aspect)
+        stretch = (stretch - stretch.mean(dim=1, keepdim=True)).exp()
+        extent = torch.tensor(spatial, device=device)
+        sides = torch.minimum(share ** (1 / dims) * stretch * extent, extent)
+        start = self._rand(batch, dims, device=device) * (extent - sides)
+
+        boxes = (self._rand(batch, device=device) < self.p).view(batch, *[1] * dims)
+        for dim, size in enumerate(spatial):
+            centre = torch.arange(size, device=device) + 0.5
+            along = (centre >= start[:, dim, None]) & (centre < (start + sides)[:, dim, None])
+            boxes = boxes & along.view(batch, *[size if d == dim else 1 for d in range(dims)])
+        return boxes
+
+    def _rand(self, *size: int, device: torch.device) -> Tensor:
+        return torch.rand(size, device=device, generator=self.generator)
+
+
+def _match(boxes: Tensor, tensor: Tensor, image_dims: int) -> Tensor:
+    """Boxes for a tensor with a channel dimension, or without."""
+    return boxes.unsqueeze(1) if tensor.ndim == image_dims else boxes

@@ -1,0 +1,92 @@
+"""FixMatch (Sohn et al., 2020) for segmentation: equations 4-7 of the GapMatch paper.
+
+With GAP around it (`GAPWrapper.perturbed`) it is GapMatch: `loss` at theta is equations 6-7, at theta* 8-9.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import ce_dice_loss
+from .cutmix import CutMix
+
+Augmentation = Callable[[Tensor], Tensor]
+MaskedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Strong views and their fixed targets."""
+
+    strong: Tensor
+    """u^s, (B, C, *spatial)."""
+    pseudo_label: Tensor
+    """Class indices, (B, *spatial), int64."""
+    confident: Tensor
+    """Where the weak view's highest probability reaches tau, (B, *spatial), bool."""
+
+
+class FixMatch:
+    """Pseudo-labels from a weak view, learnt on a strong one where they are confident.
+
+    Args:
+        weak: weak augmentation of a batch (B, C, *spatial): geometry.
+        strong: strong augmentation of the weak view: intensities alone, so that pseudo-labels stay in place.
+        tau: least confidence of a pseudo-label that counts (equation 5).
+        cutmix: paste boxes between the strong views, their pseudo-labels and confidence with them; None for none.
+        loss: R of equation 7, called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).
+        mode: the model's mode while it makes pseudo-labels. "eval": running statistics, no dropout. "train":
+            batch statistics and dropout, and the running statistics see the weak views (as in UniMatch).
+
+    Raises:
+        ValueError: `tau` is outside [0, 1], or `mode` is unknown.
+    """
+
+    def __init__(
+        self,
+        weak: Augmentation,
+        strong: Augmentation,
+        tau: float = 0.95,
+        cutmix: CutMix | None = None,
+        loss: MaskedLoss = ce_dice_loss,
+        mode: Literal["eval", "train"] = "eval",
+    ) -> None:
+        if not 0 <= tau <= 1:
+            raise ValueError(f"tau must be between 0 and 1, got {tau}.")
+        if mode not in ("eval", "train"):
+            raise ValueError(f"mode must be 'eval' or 'train', got {mode!r}.")
+        self.weak, self.strong, self.tau, self.cutmix = weak, strong, tau, cutmix
+        self.criterion, self.mode = loss, mode
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
+        """Both views of `unlabelled` (B, C, *spatial) and the pseudo-labels (equations 4 and 5)."""
+        weak = self.weak(unlabelled)
+        with _mode(model, training=self.mode == "train"):
+            probabilities = model(weak).float().softmax(dim=1)
+        confidence, pseudo_label = probabilities.max(dim=1)
+        confident = confidence >= self.tau
+        strong = self.strong(weak)
+        if self.cutmix is not None:
+            strong, pseudo_label, confident = self.cutmix(strong, pseudo_label, confident)
+        return Views(strong, pseudo_label, confident)
+
+    def loss(self, model: nn.Module, views: Views) -> Tensor:
+        """R between the pseudo-labels and the prediction on the strong view (equations 6-7; at theta*, 8-9)."""
+        return self.criterion(model(views.strong), views.pseudo_label, views.confident)
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """`model.train(training)` for a while; then every sub-module has its own mode again."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training

@@ -1,0 +1,53 @@
+"""Cross-entropy plus Dice: the paper's H (equation 1) and, with a mask of confident pixels, its R (equation 7)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy, summed over the pixels of `mask` and divided by the number of all pixels.
+
+    Dividing by all of them (FixMatch, equation 4) lets a batch with few confident pixels weigh little.
+
+    Args:
+        logits: (B, C, *spatial), any floating dtype; computed in float32 at least.
+        target: (B, *spatial), int64 class indices.
+        mask: (B, *spatial), bool; None for every pixel.
+
+    Returns:
+        0-dim tensor.
+    """
+    losses = F.cross_entropy(_wide(logits), target, reduction="none")
+    return losses.mean() if mask is None else (losses * mask).mean()
+
+
+def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth: float = 1e-5) -> Tensor:
+    """Soft Dice loss over the pixels of `mask`, mean over the classes, background included.
+
+    1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth), the sums over batch and space (Milletari et al.,
+    "V-Net", 2016). An empty mask gives 0.
+
+    Args and result as for `cross_entropy`.
+    """
+    probabilities = _wide(logits).softmax(dim=1)
+    classes = F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(probabilities)
+    if mask is not None:
+        probabilities = probabilities * mask.unsqueeze(1)
+        classes = classes * mask.unsqueeze(1)
+    over = [0, *range(2, logits.ndim)]
+    intersection = (probabilities * classes).sum(over)
+    total = (probabilities.square() + classes).sum(over)
+    return 1 - ((2 * intersection + smooth) / (total + smooth)).mean()
+
+
+def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of cross-entropy and Dice loss, as the field weighs them.
+
+    Args and result as for `cross_entropy`.
+    """
+    return (cross_entropy(logits, target, mask) + dice_loss(logits, target, mask)) / 2
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

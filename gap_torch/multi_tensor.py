@@ -1,0 +1,168 @@
+"""Norm, perturbation and restoration over lists of tensors.
+
+Three ways through the same arithmetic, as in `torch.optim`: one tensor after the other (`foreach=False`), the
+`_foreach_` operations, and, for the perturbation alone, torch's fused SGD kernel. None of them copies to the host.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+# Squares of float32 numbers are themselves exact enough in float32 as long as their sum stays well inside its range.
+SAFE_NORM = (1e-15, 1e18)
+
+
+def global_norm(tensors: Sequence[Tensor], foreach: bool = True) -> Tensor:
+    """L2 norm of all `tensors` as if they were one vector.
+
+    Devices and dtypes may be mixed. Sums of squares are accumulated wide enough that float16 and bfloat16
+    neither overflow nor underflow.
+
+    Args:
+        tensors: at least one dense tensor, real or complex.
+        foreach: use multi-tensor operations.
+
+    Returns:
+        0-dim tensor on the first tensor's device; float64 where the device has it, else float32.
+    """
+    norms = []
+    for (device, dtype), indices in _by_device_and_dtype(tensors).items():
+        group = [_as_real(tensors[i]) for i in indices]
+        norms.append(_tensor_norms(group, _wide(device, dtype), foreach))
+    home = norms[0]
+    total = torch.cat([n.to(home.device, _wide(home.device), non_blocking=True) for n in norms])
+    return torch.linalg.vector_norm(total)
+
+
+def backup(params: Sequence[Tensor], copies: Sequence[Tensor], foreach: bool = True) -> None:
+    """Copy `params` into `copies`, tensor by tensor."""
+    _copy(copies, params, foreach)
+
+
+def restore(params: Sequence[Tensor], copies: Sequence[Tensor], foreach: bool = True) -> None:
+    """Copy `copies` back into `params`: bit for bit what `backup` saw, whatever happened in between."""
+    _copy(params, copies, foreach)
+
+
+def perturb(
+    params: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps: float, foreach: bool = True
+) -> None:
+    """theta <- theta + eps * g / norm (Algorithm 1, line 7), in place.
+
+    Nothing moves where `norm` is zero or not finite, or so small that eps / norm is not a finite float32. That
+    is decided on the device.
+
+    Args:
+        params: tensors of theta.
+        grads: g1, of the same shapes, dtypes and devices.
+        norm: ||g1||, 0-dim.
+        eps: radius of the perturbation in the units of theta.
+        foreach: use the fused kernel where there is one for these tensors.
+    """
+    for (device, dtype), indices in _by_device_and_dtype(params).items():
+        group = [_as_real(params[i]) for i in indices]
+        group_grads = [_as_real(grads[i]) for i in indices]
+        scale = (eps / norm.to(device, non_blocking=True)).to(_wide_arithmetic(dtype))
+        moves = (scale > 0) & torch.isfinite(scale.float())
+        if foreach and _fusable(group, group_grads):
+            _perturb_fused(group, group_grads, scale, moves)
+        else:
+            for param, grad in zip(group, group_grads, strict=True):
+                # `where`, not scale = 0: a gradient with inf or NaN in it times zero is still NaN
+                param.add_(torch.where(moves, grad * scale, 0.0))
+
+
+def scale_(tensors: Sequence[Tensor], factor: float, foreach: bool = True) -> None:
+    """Multiply every tensor by `factor` in place."""
+    for indices in _by_device_and_dtype(tensors).values():
+        group = [tensors[i] for i in indices]
+        if foreach:
+            torch._foreach_mul_(group, factor)
+        else:
+            for tensor in group:
+                tensor.mul_(factor)
+
+
+def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor, moves: Tensor) -> None:
+    # theta + scale * g is an ascending SGD step with learning rate `scale`. torch's fused kernel for it makes one
+    # pass without a temporary, reads the rate from the device, and does nothing where found_inf is 1.
+    torch._fused_sgd_(
+        params,
+        grads,
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=scale,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=(~moves).float(),
+    )
+
+
+def _fusable(params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether the fused kernel can take these: it walks memory, and reads its learning rate as float32."""
+    return (
+        params[0].device.type in _get_fused_kernels_supported_devices()
+        and params[0].dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and all(type(p) in (Tensor, torch.nn.Parameter) for p in params)
+        and all(
+            p.dtype == g.dtype and p.stride() == g.stride() and _dense(p)
+            for p, g in zip(params, grads, strict=True)
+        )
+    )
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _tensor_norms(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> Tensor:
+    if foreach:
+        # On the CPU a wider accumulator costs a copy of every tensor, while a look at the result costs nothing.
+        if tensors[0].device.type == "cpu" and tensors[0].dtype == torch.float32:
+            norms = torch.stack(torch._foreach_norm(tensors, 2.0))
+            if SAFE_NORM[0] < norms.min() and norms.max() < SAFE_NORM[1]:
+                return norms
+        return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
+    return torch.stack([torch.linalg.vector_norm(t, dtype=dtype) for t in tensors])
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor], foreach: bool) -> None:
+    if foreach:
+        for indices in _by_device_and_dtype(targets).values():
+            torch._foreach_copy_([targets[i] for i in indices], [sources[i] for i in indices])
+    else:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
+def _by_device_and_dtype(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        groups[tensor.device, tensor.dtype].append(index)
+    return groups
+
+
+def _wide(device: torch.device, dtype: Any = None) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _wide_arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """float64 parameters move in float64; all narrower ones in float32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

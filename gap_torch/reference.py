@@ -1,0 +1,75 @@
+"""Algorithm 1 of the paper in the plainest Python: what every fast path is held against.
+
+It knows neither optimizers nor `.grad`: parameters and two losses go in, the gradient to update with comes out.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[], Tensor]
+
+
+def algorithm_1(
+    theta: Sequence[Tensor],
+    unsupervised: Loss,
+    supervised: Loss | None = None,
+    *,
+    eps: float | Sequence[float],
+    alpha: float | Sequence[float] = 1.0,
+) -> list[Tensor | None]:
+    """Gradient g of one step (Algorithm 1, lines 5-12).
+
+    Args:
+        theta: leaf parameters; they have their old values again on return.
+        unsupervised: closure for L_unsup at the current values of theta, its targets fixed.
+        supervised: closure for L_sup, or None for the unlabelled part g_u alone.
+        eps: radius of the perturbation, one for all or one for each parameter.
+        alpha: weight of g2, one for all or one for each parameter.
+
+    Returns:
+        One gradient for each parameter, None where no loss reaches it.
+    """
+    radii = [eps] * len(theta) if isinstance(eps, (int, float)) else list(eps)
+    weights = [alpha] * len(theta) if isinstance(alpha, (int, float)) else list(alpha)
+
+    g1 = _gradient(unsupervised, theta)  # line 5
+    norm = _norm(g1)
+    saved = [parameter.detach().clone() for parameter in theta]  # line 6
+    with torch.no_grad():
+        for parameter, gradient, radius in zip(theta, g1, radii, strict=True):
+            if gradient is not None and 0 < norm < float("inf"):
+                parameter += radius * gradient / norm  # line 7
+    g2 = _gradient(unsupervised, theta)  # line 8
+    g_u = [
+        _add(first, _times(weight, second)) for first, second, weight in zip(g1, g2, weights, strict=True)
+    ]  # line 9
+    with torch.no_grad():
+        for parameter, value in zip(theta, saved, strict=True):
+            parameter.copy_(value)  # line 10
+    if supervised is None:
+        return g_u
+    g_l = _gradient(supervised, theta)  # line 11
+    return [_add(unlabelled, labelled) for unlabelled, labelled in zip(g_u, g_l, strict=True)]  # line 12
+
+
+def _gradient(loss: Loss, theta: Sequence[Tensor]) -> list[Tensor | None]:
+    wanted = [parameter for parameter in theta if parameter.requires_grad]
+    found = iter(torch.autograd.grad(loss(), wanted, allow_unused=True))
+    return [next(found) if parameter.requires_grad else None for parameter in theta]
+
+
+def _norm(gradients: Sequence[Tensor | None]) -> float:
+    squares = [gradient.double().square().sum().item() for gradient in gradients if gradient is not None]
+    return sum(squares) ** 0.5
+
+
+def _times(weight: float, gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else weight * gradient
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b

@@ -1,0 +1,45 @@
+"""Replay of random numbers: the perturbed pass can see the dropout masks of the first pass."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RNGState:
+    """State of torch's default generators at one moment.
+
+    Take it with `RNGState.now()` just before the first pass and hand it to `GAPWrapper.perturbed(rng=...)`.
+    """
+
+    cpu: Tensor
+    accelerators: dict[int, Tensor]
+
+    @classmethod
+    def now(cls, devices: Sequence[torch.device | str | int] | None = None) -> "RNGState":
+        """The current state.
+
+        Args:
+            devices: accelerators whose generators to take; None for the current one, if there is one. Reading
+                a CUDA generator's state does not wait for the GPU's work.
+        """
+        accelerators = {}
+        if torch.cuda.is_available():
+            for device in [torch.cuda.current_device()] if devices is None else devices:
+                index = device if isinstance(device, int) else torch.device(device).index
+                index = torch.cuda.current_device() if index is None else index
+                accelerators[index] = torch.cuda.get_rng_state(index)
+        return cls(torch.get_rng_state(), accelerators)
+
+
+@contextmanager
+def replayed(state: RNGState) -> Iterator[None]:
+    """Within the context the default generators start from `state`; after it they are as they were before it."""
+    with torch.random.fork_rng(devices=list(state.accelerators)):
+        torch.set_rng_state(state.cpu)
+        for index, accelerator in state.accelerators.items():
+            torch.cuda.set_rng_state(accelerator, index)
+        yield

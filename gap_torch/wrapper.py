@@ -1,0 +1,402 @@
+"""GAPWrapper: Gradient-based Adversarial Perturbation around any torch optimizer.
+
+    method.loss(model, views).backward()          # g1
+    with optimizer.perturbed(model):              # theta -> theta + eps * g1 / ||g1||
+        method.loss(model, views).backward()      # g2
+    supervised(model(x), y).backward()            # g_l
+    optimizer.step()                              # the base optimizer's update with g1 + alpha * g2 + g_l
+    optimizer.zero_grad()
+
+Algorithm 1 of Huang et al., "GapMatch", AAAI 2025.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from . import multi_tensor
+from .batchnorm import frozen_running_stats
+from .rng import RNGState, replayed
+
+
+class GAPWrapper(Optimizer):
+    """A `torch.optim.Optimizer` that adds GAP's perturbed gradient to those of a base optimizer.
+
+    It shares `param_groups`, `state`, `defaults` and the step hooks with the base, so that schedulers,
+    `GradScaler` and checkpoints meet what they would meet there. Groups may override the two knobs under
+    the keys `"gap_eps"` and `"gap_alpha"` (plain `eps` and `alpha` are taken by Adam and RMSprop), and those
+    may be changed at any time, as a learning rate may.
+
+    Between `first_step` and `second_step` the gradients of the perturbed pass accumulate into `.grad` on top of
+    g1, so the extra memory is one copy of the parameters, kept from step to step. `zero_grad` is not needed there;
+    the wrapper's own does nothing, `model.zero_grad()` is noticed and does no harm, and a zeroing in place
+    (`set_to_none=False`) is an error.
+
+    Args:
+        base_optimizer: an instance of any `torch.optim.Optimizer` but LBFGS.
+        eps: radius of the perturbation in the units of the parameters (>= 0, Algorithm 1, line 7). A group with
+            0 stays where it is, though its gradient still counts in ||g1||.
+        alpha: weight of g2 (>= 0, line 9).
+        foreach: multi-tensor operations (default) or, if False, one tensor after the other.
+
+    Raises:
+        TypeError: `base_optimizer` is a class, no optimizer, a GAPWrapper, or an LBFGS.
+        ValueError: `eps` or `alpha` is negative or not finite.
+    """
+
+    def __init__(
+        self, base_optimizer: Optimizer, eps: float = 0.1, alpha: float = 1.0, *, foreach: bool = True
+    ) -> None:
+        # Optimizer.__init__ is not called: everything that it would set up is the base optimizer's own.
+        _check_base(base_optimizer)
+        self.base_optimizer = base_optimizer
+        self.eps = _check_knob("eps", eps)
+        self.alpha = _check_knob("alpha", alpha)
+        self.foreach = foreach
+        self._forget()
+        self._copies: dict[Tensor, Tensor] = {}
+        self.grad_norm: Tensor | None = None
+        """||g1|| of the last `first_step` (0-dim, on the device; in a GradScaler's units if one is used)."""
+        self._fill_in_knobs()
+
+    # ------------------------------------------------------------------ the algorithm
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """theta -> theta* = theta + eps * g1 / ||g1|| (Algorithm 1, lines 6-7), with g1 in `.grad`.
+
+        Where ||g1|| is zero or not finite the parameters stay as they are; the host does not wait to find out.
+
+        Raises:
+            RuntimeError: called twice, no parameter has a gradient, or a gradient is sparse or a graph of its own.
+        """
+        self._forbid_while_perturbed("first_step() a second time")
+        g1 = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        _check_first_gradients(g1)
+        for group in self.param_groups:
+            _check_knob("gap_eps", group["gap_eps"])
+            _check_knob("gap_alpha", group["gap_alpha"])
+
+        self.grad_norm = multi_tensor.global_norm(list(g1.values()), self.foreach)
+        self._perturbed = True
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in g1]
+            if params and group["gap_eps"] > 0:
+                self._perturb(params, [g1[p] for p in params], group["gap_eps"])
+        self._g1 = g1
+        self._scale_accumulated(lambda alpha: 1 / alpha)
+        for group in self.param_groups:
+            if group["gap_alpha"] == 0:
+                _drop_gradients(group["params"])
+        self._watch = _Watch(g1)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """theta* -> theta, bit for bit, and `.grad` = g1 + alpha * g2 (Algorithm 1, lines 9-10).
+
+        A gradient that was set aside (`set_aside`) is added.
+
+        Raises:
+            RuntimeError: no `first_step` before it, or no usable gradient at theta*; theta is restored all the same.
+        """
+        if not self._perturbed:
+            raise RuntimeError("second_step() without first_step(): call first_step() after the backward of g1.")
+        g1, watch, aside = self._g1, self._watch, self._aside
+        self._restore()
+        if watch is None or not watch.has_accumulated():
+            raise RuntimeError(
+                "no gradient was computed between first_step() and second_step(): run the same loss's forward and "
+                "backward at the perturbed parameters."
+            )
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["gap_alpha"] == 0:
+                    p.grad = g1.get(p)
+                elif p in g1 and p.grad is not g1[p]:
+                    p.grad = _sum_of_replaced(g1[p], p.grad)
+        self._scale_accumulated(lambda alpha: alpha)
+        for p, gradient in aside.items():
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        self._aside = {}
+
+    @contextmanager
+    def perturbed(self, model: nn.Module | None = None, *, rng: RNGState | None = None) -> Iterator[None]:
+        """`first_step` on entry, `second_step` on exit; the pass of g2 belongs inside.
+
+        If the pass raises, the parameters are restored, all gradients are dropped (they are half a sum), and the
+        exception goes on its way.
+
+        Args:
+            model: hold its batch-norm running statistics still inside (see `frozen_running_stats`).
+            rng: random state taken just before the pass of g1, so that the perturbed pass draws the same
+                dropout masks. By default it draws its own, as any other pass does.
+        """
+        self.first_step()
+        try:
+            with (
+                nullcontext() if model is None else frozen_running_stats(model),
+                nullcontext() if rng is None else replayed(rng),
+            ):
+                yield
+        except BaseException:
+            self._abandon()
+            raise
+        self.second_step()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Gradients computed inside stay out of g1; `second_step` adds them to the sum.
+
+        For code whose labelled and unlabelled losses share one forward pass: the labelled backward has to come
+        before the parameters move. Costs one copy of the gradients until `second_step`.
+
+            with optimizer.set_aside():
+                labelled_loss.backward(retain_graph=True)
+            unlabelled_loss.backward()
+            with optimizer.perturbed(model):
+                ...
+        """
+        self._forbid_while_perturbed("set_aside()")
+        params = [p for group in self.param_groups for p in group["params"]]
+        before = {p: p.grad for p in params}
+        _drop_gradients(params)
+        try:
+            yield
+            for p in params:
+                if p.grad is not None:
+                    # a copy: distributed wrappers may use the same memory for every gradient of p
+                    self._aside[p] = self._aside[p].add_(p.grad) if p in self._aside else p.grad.clone()
+        finally:
+            for p in params:
+                p.grad = before[p]
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """The base optimizer's update with whatever is in `.grad` (line 13).
+
+        Raises:
+            RuntimeError: the parameters are perturbed, or a set-aside gradient has not come back.
+        """
+        self._forbid_while_perturbed("step()")
+        if self._aside:
+            raise RuntimeError(
+                "step() would lose the gradients that were set aside: they return at second_step(), so run the "
+                "perturbed pass first, or leave set_aside() out of a step without GAP."
+            )
+        return self.base_optimizer.step(closure) if closure is not None else self.base_optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base optimizer's. While perturbed it does nothing: `.grad` holds g1, which is still needed."""
+        if not self._perturbed:
+            self._aside = {}
+            self.base_optimizer.zero_grad(set_to_none)
+
+    # ------------------------------------------------------------------ what makes it an Optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own list."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+        self._fill_in_knobs()
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's own state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base optimizer's own defaults."""
+        return self.base_optimizer.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base optimizer's; `gap_eps` and `gap_alpha` default to the wrapper's."""
+        self._forbid_while_perturbed("add_param_group()")
+        self.base_optimizer.add_param_group(param_group)
+        self._fill_in_knobs()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state; its groups carry `gap_eps` and `gap_alpha`. A bare base can load it."""
+        self._forbid_while_perturbed("state_dict()")
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, or a bare base optimizer's: then the groups keep their own knobs."""
+        self._forbid_while_perturbed("load_state_dict()")
+        knobs = [(group["gap_eps"], group["gap_alpha"]) for group in self.param_groups]
+        self.base_optimizer.load_state_dict(state_dict)
+        for group, (eps, alpha) in zip(self.param_groups, knobs, strict=True):
+            group.setdefault("gap_eps", eps)
+            group.setdefault("gap_alpha", alpha)
+        self._forget()
+
+    def __getattr__(self, name: str) -> Any:
+        # hooks, and whatever else a base optimizer has beyond torch.optim.Optimizer
+        if name == "base_optimizer":  # not there yet while unpickling
+            raise AttributeError(name)
+        return getattr(self.base_optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._forbid_while_perturbed("copying or pickling")
+        return {key: getattr(self, key) for key in ("base_optimizer", "eps", "alpha", "foreach")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return f"GAPWrapper(eps={self.eps}, alpha={self.alpha}, base_optimizer={self.base_optimizer!r})"
+
+    # ------------------------------------------------------------------ details
+
+    def _fill_in_knobs(self) -> None:
+        for group in self.param_groups:
+            _check_knob("gap_eps", group.setdefault("gap_eps", self.eps))
+            _check_knob("gap_alpha", group.setdefault("gap_alpha", self.alpha))
+
+    def _forget(self) -> None:
+        self._perturbed = False
+        self._moved: list[Tensor] = []
+        self._g1: dict[Tensor, Tensor] = {}
+        self._aside: dict[Tensor, Tensor] = {}
+        self._watch: _Watch | None = None
+
+    def _forbid_while_perturbed(self, action: str) -> None:
+        if self._perturbed:
+            raise RuntimeError(
+                f"{action} while the parameters are perturbed: call second_step() first "
+                "(or leave the `with optimizer.perturbed()` block)."
+            )
+
+    def _perturb(self, params: list[Tensor], g1: list[Tensor], eps: float) -> None:
+        assert self.grad_norm is not None
+        for p in params:
+            if p not in self._copies or self._copies[p].dtype != p.dtype or self._copies[p].device != p.device:
+                self._copies[p] = torch.empty_like(p)
+        multi_tensor.backup(params, [self._copies[p] for p in params], self.foreach)
+        self._moved += params
+        multi_tensor.perturb(params, g1, self.grad_norm, eps, self.foreach)
+
+    def _restore(self) -> None:
+        multi_tensor.restore(self._moved, [self._copies[p] for p in self._moved], self.foreach)
+        if self._watch is not None:
+            self._watch.stop()
+        aside = self._aside
+        self._forget()
+        self._aside = aside
+
+    def _scale_accumulated(self, factor: Callable[[float], float]) -> None:
+        """Fold alpha into the sum that autograd makes: alpha * (g1 / alpha + g2)."""
+        for group in self.param_groups:
+            if group["gap_alpha"] not in (0, 1):
+                grads = [p.grad for p in group["params"] if p.grad is not None]
+                multi_tensor.scale_(grads, factor(group["gap_alpha"]), self.foreach)
+
+    @torch.no_grad()
+    def _abandon(self) -> None:
+        if self._perturbed:
+            self._restore()
+        self._aside = {}
+        for group in self.param_groups:
+            _drop_gradients(group["params"])
+
+
+class _Watch:
+    """Sees that the perturbed pass adds g2 to g1, neither to something else nor not at all.
+
+    Autograd adds g2 into the tensors that hold g1. Were those written to before the pass begins
+    (`zero_grad(set_to_none=False)`), or never afterwards, the sum would be wrong without a sign of it.
+    One parameter's hook is enough to see a zeroing, which takes all of them.
+    """
+
+    def __init__(self, g1: dict[Tensor, Tensor]) -> None:
+        self.g1 = g1
+        self.versions = {p: gradient._version for p, gradient in g1.items()}
+        self.sample = next(iter(g1))
+        self.seen_backward = False
+        self.hook = self.sample.register_hook(self._before_accumulation)
+
+    def _before_accumulation(self, _: Tensor) -> None:
+        if not self.seen_backward and self.sample.grad is self.g1[self.sample] and self._written(self.sample):
+            raise RuntimeError(
+                "g1 was overwritten between first_step() and the perturbed backward, as zero_grad(set_to_none=False) "
+                "does. No zeroing is needed there: remove it, or let it set the gradients to None."
+            )
+        self.seen_backward = True
+
+    def has_accumulated(self) -> bool:
+        return self.seen_backward or any(self._changed(p) for p in self.g1)
+
+    def _changed(self, p: Tensor) -> bool:
+        return self._written(p) if p.grad is self.g1[p] else p.grad is not None
+
+    def _written(self, p: Tensor) -> bool:
+        return self.g1[p]._version != self.versions[p]
+
+    def stop(self) -> None:
+        self.hook.remove()
+
+
+def _sum_of_replaced(g1: Tensor, g2: Tensor | None) -> Tensor:
+    """g1 + g2 where `.grad` was set to None after `first_step`, so that g2 came in a tensor of its own."""
+    if g2 is None:
+        return g1
+    if g2.requires_grad:
+        raise RuntimeError(
+            "the perturbed backward ran with create_graph=True, whose gradients GAP can't accumulate: leave it out."
+        )
+    if g2.data_ptr() == g1.data_ptr():
+        raise RuntimeError(
+            "g2 was written over g1: the gradients were set to None between first_step() and second_step() while "
+            "something else owns their memory (DDP with gradient_as_bucket_view=True). Leave that zero_grad() out."
+        )
+    return g1.add_(g2)
+
+
+def _drop_gradients(params: list[Tensor]) -> None:
+    for p in params:
+        p.grad = None
+
+
+def _check_first_gradients(g1: dict[Tensor, Tensor]) -> None:
+    if not g1:
+        raise RuntimeError(
+            "first_step() found no gradient: call backward() on the consistency loss before it, on a model whose "
+            "parameters this optimizer holds."
+        )
+    for p, gradient in g1.items():
+        if gradient.layout != torch.strided:
+            raise RuntimeError(f"first_step() can't take the sparse gradient of a parameter of shape {tuple(p.shape)}.")
+        if gradient.requires_grad:
+            raise RuntimeError("g1 was computed with create_graph=True, which GAP can't accumulate: leave it out.")
+
+
+def _check_base(base: object) -> None:
+    if isinstance(base, type):
+        raise TypeError(f"base_optimizer must be an instance: GAPWrapper({base.__name__}(model.parameters(), ...)).")
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, not {type(base).__name__}.")
+    if isinstance(base, GAPWrapper):
+        raise TypeError("base_optimizer is a GAPWrapper already: wrap the optimizer inside it once.")
+    if isinstance(base, LBFGS):
+        raise TypeError(
+            "LBFGS can't be wrapped: its step evaluates the loss at several points along a line and needs the plain "
+            "gradient of that loss at each, not one sum g1 + alpha * g2 + g_l."
+        )
+
+
+def _check_knob(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}.")
+    return value

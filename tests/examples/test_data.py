@@ -1,0 +1,305 @@
+"""The h5 layout: what is read, what is refused, and ACDC's own split."""
+
+from pathlib import Path
+from zipfile import ZipFile
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from segmentation.data import (
+    check_files,
+    load_slices,
+    load_volumes,
+    patients_for_share,
+    read_case,
+    read_list,
+    resize_nearest,
+    slice_path,
+    split_by_patients,
+    volume_path,
+    write_case,
+    write_list,
+    write_slices,
+)
+from segmentation.errors import InputError
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+SLICE = (5, 7)
+
+
+def write_h5(path: Path, **datasets: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, data in datasets.items():
+            file[name] = data
+    return path
+
+
+@pytest.fixture
+def case(rng):
+    return rng.random((3, *SLICE), dtype=np.float32), rng.integers(0, 4, (3, *SLICE), dtype=np.uint8)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+# Lists
+
+
+def test_a_list_is_read_in_order_without_suffix_and_blank_end(tmp_path):
+    path = tmp_path / "train.list"
+    path.write_bytes(b"patient099_frame01\r\npatient001_frame02.h5\n LA-case.1\n\n  \n")
+    assert read_list(path) == ["patient099_frame01", "patient001_frame02", "LA-case.1"]
+
+
+def test_a_written_list_is_read_back(tmp_path):
+    write_list(tmp_path / "new" / "a.list", ["b", "a"])
+    assert read_list(tmp_path / "new" / "a.list") == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b"a\n\nb\n", r"bad\.list:2: '' is not a name"),
+        (b"a\nb c\n", r"bad\.list:2: 'b c' is not a name"),
+        (b"../../etc/passwd\n", "is not a name"),
+        (b"..\n", "is not a name"),
+        (b"a\0b\n", "is not a name"),
+        (b"\x89HDF\r\n\xff\xfe", "cannot be read as text"),
+        (b"a\nb\na.h5\n", r"bad\.list:3: a is listed twice"),
+    ],
+)
+def test_a_bad_list_is_refused(tmp_path, content, message):
+    path = tmp_path / "bad.list"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_list(path)
+
+
+def test_a_missing_list_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"none\.list: no such list"):
+        read_list(tmp_path / "none.list")
+    with pytest.raises(InputError, match="cannot be read as text"):
+        read_list(tmp_path)
+
+
+# Cases
+
+
+def test_a_written_case_is_read_back_bit_for_bit(tmp_path, case):
+    write_case(tmp_path / "new" / "a.h5", *case)
+    image, label = read_case(tmp_path / "new" / "a.h5", num_classes=4)
+    assert (image.dtype, label.dtype) == (np.float32, np.uint8)
+    np.testing.assert_array_equal(image, case[0])
+    np.testing.assert_array_equal(label, case[1])
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.h5"]
+
+
+def test_an_interrupted_write_leaves_the_old_case(tmp_path, case):
+    path = tmp_path / "a.h5"
+    write_case(path, *case)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_case(path, case[0], object())
+    assert path.read_bytes() == before
+
+
+def test_other_number_types_are_converted(tmp_path):
+    path = write_h5(tmp_path / "a.h5", image=np.ones(SLICE, np.int16), label=np.full(SLICE, 3.0))
+    image, label = read_case(path, num_classes=4)
+    assert (image.dtype, label.dtype) == (np.float32, np.uint8)
+    assert (image == 1).all()
+    assert (label == 3).all()
+
+
+def spoiled(value: float) -> np.ndarray:
+    array = np.zeros(SLICE)
+    array[1, 2] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ({"label": spoiled(0)}, "no dataset `image`"),
+        ({"image": spoiled(0)}, "no dataset `label`"),
+        (
+            {"image": spoiled(0), "label": spoiled(0)[:, :-1]},
+            r"\(5, 7\) and label \(5, 6\) must be of one shape",
+        ),
+        ({"image": np.empty((0, 3)), "label": np.empty((0, 3))}, "not empty"),
+        ({"image": spoiled(np.nan), "label": spoiled(0)}, "NaN or infinite"),
+        ({"image": spoiled(np.inf), "label": spoiled(0)}, "NaN or infinite"),
+        ({"image": spoiled(1e300), "label": spoiled(0)}, "NaN or infinite"),
+        ({"image": spoiled(0), "label": spoiled(4)}, r"labels run from 0.0 to 4.0; 4 classes need"),
+        ({"image": spoiled(0), "label": spoiled(-1)}, "labels run from -1.0"),
+        ({"image": spoiled(0), "label": spoiled(0.5)}, "whole numbers"),
+        ({"image": spoiled(0), "label": spoiled(np.nan)}, "whole numbers"),
+        ({"image": "text", "label": spoiled(0)}, "`image` holds object, not numbers"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_bad_case_is_refused_by_name(tmp_path, datasets, message):
+    path = write_h5(tmp_path / "bad.h5", **datasets)
+    with pytest.raises(InputError, match=rf"bad\.h5.*{message}"):
+        read_case(path, num_classes=4)
+
+
+def test_a_group_in_place_of_a_dataset_is_refused(tmp_path):
+    path = write_h5(tmp_path / "bad.h5", label=spoiled(0))
+    with h5py.File(path, "a") as file:
+        file.create_group("image")
+    with pytest.raises(InputError, match=r"bad\.h5.*no dataset `image`"):
+        read_case(path, num_classes=4)
+
+
+def test_num_classes_bounds_the_labels(tmp_path):
+    path = write_h5(tmp_path / "a.h5", image=spoiled(0), label=spoiled(2))
+    read_case(path, num_classes=3)
+    with pytest.raises(InputError, match="2 classes need"):
+        read_case(path, num_classes=2)
+
+
+def test_a_missing_case_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"none\.h5: no such file"):
+        read_case(tmp_path / "none.h5", num_classes=4)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.95])
+def test_a_truncated_case_is_refused(tmp_path, case, kept):
+    path = tmp_path / "bad.h5"
+    write_case(path, *case)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
+    with pytest.raises(InputError, match=r"bad\.h5: not a readable h5 file"):
+        read_case(path, num_classes=4)
+
+
+# Slices and volumes
+
+
+def test_slices_are_resized_by_nearest_neighbour_alike(tmp_path, rng):
+    label = rng.integers(0, 4, (6, 10), dtype=np.uint8)
+    write_case(slice_path(tmp_path, "p_f_slice_1"), label.astype(np.float32) / 3, label)
+    slices = load_slices(tmp_path, ["p_f_slice_1"], size=16)
+    assert len(slices) == 1
+    assert slices.names == ["p_f_slice_1"]
+    assert (slices.images.shape, slices.images.dtype) == ((1, 1, 16, 16), torch.float32)
+    assert (slices.labels.shape, slices.labels.dtype) == ((1, 16, 16), torch.uint8)
+    torch.testing.assert_close(slices.images[:, 0] * 3, slices.labels.float())  # no value between two classes
+
+
+def test_slices_keep_the_order_of_their_names(tmp_path):
+    for value in range(3):
+        write_case(
+            slice_path(tmp_path, f"s{value}"),
+            spoiled(value).astype(np.float32),
+            spoiled(value).astype(np.uint8),
+        )
+    slices = load_slices(tmp_path, ["s2", "s0", "s1"], size=8)
+    assert slices.labels.amax((1, 2)).tolist() == [2, 0, 1]
+    assert slices.images.amax((1, 2, 3)).tolist() == [2, 0, 1]
+
+
+def test_resizing_to_the_same_size_changes_nothing(case):
+    np.testing.assert_array_equal(resize_nearest(case[0][0], SLICE), case[0][0])
+
+
+def test_resizing_keeps_corners_and_sides_apart():
+    small = np.array([[1, 2], [3, 4]], np.uint8)
+    large = resize_nearest(small, (4, 6))
+    assert large.dtype == np.uint8
+    assert large.tolist() == [[1, 1, 1, 2, 2, 2]] * 2 + [[3, 3, 3, 4, 4, 4]] * 2
+
+
+def test_volumes_keep_their_own_size(tmp_path, case):
+    write_case(volume_path(tmp_path, "p1_frame01"), *case)
+    (volume,) = load_volumes(tmp_path, ["p1_frame01"])
+    assert volume.name == "p1_frame01"
+    np.testing.assert_array_equal(volume.image, case[0])
+    np.testing.assert_array_equal(volume.label, case[1])
+
+
+def test_write_slices_numbers_from_one(tmp_path, case):
+    names = write_slices(tmp_path, "p1_frame01", *case)
+    assert names == ["p1_frame01_slice_1", "p1_frame01_slice_2", "p1_frame01_slice_3"]
+    image, _ = read_case(slice_path(tmp_path, names[2]), num_classes=4)
+    np.testing.assert_array_equal(image, case[0][2])
+
+
+def test_a_file_of_the_wrong_dimensions_is_refused(tmp_path, case):
+    write_case(slice_path(tmp_path, "a"), *case)
+    with pytest.raises(InputError, match=r"a\.h5: shape \(3, 5, 7\) where \(H, W\)"):
+        load_slices(tmp_path, ["a"], size=8)
+    write_case(volume_path(tmp_path, "a"), case[0][0], case[1][0])
+    with pytest.raises(InputError, match=r"a\.h5: shape \(5, 7\) where \(D, H, W\)"):
+        load_volumes(tmp_path, ["a"])
+
+
+def test_num_classes_reaches_the_files(tmp_path, case):
+    write_case(volume_path(tmp_path, "a"), *case)
+    write_slices(tmp_path, "a", *case)
+    with pytest.raises(InputError, match="2 classes"):
+        load_volumes(tmp_path, ["a"], num_classes=2)
+    with pytest.raises(InputError, match="2 classes"):
+        load_slices(tmp_path, ["a_slice_1"], size=8, num_classes=2)
+
+
+def test_check_files_names_the_first_missing_file(tmp_path, case):
+    names = write_slices(tmp_path, "a", *case)
+    write_case(volume_path(tmp_path, "b"), *case)
+    check_files(tmp_path, names, ["b"])
+    with pytest.raises(InputError, match=r"slices.c\.h5: no such file"):
+        check_files(tmp_path, [*names, "c"], ["d"])
+    with pytest.raises(InputError, match=r"data.d\.h5: no such file"):
+        check_files(tmp_path, names, ["b", "d"])
+
+
+# The labelled share
+
+
+def test_the_first_patients_in_list_order_are_labelled():
+    names = ["p9_frame01_slice_2", "p1_frame01_slice_1", "p9_frame02_slice_1", "p10_frame01_slice_1"]
+    assert split_by_patients(names, 1) == ([names[0], names[2]], [names[1], names[3]])
+    assert split_by_patients(names, 2) == (names[:3], names[3:])
+
+
+@pytest.mark.parametrize("patients", [-1, 0, 2, 3])
+def test_a_split_with_an_empty_side_is_refused(patients):
+    with pytest.raises(InputError, match="of 2 patients leaves nothing"):
+        split_by_patients(["p1_a", "p2_a"], patients)
+
+
+def test_the_field_counts_patients_so():
+    assert [patients_for_share(percent) for percent in (1, 5, 10, 20)] == [1, 3, 7, 14]  # ACDC
+    assert [patients_for_share(percent, patients=80) for percent in (1, 5, 10)] == [1, 4, 8]  # LA
+
+
+@pytest.mark.parametrize("percent", [0, -1, 100.1, float("nan")])
+def test_a_share_outside_its_range_is_refused(percent):
+    with pytest.raises(InputError, match="outside"):
+        patients_for_share(percent)
+
+
+@pytest.fixture
+def acdc_list(tmp_path):
+    archive = SHARED / "acdc_train.zip"
+    if not archive.is_file():
+        pytest.skip(f"no ACDC data at {archive}")
+    with ZipFile(archive) as files:
+        (tmp_path / "train_slices.list").write_bytes(files.read("ACDC/train_slices.list"))
+    return tmp_path / "train_slices.list"
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(1, 32), (5, 68), (10, 136)])
+def test_acdc_splits_as_in_the_literature(acdc_list, percent, expected):
+    names = read_list(acdc_list)
+    assert len(names) == 1312
+    labelled, unlabelled = split_by_patients(names, patients_for_share(percent))
+    assert labelled == names[:expected]
+    assert unlabelled == names[expected:]
