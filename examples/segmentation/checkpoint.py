@@ -31,7 +31,8 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}).") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a readable checkpoint ({reason}).") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a checkpoint of this example (a {type(content).__name__} inside).")
     return content

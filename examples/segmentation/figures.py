@@ -179,7 +179,7 @@ def _draw_labels(axes: Axes, labels: np.ndarray) -> None:
     axes.imshow(fills[labels], interpolation="nearest")
     for index, colour in enumerate(CLASS_COLOURS, start=1):
         mask = labels == index
-        if mask.any() and not mask.all():  # else there is no contour, and matplotlib warns
+        if mask.any() and not mask.all():  # matplotlib before 3.11 warns where there is no contour
             axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1)
 
 

@@ -68,9 +68,8 @@ def score(
 def _asd(predicted: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the (ground truth|prediction) of class")  # see `score`
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # MONAI 1.6 deprecates an argument that it passes itself
+        # MONAI 1.6 deprecates an argument that it passes itself.
+        warnings.simplefilter("ignore", FutureWarning)
         distances = compute_average_surface_distance(predicted, expected, symmetric=False)[0]
     return distances.nan_to_num(nan=0.0, posinf=0.0)
 

@@ -78,7 +78,7 @@ def phantom_frame(seed: int, patient: int, frame: int, slices: int, size: int) -
 
 @dataclass(frozen=True)
 class _Grid:
-    """Pixel coordinates x (1, 1, S) and y (1, S, 1); level (D, 1, 1) is 0 at the heart's base, 1 at its apex."""
+    """Pixel coordinates x (1, 1, S), y (1, S, 1); level (D, 1, 1): 0 at the heart's base, 1 at its apex."""
 
     x: Array
     y: Array

@@ -93,7 +93,8 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.scheduler.step()
-        self.average.update_parameters(self.model)
+        if self.recipe.average_decay:
+            self.average.update_parameters(self.model)
         return {"loss_labelled": loss.detach(), **values}
 
     def _consistency(self, iteration: int) -> dict[str, Tensor]:

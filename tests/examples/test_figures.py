@@ -150,7 +150,14 @@ def test_each_panel_shows_its_column(tmp_path, figures):
 
 def test_missing_columns_and_empty_cells_are_left_out(tmp_path, figures):
     supervised = RunLog(
-        csv(tmp_path / "s.csv", "iteration,loss_labelled,loss_unlabelled", "1,0.5,", "2,nan,", "3,0.25,")
+        csv(
+            tmp_path / "s.csv",
+            "iteration,loss_labelled,loss_unlabelled",
+            "1,0.5,",
+            "2,nan,",
+            "3,0.25,",
+            "4,inf,",
+        )
     )
     save_curves(tmp_path / "c.png", {"Supervised": supervised, "GapMatch": log(tmp_path)})
     losses, confident, norm, dice = curves(figures[0])

@@ -1,0 +1,98 @@
+"""FixMatch: equations 4-7, and that nothing but the student's strong pass carries a gradient."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gap_torch.consistency import CutMix, FixMatch, Views
+from gap_torch.losses import ce_dice_loss
+
+
+def _identity(images: Tensor) -> Tensor:
+    return images
+
+
+class Fixed(nn.Module):
+    """Logits that are the image itself times one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.weight
+
+
+def test_pseudo_labels_are_the_weak_views_confident_classes() -> None:
+    probabilities = torch.tensor([[0.96, 0.94, 0.01], [0.02, 0.05, 0.98], [0.02, 0.01, 0.01]])
+    images = probabilities.log()[None, :, None, :].double()
+    views = FixMatch(_identity, _identity, tau=0.95).prepare(Fixed(), images)
+    assert views.pseudo_label.tolist() == [[[0, 0, 1]]]
+    assert views.confident.tolist() == [[[True, False, True]]]
+
+
+def test_tau_itself_is_confident() -> None:
+    images = torch.zeros(1, 2, 1, 1, dtype=torch.float64)
+    assert FixMatch(_identity, _identity, tau=0.5).prepare(Fixed(), images).confident.all()
+
+
+def test_the_strong_view_is_made_of_the_weak_one() -> None:
+    seen: list[Tensor] = []
+    method = FixMatch(lambda x: x + 1, lambda x: seen.append(x) or 10 * x, tau=0)
+    views = method.prepare(Fixed(), torch.zeros(2, 3, 4, 4, dtype=torch.float64))
+    assert torch.equal(seen[0], torch.ones(2, 3, 4, 4, dtype=torch.float64))
+    assert torch.equal(views.strong, 10 * seen[0])
+
+
+@pytest.mark.parametrize("spatial", [(6, 7), (4, 5, 6)])
+def test_the_loss_is_r_of_equation_7(spatial: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    views = Views(
+        torch.randn(2, 3, *spatial, dtype=torch.float64),
+        torch.randint(3, (2, *spatial)),
+        torch.rand(2, *spatial) < 0.5,
+    )
+    loss = FixMatch(_identity, _identity).loss(Fixed(), views)
+    torch.testing.assert_close(loss, ce_dice_loss(views.strong, views.pseudo_label, views.confident))
+
+
+def test_targets_carry_no_gradient_and_stay_fixed() -> None:
+    model, images = Fixed(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    method = FixMatch(_identity, _identity, tau=0.3)
+    views = method.prepare(model, images)
+    assert not views.strong.requires_grad
+    before = views.pseudo_label.clone(), views.confident.clone()
+    method.loss(model, views).backward()
+    with torch.no_grad():
+        model.weight.neg_()
+    method.loss(model, views).backward()
+    assert torch.equal(views.pseudo_label, before[0])
+    assert torch.equal(views.confident, before[1])
+
+
+def test_cutmix_pastes_targets_along() -> None:
+    torch.manual_seed(0)
+    classes = torch.arange(4).view(4, 1, 1).expand(4, 16, 16)
+    images = 20.0 * nn.functional.one_hot(classes, 4).movedim(-1, 1).double()
+    views = FixMatch(_identity, _identity, cutmix=CutMix(p=1.0)).prepare(Fixed(), images)
+    assert torch.equal(views.strong.argmax(1), views.pseudo_label)
+    assert (views.pseudo_label != classes).any()
+
+
+@pytest.mark.parametrize(("mode", "training"), [("eval", False), ("train", True)])
+def test_the_mode_of_the_model_and_back(mode, training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.5)).train()
+    model[2].eval()
+    modes: list[list[bool]] = []
+    model.register_forward_hook(lambda module, *_: modes.append([m.training for m in module]))
+    before = model[1].running_mean.clone()
+    FixMatch(_identity, _identity, mode=mode).prepare(model, torch.randn(4, 1, 5, 5))
+    assert modes == [[training] * 3]
+    assert [m.training for m in model] == [True, True, False]
+    assert torch.equal(before, model[1].running_mean) is not training
+
+
+@pytest.mark.parametrize("bad", [{"tau": -0.1}, {"tau": 1.1}, {"mode": "test"}])
+def test_bad_arguments_are_named(bad) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        FixMatch(_identity, _identity, **bad)

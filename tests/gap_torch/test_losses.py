@@ -1,0 +1,77 @@
+"""Cross-entropy and Dice against MONAI, and what the mask does."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.losses import DiceLoss
+
+from gap_torch.losses import ce_dice_loss, cross_entropy, dice_loss
+
+SHAPES = [(2, 4, 8, 8), (3, 2, 5, 6), (1, 3, 4, 5, 6)]
+
+
+def _problem(shape: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    mask = torch.rand(target.shape, generator=generator) < 0.5
+    return logits, target, mask
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dice_is_monais_with_squared_denominator(shape: tuple[int, ...]) -> None:
+    logits, target, _ = _problem(shape)
+    monai = DiceLoss(
+        softmax=True, to_onehot_y=True, squared_pred=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5
+    )
+    torch.testing.assert_close(dice_loss(logits, target), monai(logits, target[:, None]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masked_pixels_have_no_say(shape: tuple[int, ...]) -> None:
+    logits, target, mask = _problem(shape)
+    other = torch.where(mask.unsqueeze(1), logits, torch.randn_like(logits))
+    wrong = torch.where(mask, target, (target + 1) % shape[1])
+    for loss in (cross_entropy, dice_loss, ce_dice_loss):
+        torch.testing.assert_close(loss(logits, target, mask), loss(other, wrong, mask))
+
+
+def test_masked_cross_entropy_divides_by_all_pixels() -> None:
+    logits, target, mask = _problem(SHAPES[0])
+    each = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(cross_entropy(logits, target, mask), each[mask].sum() / each.numel())
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, dice_loss, ce_dice_loss])
+def test_an_empty_mask_gives_zero_and_no_gradient(loss) -> None:
+    logits, target, mask = _problem(SHAPES[0])
+    logits.requires_grad_()
+    value = loss(logits, target, torch.zeros_like(mask))
+    value.backward()
+    assert value.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, dice_loss, ce_dice_loss])
+def test_certainty_of_the_truth_costs_nothing(loss) -> None:
+    _, target, mask = _problem(SHAPES[0])
+    logits = 100.0 * torch.nn.functional.one_hot(target, 4).movedim(-1, 1)
+    assert loss(logits, target).item() < 1e-6
+    assert loss(logits, target, mask).item() < 1e-6
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_the_order_of_the_batch_does_not_matter(seed: int) -> None:
+    logits, target, mask = _problem((4, 3, 4, 4), seed)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(
+        ce_dice_loss(logits, target, mask), ce_dice_loss(logits[order], target[order], mask[order])
+    )
+
+
+def test_half_precision_logits_are_widened() -> None:
+    logits, target, mask = _problem(SHAPES[0])
+    assert ce_dice_loss(logits.bfloat16(), target, mask).dtype == torch.float32

@@ -1,0 +1,187 @@
+"""Norm, perturbation and restoration over lists of tensors."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from gap_torch import multi_tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FOREACH = pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
+DTYPE = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+
+
+def exact_norm(tensors):
+    flat = np.concatenate([torch.view_as_real(t.to(torch.complex128)).numpy().ravel() for t in tensors])
+    largest = np.abs(flat).max()
+    return largest * np.linalg.norm(flat / largest) if largest else 0.0
+
+
+def copied(params, grads, eps, foreach=True):
+    """The perturbation alone, of copies of `params`."""
+    params = [p.clone(memory_format=torch.preserve_format) for p in params]
+    multi_tensor.perturb(params, grads, multi_tensor.global_norm(grads, foreach), eps, foreach)
+    return params
+
+
+# ---------------------------------------------------------------- norm
+
+
+@FOREACH
+@pytest.mark.parametrize(
+    ("dtype", "value", "count"),
+    [
+        (torch.float64, 1.5, 1000),
+        (torch.float32, 1.5, 1000),
+        (torch.float32, 1e-30, 1000),  # squares underflow
+        (torch.float32, 1e-44, 10),  # subnormal
+        (torch.float32, 3e38, 1000),  # squares and sum overflow
+        (torch.bfloat16, 1e-30, 1000),
+        (torch.bfloat16, 3e38, 1000),
+        (torch.bfloat16, 1.0, 5000),  # 256 + 1 == 256 in bfloat16
+        (torch.float16, 6e4, 1000),
+        (torch.float16, 6e-8, 1000),
+        (torch.float16, 1.0, 100_000),
+    ],
+)
+def test_norm_of_extreme_values(dtype, value, count, foreach):
+    tensors = [torch.full((count,), value, dtype=dtype), torch.full((3, 2), -value, dtype=dtype)]
+    assert multi_tensor.global_norm(tensors, foreach).item() == pytest.approx(exact_norm(tensors), rel=1e-6)
+
+
+@FOREACH
+def test_norm_spans_tensors_dtypes_layouts_and_complex_numbers(foreach):
+    tensors = [
+        torch.randn(3, 4),
+        torch.randn(5, dtype=torch.float64),
+        torch.randn(2, 3, dtype=torch.bfloat16),
+        torch.randn(4, dtype=torch.complex64),
+        torch.randn(4, dtype=torch.complex128).conj(),
+        torch.randn(6, 6).t()[::2],
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(()),
+        torch.zeros(4),
+        torch.empty(0, 3),
+    ]
+    assert multi_tensor.global_norm(tensors, foreach).item() == pytest.approx(exact_norm(tensors), rel=1e-6)
+
+
+@FOREACH
+@DTYPE
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_norm_of_what_is_not_finite_is_not_finite(dtype, value, foreach):
+    tensors = [torch.ones(3, dtype=dtype), torch.tensor([1.0, value], dtype=dtype)]
+    assert not multi_tensor.global_norm(tensors, foreach).isfinite()
+
+
+# ---------------------------------------------------------------- perturbation
+
+# half an ulp for the rounding of r, at parameters of zero, so that nothing else rounds
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+@FOREACH
+@DTYPE
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), tensors=st.integers(1, 4), eps=st.floats(0.05, 100.0))
+def test_the_perturbation_has_length_eps_and_the_direction_of_g1(dtype, foreach, seed, tensors, eps):
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(i + 1, 3, generator=generator).to(dtype) for i in range(tensors)]
+    r = copied([torch.zeros_like(g) for g in grads], grads, eps, foreach)
+    assert exact_norm(r) == pytest.approx(eps, rel=ROUNDING[dtype])
+    for part, g in zip(r, grads, strict=True):
+        expected = g.double() * (eps / exact_norm(grads))
+        torch.testing.assert_close(part.double(), expected, rtol=ROUNDING[dtype], atol=1e-7)
+
+
+EXPONENTS = {  # both the gradients and their norm stay in range; squares do not
+    torch.float64: st.integers(-110, 110),  # eps / norm has to be a finite float32
+    torch.float32: st.integers(-60, 60),
+    torch.bfloat16: st.integers(-90, 90),
+    torch.float16: st.integers(-12, 13),
+}
+
+
+@FOREACH
+@DTYPE
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_scaling_every_gradient_by_a_power_of_two_changes_nothing(dtype, foreach, data, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # multiples of 1/4 between 1/4 and 4, so that scaling is exact in float16 down to its subnormals
+    grads = [torch.randint(1, 17, (n,), generator=generator).to(dtype) / 4 for n in (5, 3)]
+    params = [torch.randn(n, generator=generator).to(dtype) for n in (5, 3)]
+    factor = 2.0 ** data.draw(EXPONENTS[dtype])
+    expected, scaled = copied(params, grads, 0.5, foreach), copied(params, [g * factor for g in grads], 0.5, foreach)
+    for a, b in zip(expected, scaled, strict=True):
+        torch.testing.assert_close(a, b, rtol=0 if dtype != torch.float32 else 1e-6, atol=0 if dtype != torch.float32 else 1e-7)
+
+
+@FOREACH
+@DTYPE
+@pytest.mark.parametrize("bad", [0.0, math.inf, -math.inf, math.nan])
+def test_without_a_finite_direction_nothing_moves(dtype, foreach, bad):
+    params = [torch.tensor([1.0, -0.0, 3.0], dtype=dtype), torch.ones(2, dtype=dtype)]
+    grads = [torch.tensor([0.0, 0.0, bad], dtype=dtype), torch.full((2,), 0.0 if bad == 0 else 1.0, dtype=dtype)]
+    for p, moved in zip(params, copied(params, grads, 0.5, foreach), strict=True):
+        assert torch.equal(p, moved)
+
+
+@FOREACH
+@pytest.mark.parametrize("change", [lambda t: t.t(), lambda t: t[:, ::2], lambda t: t[..., None].expand(4, 6, 1)])
+def test_layouts_of_parameter_and_gradient_may_differ(change, foreach):
+    param, grad = change(torch.randn(4, 6)), torch.randn(4, 6)
+    grad = change(grad).contiguous()
+    before = param.clone()
+    norm = multi_tensor.global_norm([grad], foreach)
+    multi_tensor.perturb([param], [grad], norm, 0.5, foreach)
+    torch.testing.assert_close(param, before + 0.5 * grad / grad.norm())
+
+
+def test_mixed_dtypes_of_parameter_and_gradient():
+    param, grad = torch.zeros(3, dtype=torch.bfloat16), torch.tensor([3.0, 0.0, 4.0])
+    multi_tensor.perturb([param], [grad], multi_tensor.global_norm([grad]), 5.0)
+    assert param.tolist() == [3.0, 0.0, 4.0]
+
+
+@FOREACH
+@DTYPE
+def test_perturbing_is_seen_by_autograd(dtype, foreach):
+    param = torch.ones(3, dtype=dtype)
+    version = param._version
+    multi_tensor.perturb([param], [torch.ones_like(param)], torch.tensor(1.0), 0.5, foreach)
+    assert param._version > version
+
+
+# ---------------------------------------------------------------- restoration
+
+
+@FOREACH
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64], ids=str)
+def test_restore_is_bit_exact_where_subtraction_is_not(dtype, foreach):
+    params = [torch.randn(100).to(dtype) * 1e-3, torch.tensor([-0.0, 1e-7, 6e4], dtype=dtype), torch.randn(6, 4).to(dtype).t()]
+    params[1][0] = -0.0
+    grads = [torch.randn_like(p) for p in params]
+    before = [p.clone() for p in params]
+    copies = [torch.empty_like(p) for p in params]
+
+    multi_tensor.backup(params, copies, foreach)
+    multi_tensor.perturb(params, grads, multi_tensor.global_norm(grads, foreach), 10.0, foreach)
+    moved = [p.clone() for p in params]
+    multi_tensor.restore(params, copies, foreach)
+
+    norm = exact_norm(grads)
+    r = [(g * (10.0 / norm)).to(dtype) for g in grads]
+    assert any(not torch.equal(m - d, b) for m, d, b in zip(moved, r, before, strict=True))
+    for p, b in zip(params, before, strict=True):
+        assert p.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
+
+
+@FOREACH
+def test_scale(foreach):
+    tensors = [torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.complex64)]
+    multi_tensor.scale_(tensors, 0.25, foreach)
+    assert all((t == 0.25).all() for t in tensors)
