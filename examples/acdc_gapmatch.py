@@ -62,25 +62,29 @@ def job(arguments: argparse.Namespace) -> Job:
     knobs = {name: value for name, value in knobs.items() if value is not None}
     recipe = Recipe(seed=arguments.seed, **{**PRESETS[preset], **knobs})
     methods = arguments.method or (("fixmatch", "gapmatch") if phantom else ("gapmatch",))
-    if phantom:
-        data = arguments.out / "phantom"
-        write_phantom(data)
-        patients, title = arguments.patients or 1, "Phantom, 1 labelled patient"
-    else:
-        data = arguments.data
-        patients = arguments.patients or patients_for_share(arguments.labeled)
-        title = f"ACDC test set, {patients} labelled patient(s), preset {preset}, seed {arguments.seed}"
+    patients = arguments.patients
+    if patients is None:
+        patients = 1 if phantom else patients_for_share(arguments.labeled)
     return Job(
-        data=data,
+        data=_phantom(arguments.out / "phantom") if phantom else arguments.data,
         patients=patients,
         recipes=[replace(recipe, method=method) for method in methods],
         device=device,
         amp=AMP[arguments.amp],
         out=arguments.out,
         resume=arguments.resume,
-        title=title,
-        paper_share=None if phantom or arguments.patients else arguments.labeled,
+        title=f"{'Phantom' if phantom else 'ACDC'} test set, labelled patients: {patients}, preset {preset}, "
+        f"seed {arguments.seed}",
+        paper_share=None if phantom or arguments.patients is not None else arguments.labeled,
     )
+
+
+def _phantom(root: Path) -> Path:
+    try:
+        write_phantom(root)
+    except OSError as error:
+        raise InputError(f"{root}: can't be written ({error.strerror}); choose another --out.") from None
+    return root
 
 
 def usable_device(name: str | None) -> torch.device:

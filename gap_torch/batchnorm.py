@@ -7,18 +7,12 @@ enter the running ones. The batch statistics themselves are still used to normal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 # With these, a layer in training mode whose `track_running_stats` is off normalises by the batch and leaves its
-# buffers alone. A subclass with a forward of its own may not look at the flag.
-_HEEDS_THE_FLAG = {
-    nn.modules.batchnorm._BatchNorm.forward,
-    nn.SyncBatchNorm.forward,
-    _InstanceNorm.forward,
-}
+# buffers alone. InstanceNorm does not look at the flag, nor need a subclass with a forward of its own.
+_HEEDS_THE_FLAG = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 
 
 @contextmanager
@@ -31,21 +25,20 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     Args:
         model: the module whose sub-modules are held; others are not touched.
     """
-    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    training = [layer for layer in layers if layer.training]
-    headstrong = [layer for layer in training if type(layer).forward not in _HEEDS_THE_FLAG]
-    saved = [(buffer, buffer.detach().clone()) for layer in headstrong for buffer in layer.buffers()]
-    for layer in training:
-        layer.track_running_stats = False
+    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.training]
+    obedient = [layer for layer in layers if type(layer).forward in _HEEDS_THE_FLAG]
+    headstrong = [layer for layer in layers if type(layer).forward not in _HEEDS_THE_FLAG]
+    # These get copies to update. Writing the old values back instead would tell autograd that a tensor was modified
+    # which graphs from before the context may still need.
+    buffers = [(layer, layer._buffers.copy()) for layer in headstrong]
     try:
+        for layer in obedient:
+            layer.track_running_stats = False
+        for layer, own in buffers:
+            layer._buffers.update({name: b if b is None else b.clone() for name, b in own.items()})
         yield
     finally:
-        for layer in training:
+        for layer in obedient:
             layer.track_running_stats = True
-        _write_back(saved)
-
-
-@torch.no_grad()
-def _write_back(saved: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, value in saved:
-        buffer.copy_(value)
+        for layer, own in buffers:
+            layer._buffers.update(own)

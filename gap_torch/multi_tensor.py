@@ -72,8 +72,9 @@ def perturb(
             _perturb_fused(group, group_grads, scale, moves)
         else:
             for param, grad in zip(group, group_grads, strict=True):
-                # `where`, not scale = 0: a gradient with inf or NaN in it times zero is still NaN
-                param.add_(torch.where(moves, grad * scale, 0.0))
+                # `where`, not scale = 0: a gradient with inf or NaN in it times zero is still NaN.
+                # Widened first: float16 * 0-dim float32 is computed in float16, where `scale` may overflow.
+                param.add_(torch.where(moves, grad.to(scale.dtype) * scale, 0.0))
 
 
 def scale_(tensors: Sequence[Tensor], factor: float, foreach: bool = True) -> None:
@@ -103,6 +104,10 @@ def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor, mov
         is_first_step=False,
         found_inf=(~moves).float(),
     )
+    # The kernel does not tell autograd. Without this, a backward through a graph that was built at theta would
+    # quietly use the weights of theta*.
+    for param in params:
+        torch.autograd.graph.increment_version(param)
 
 
 def _fusable(params: list[Tensor], grads: list[Tensor]) -> bool:
@@ -165,4 +170,5 @@ def _wide_arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # autograd hands out gradients that are only marked as conjugate
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -61,7 +61,7 @@ def _gradient(loss: Loss, theta: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:
-    squares = [gradient.double().square().sum().item() for gradient in gradients if gradient is not None]
+    squares = [gradient.abs().double().square().sum().item() for gradient in gradients if gradient is not None]
     return sum(squares) ** 0.5
 
 

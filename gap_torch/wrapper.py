@@ -24,6 +24,10 @@ from .batchnorm import frozen_running_stats
 from .rng import RNGState, replayed
 
 
+_SET_BY_GRAD_SCALER = ("grad_scale", "found_inf")
+_CREATE_GRAPH = "was computed with create_graph=True, whose gradients GAP can't accumulate: leave it out."
+
+
 class GAPWrapper(Optimizer):
     """A `torch.optim.Optimizer` that adds GAP's perturbed gradient to those of a base optimizer.
 
@@ -78,9 +82,7 @@ class GAPWrapper(Optimizer):
         self._forbid_while_perturbed("first_step() a second time")
         g1 = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
         _check_first_gradients(g1)
-        for group in self.param_groups:
-            _check_knob("gap_eps", group["gap_eps"])
-            _check_knob("gap_alpha", group["gap_alpha"])
+        self._fill_in_knobs()
 
         self.grad_norm = multi_tensor.global_norm(list(g1.values()), self.foreach)
         self._perturbed = True
@@ -102,26 +104,17 @@ class GAPWrapper(Optimizer):
         A gradient that was set aside (`set_aside`) is added.
 
         Raises:
-            RuntimeError: no `first_step` before it, or no usable gradient at theta*; theta is restored all the same.
+            RuntimeError: no `first_step` before it, or no usable gradient at theta*. Then theta is restored all the
+                same, and all gradients are dropped.
         """
         if not self._perturbed:
             raise RuntimeError("second_step() without first_step(): call first_step() after the backward of g1.")
-        g1, watch, aside = self._g1, self._watch, self._aside
+        try:
+            self._combine_gradients()
+        except BaseException:
+            self._abandon()
+            raise
         self._restore()
-        if watch is None or not watch.has_accumulated():
-            raise RuntimeError(
-                "no gradient was computed between first_step() and second_step(): run the same loss's forward and "
-                "backward at the perturbed parameters."
-            )
-        for group in self.param_groups:
-            for p in group["params"]:
-                if group["gap_alpha"] == 0:
-                    p.grad = g1.get(p)
-                elif p in g1 and p.grad is not g1[p]:
-                    p.grad = _sum_of_replaced(g1[p], p.grad)
-        self._scale_accumulated(lambda alpha: alpha)
-        for p, gradient in aside.items():
-            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
         self._aside = {}
 
     @contextmanager
@@ -136,17 +129,18 @@ class GAPWrapper(Optimizer):
             rng: random state taken just before the pass of g1, so that the perturbed pass draws the same
                 dropout masks. By default it draws its own, as any other pass does.
         """
-        self.first_step()
+        self._forbid_while_perturbed("perturbed() a second time")
         try:
+            self.first_step()
             with (
                 nullcontext() if model is None else frozen_running_stats(model),
                 nullcontext() if rng is None else replayed(rng),
             ):
                 yield
+            self.second_step()
         except BaseException:
             self._abandon()
             raise
-        self.second_step()
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -167,6 +161,7 @@ class GAPWrapper(Optimizer):
         _drop_gradients(params)
         try:
             yield
+            self._forbid_while_perturbed("leaving set_aside()")
             for p in params:
                 if p.grad is not None:
                     # a copy: distributed wrappers may use the same memory for every gradient of p
@@ -224,6 +219,8 @@ class GAPWrapper(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base optimizer's; `gap_eps` and `gap_alpha` default to the wrapper's."""
         self._forbid_while_perturbed("add_param_group()")
+        _check_knob("gap_eps", param_group.get("gap_eps", self.eps))
+        _check_knob("gap_alpha", param_group.get("gap_alpha", self.alpha))
         self.base_optimizer.add_param_group(param_group)
         self._fill_in_knobs()
 
@@ -247,6 +244,13 @@ class GAPWrapper(Optimizer):
         if name == "base_optimizer":  # not there yet while unpickling
             raise AttributeError(name)
         return getattr(self.base_optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A GradScaler leaves its scale and verdict where a fused optimizer's own step looks for them: on the base.
+        object.__setattr__(self.base_optimizer if name in _SET_BY_GRAD_SCALER else self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        object.__delattr__(self.base_optimizer if name in _SET_BY_GRAD_SCALER else self, name)
 
     def __getstate__(self) -> dict[str, Any]:
         self._forbid_while_perturbed("copying or pickling")
@@ -282,7 +286,7 @@ class GAPWrapper(Optimizer):
     def _perturb(self, params: list[Tensor], g1: list[Tensor], eps: float) -> None:
         assert self.grad_norm is not None
         for p in params:
-            if p not in self._copies or self._copies[p].dtype != p.dtype or self._copies[p].device != p.device:
+            if p not in self._copies or not _alike(p, self._copies[p]):
                 self._copies[p] = torch.empty_like(p)
         multi_tensor.backup(params, [self._copies[p] for p in params], self.foreach)
         self._moved += params
@@ -295,6 +299,24 @@ class GAPWrapper(Optimizer):
         aside = self._aside
         self._forget()
         self._aside = aside
+
+    def _combine_gradients(self) -> None:
+        """`.grad` = g1 + alpha * g2, and what was set aside."""
+        if self._watch is None or not self._watch.has_accumulated():
+            raise RuntimeError(
+                "no gradient was computed between first_step() and second_step(): run the same loss's forward and "
+                "backward at the perturbed parameters."
+            )
+        g1 = self._g1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["gap_alpha"] == 0:
+                    p.grad = g1.get(p)
+                elif p in g1 and p.grad is not g1[p]:
+                    p.grad = _sum_of_replaced(g1[p], p.grad)
+        self._scale_accumulated(lambda alpha: alpha)
+        for p, gradient in self._aside.items():
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
 
     def _scale_accumulated(self, factor: Callable[[float], float]) -> None:
         """Fold alpha into the sum that autograd makes: alpha * (g1 / alpha + g2)."""
@@ -323,11 +345,13 @@ class _Watch:
     def __init__(self, g1: dict[Tensor, Tensor]) -> None:
         self.g1 = g1
         self.versions = {p: gradient._version for p, gradient in g1.items()}
-        self.sample = next(iter(g1))
+        self.sample = next(p for p in g1 if p.requires_grad)
         self.seen_backward = False
         self.hook = self.sample.register_hook(self._before_accumulation)
 
     def _before_accumulation(self, _: Tensor) -> None:
+        if torch.is_grad_enabled():  # autograd replaces g1 instead of adding to it
+            raise RuntimeError(f"g2 {_CREATE_GRAPH}")
         if not self.seen_backward and self.sample.grad is self.g1[self.sample] and self._written(self.sample):
             raise RuntimeError(
                 "g1 was overwritten between first_step() and the perturbed backward, as zero_grad(set_to_none=False) "
@@ -353,15 +377,17 @@ def _sum_of_replaced(g1: Tensor, g2: Tensor | None) -> Tensor:
     if g2 is None:
         return g1
     if g2.requires_grad:
-        raise RuntimeError(
-            "the perturbed backward ran with create_graph=True, whose gradients GAP can't accumulate: leave it out."
-        )
-    if g2.data_ptr() == g1.data_ptr():
+        raise RuntimeError(f"g2 {_CREATE_GRAPH}")
+    if g2.data_ptr() == g1.data_ptr() != 0:  # 0: no elements
         raise RuntimeError(
             "g2 was written over g1: the gradients were set to None between first_step() and second_step() while "
             "something else owns their memory (DDP with gradient_as_bucket_view=True). Leave that zero_grad() out."
         )
     return g1.add_(g2)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 def _drop_gradients(params: list[Tensor]) -> None:
@@ -370,7 +396,7 @@ def _drop_gradients(params: list[Tensor]) -> None:
 
 
 def _check_first_gradients(g1: dict[Tensor, Tensor]) -> None:
-    if not g1:
+    if not any(p.requires_grad for p in g1):
         raise RuntimeError(
             "first_step() found no gradient: call backward() on the consistency loss before it, on a model whose "
             "parameters this optimizer holds."
@@ -379,7 +405,7 @@ def _check_first_gradients(g1: dict[Tensor, Tensor]) -> None:
         if gradient.layout != torch.strided:
             raise RuntimeError(f"first_step() can't take the sparse gradient of a parameter of shape {tuple(p.shape)}.")
         if gradient.requires_grad:
-            raise RuntimeError("g1 was computed with create_graph=True, which GAP can't accumulate: leave it out.")
+            raise RuntimeError(f"g1 {_CREATE_GRAPH}")
 
 
 def _check_base(base: object) -> None:

@@ -1,7 +1,10 @@
 """What a run is made of, in one frozen record, and the presets."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from .errors import InputError
 
 Method = Literal["supervised", "fixmatch", "gapmatch"]
 METHODS: tuple[Method, ...] = ("supervised", "fixmatch", "gapmatch")
@@ -50,6 +53,16 @@ class Recipe:
     # bookkeeping
     validate_every: int = 500
     log_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "size", "labelled_batch", "unlabelled_batch", "validate_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("lr", "eps", "alpha"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise InputError(f"{name} must be finite and not negative, not {getattr(self, name)}.")
+        if not 0 <= self.tau <= 1:
+            raise InputError(f"tau must be between 0 and 1, not {self.tau}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON and checkpoints."""

@@ -1,0 +1,30 @@
+"""A tiny phantom and recipe that several tests share."""
+
+from pathlib import Path
+
+import pytest
+from segmentation.phantom import write_phantom
+from segmentation.recipe import Recipe
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("phantom")
+    write_phantom(root, train_patients=3, val_patients=1, test_patients=1, slices=2, size=32)
+    return root
+
+
+@pytest.fixture
+def tiny_recipe() -> Recipe:
+    return Recipe(
+        size=32,
+        width=2,
+        labelled_batch=3,
+        unlabelled_batch=3,
+        iterations=6,
+        validate_every=2,
+        log_every=1,
+        tau=0.3,
+        average_decay=0.5,
+        statistics_slices=4,
+    )

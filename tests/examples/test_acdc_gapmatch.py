@@ -1,0 +1,201 @@
+"""The main job from its command line: end to end on a tiny phantom, and every bad input by name."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import acdc_gapmatch
+import h5py
+import numpy as np
+import pytest
+import torch
+from segmentation import recipe as recipes
+
+TINY = {
+    "size": 32,
+    "width": 2,
+    "iterations": 4,
+    "labelled_batch": 2,
+    "unlabelled_batch": 2,
+    "validate_every": 2,
+    "log_every": 1,
+    "statistics_slices": 4,
+    "average_decay": 0.5,
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recipes.PRESETS, "cpu", TINY)
+
+
+@pytest.fixture
+def data(tiny_data: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    copy = tmp_path / "data"
+    subprocess.run(["cp", "-r", str(tiny_data), str(copy)], check=True)
+    return copy
+
+
+def _run(data: Path | str, out: Path, *more: str) -> int:
+    arguments = ["--data", str(data), "--patients", "1", "--device", "cpu", "--preset", "cpu", "--out", str(out)]
+    return acdc_gapmatch.main([*arguments, *more])
+
+
+def test_end_to_end(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert _run(data, out, "--method", "supervised", "fixmatch", "gapmatch") == 0
+    printed = capsys.readouterr().out
+    for label in ("Supervised", "FixMatch", "GapMatch"):
+        assert label in printed
+    for name in ("predictions.png", "curves.png", "table.md"):
+        assert (out / name).stat().st_size > 100
+    for method in ("supervised", "fixmatch", "gapmatch"):
+        result = json.loads((out / method / "result.json").read_text())
+        assert 0 <= result["test"]["dice"] <= 100
+        assert result["recipe"]["method"] == method
+        assert len((out / method / "train.csv").read_text().splitlines()) == 5
+        assert list((out / method / "tensorboard").iterdir())
+
+
+def test_resume_repeats_a_finished_job_without_training(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(data, tmp_path / "out") == 0
+    first = (tmp_path / "out" / "table.md").read_text()
+    assert _run(data, tmp_path / "out", "--resume") == 0
+    assert (tmp_path / "out" / "table.md").read_text() == first
+
+
+def test_knobs_reach_the_recipe(data: Path, tmp_path: Path) -> None:
+    knobs = ["--eps", "0.3", "--alpha", "0.7", "--tau", "0.8", "--iterations", "2", "--seed", "5"]
+    assert _run(data, tmp_path / "out", *knobs) == 0
+    recipe = json.loads((tmp_path / "out" / "gapmatch" / "result.json").read_text())["recipe"]
+    assert [recipe[k] for k in ("eps", "alpha", "tau", "iterations", "seed")] == [0.3, 0.7, 0.8, 2, 5]
+
+
+def _first_slice(data: Path) -> Path:
+    return data / "data" / "slices" / f"{(data / 'train_slices.list').read_text().split()[0]}.h5"
+
+
+def _rewrite(path: Path, **datasets: np.ndarray) -> None:
+    with h5py.File(path, "w") as file:
+        for key, value in datasets.items():
+            file[key] = value
+
+
+SPOILT = {
+    "no list": (lambda d: (d / "val.list").unlink(), "val.list"),
+    "empty list": (lambda d: (d / "test.list").write_text(""), "test.list"),
+    "malformed list": (lambda d: (d / "val.list").write_text("a b\n"), "val.list"),
+    "missing case": (lambda d: _first_slice(d).unlink(), "slice_1.h5"),
+    "no label": (lambda d: _rewrite(_first_slice(d), image=np.zeros((4, 4), "f4")), "label"),
+    "no image": (lambda d: _rewrite(_first_slice(d), label=np.zeros((4, 4), "u1")), "image"),
+    "shapes": (
+        lambda d: _rewrite(_first_slice(d), image=np.zeros((4, 4), "f4"), label=np.zeros((4, 5), "u1")),
+        "shape",
+    ),
+    "labels": (
+        lambda d: _rewrite(_first_slice(d), image=np.zeros((4, 4), "f4"), label=np.full((4, 4), 9, "u1")),
+        "labels",
+    ),
+    "NaN": (
+        lambda d: _rewrite(_first_slice(d), image=np.full((4, 4), np.nan, "f4"), label=np.zeros((4, 4), "u1")),
+        "NaN",
+    ),
+    "damaged": (lambda d: _first_slice(d).write_bytes(b"not h5"), "slice_1.h5"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_bad_data_is_one_line_before_any_training(
+    case: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, telling = SPOILT[case]
+    spoil(data)
+    assert _run(data, tmp_path / "out") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert telling in captured.err
+    assert "validation Dice" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "telling"),
+    [
+        (["--patients", "3"], "nothing unlabelled"),
+        (["--patients", "0"], "nothing"),
+        (["--device", "warp"], "warp"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--eps", "-1"], "eps"),
+        (["--alpha", "nan"], "alpha"),
+        (["--tau", "1.5"], "tau"),
+        (["--iterations", "0"], "iterations"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str], telling: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(data, tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert telling in error
+
+
+def test_a_path_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(tmp_path / "nowhere", tmp_path / "out") == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_written(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert _run(data, tmp_path / "file" / "out") == 2
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_an_old_run_is_not_overwritten(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(data, tmp_path / "out") == 0
+    assert _run(data, tmp_path / "out") == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_another_network(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _run(data, tmp_path / "out") == 0
+    monkeypatch.setitem(recipes.PRESETS, "cpu", {**TINY, "width": 4})
+    assert _run(data, tmp_path / "out", "--resume") == 2
+    assert "width" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out" / "gapmatch").mkdir(parents=True)
+    (tmp_path / "out" / "gapmatch" / "last.pt").write_bytes(b"damaged")
+    assert _run(data, tmp_path / "out", "--resume") == 2
+    assert "last.pt" in capsys.readouterr().err
+
+
+def test_without_data_it_makes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recipes.PRESETS, "phantom", TINY)
+    assert acdc_gapmatch.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
+    for method in ("fixmatch", "gapmatch"):
+        assert (tmp_path / method / "result.json").is_file()
+
+
+def test_it_runs_as_a_script() -> None:
+    script = Path(acdc_gapmatch.__file__)
+    helped = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    assert "--labeled" in helped.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("amp", ["bfloat16", "float16", "none"])
+def test_end_to_end_on_cuda(data: Path, tmp_path: Path, amp: str) -> None:
+    assert _run(data, tmp_path / "out", "--device", "cuda", "--amp", amp) == 0
