@@ -1,7 +1,7 @@
 """Norm, perturbation and restoration over lists of tensors.
 
 Three ways through the same arithmetic, as in `torch.optim`: one tensor after the other (`foreach=False`), the
-`_foreach_` operations, and, for the perturbation alone, torch's fused SGD kernel. None of them copies to the host.
+`_foreach_` operations, and, for the perturbation alone, torch's fused SGD kernel. None copies to the host.
 """
 
 from collections import defaultdict
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-# Squares of float32 numbers are themselves exact enough in float32 as long as their sum stays well inside its range.
+# Squares of float32 numbers are exact enough in float32 as long as their sum stays well inside its range.
 SAFE_NORM = (1e-15, 1e18)
 
 
@@ -31,7 +31,7 @@ def global_norm(tensors: Sequence[Tensor], foreach: bool = True) -> Tensor:
     """
     norms = []
     for (device, dtype), indices in _by_device_and_dtype(tensors).items():
-        group = [_as_real(tensors[i]) for i in indices]
+        group = [_as_real(tensors[i].resolve_conj()) for i in indices]
         norms.append(_tensor_norms(group, _wide(device, dtype), foreach))
     home = norms[0]
     total = torch.cat([n.to(home.device, _wide(home.device), non_blocking=True) for n in norms])
@@ -53,8 +53,8 @@ def perturb(
 ) -> None:
     """theta <- theta + eps * g / norm (Algorithm 1, line 7), in place.
 
-    Nothing moves where `norm` is zero or not finite, or so small that eps / norm is not a finite float32. That
-    is decided on the device.
+    Nothing moves where `norm` is zero or not finite, or so small that eps / norm is not a finite float32.
+    That is decided on the device.
 
     Args:
         params: tensors of theta.
@@ -65,7 +65,7 @@ def perturb(
     """
     for (device, dtype), indices in _by_device_and_dtype(params).items():
         group = [_as_real(params[i]) for i in indices]
-        group_grads = [_as_real(grads[i]) for i in indices]
+        group_grads = [_as_real(grads[i].resolve_conj()) for i in indices]
         scale = (eps / norm.to(device, non_blocking=True)).to(_wide_arithmetic(dtype))
         moves = (scale > 0) & torch.isfinite(scale.float())
         if foreach and _fusable(group, group_grads):
@@ -73,14 +73,15 @@ def perturb(
         else:
             for param, grad in zip(group, group_grads, strict=True):
                 # `where`, not scale = 0: a gradient with inf or NaN in it times zero is still NaN.
-                # Widened first: float16 * 0-dim float32 is computed in float16, where `scale` may overflow.
+                # Widened first: CUDA would cast a 0-dim `scale` to float16, where it may overflow.
                 param.add_(torch.where(moves, grad.to(scale.dtype) * scale, 0.0))
 
 
 def scale_(tensors: Sequence[Tensor], factor: float, foreach: bool = True) -> None:
     """Multiply every tensor by `factor` in place."""
     for indices in _by_device_and_dtype(tensors).values():
-        group = [tensors[i] for i in indices]
+        # a real factor does not mind conjugation, of which `_foreach_mul_` will not hear
+        group = [tensors[i].conj() if tensors[i].is_conj() else tensors[i] for i in indices]
         if foreach:
             torch._foreach_mul_(group, factor)
         else:
@@ -89,8 +90,8 @@ def scale_(tensors: Sequence[Tensor], factor: float, foreach: bool = True) -> No
 
 
 def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor, moves: Tensor) -> None:
-    # theta + scale * g is an ascending SGD step with learning rate `scale`. torch's fused kernel for it makes one
-    # pass without a temporary, reads the rate from the device, and does nothing where found_inf is 1.
+    # theta + scale * g is an ascending SGD step with learning rate `scale`. torch's fused kernel for it makes
+    # one pass without a temporary, reads the rate from the device, and does nothing where found_inf is 1.
     torch._fused_sgd_(
         params,
         grads,
@@ -104,8 +105,8 @@ def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor, mov
         is_first_step=False,
         found_inf=(~moves).float(),
     )
-    # The kernel does not tell autograd. Without this, a backward through a graph that was built at theta would
-    # quietly use the weights of theta*.
+    # The kernel does not tell autograd. Without this, a backward through a graph that was built at theta
+    # would quietly use the weights of theta*.
     for param in params:
         torch.autograd.graph.increment_version(param)
 
@@ -135,7 +136,7 @@ def _dense(tensor: Tensor) -> bool:
 
 def _tensor_norms(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> Tensor:
     if foreach:
-        # On the CPU a wider accumulator costs a copy of every tensor, while a look at the result costs nothing.
+        # On the CPU a wider accumulator costs a copy of every tensor, a look at the result costs nothing.
         if tensors[0].device.type == "cpu" and tensors[0].dtype == torch.float32:
             norms = torch.stack(torch._foreach_norm(tensors, 2.0))
             if SAFE_NORM[0] < norms.min() and norms.max() < SAFE_NORM[1]:
@@ -170,5 +171,4 @@ def _wide_arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def _as_real(tensor: Tensor) -> Tensor:
-    # autograd hands out gradients that are only marked as conjugate
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,6 +1,6 @@
 """Algorithm 1 of the paper in the plainest Python: what every fast path is held against.
 
-It knows neither optimizers nor `.grad`: parameters and two losses go in, the gradient to update with comes out.
+It knows neither optimizers nor `.grad`: parameters and two losses go in, the gradient for the update out.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ def _gradient(loss: Loss, theta: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:
-    squares = [gradient.abs().double().square().sum().item() for gradient in gradients if gradient is not None]
+    squares = [g.abs().double().square().sum().item() for g in gradients if g is not None]
     return sum(squares) ** 0.5
 
 

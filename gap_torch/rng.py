@@ -37,7 +37,7 @@ class RNGState:
 
 @contextmanager
 def replayed(state: RNGState) -> Iterator[None]:
-    """Within the context the default generators start from `state`; after it they are as they were before it."""
+    """Within the context the default generators start from `state`; after it they are as before."""
     with torch.random.fork_rng(devices=list(state.accelerators)):
         torch.set_rng_state(state.cpu)
         for index, accelerator in state.accelerators.items():

@@ -23,9 +23,23 @@ from . import multi_tensor
 from .batchnorm import frozen_running_stats
 from .rng import RNGState, replayed
 
-
-_SET_BY_GRAD_SCALER = ("grad_scale", "found_inf")
 _CREATE_GRAPH = "was computed with create_graph=True, whose gradients GAP can't accumulate: leave it out."
+
+
+class _OnBase:
+    """An attribute that is set on, read from and deleted from the base optimizer."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, wrapper: "GAPWrapper", owner: type) -> Any:
+        return getattr(wrapper.base_optimizer, self.name)
+
+    def __set__(self, wrapper: "GAPWrapper", value: Any) -> None:
+        setattr(wrapper.base_optimizer, self.name, value)
+
+    def __delete__(self, wrapper: "GAPWrapper") -> None:
+        delattr(wrapper.base_optimizer, self.name)
 
 
 class GAPWrapper(Optimizer):
@@ -34,17 +48,17 @@ class GAPWrapper(Optimizer):
     It shares `param_groups`, `state`, `defaults` and the step hooks with the base, so that schedulers,
     `GradScaler` and checkpoints meet what they would meet there. Groups may override the two knobs under
     the keys `"gap_eps"` and `"gap_alpha"` (plain `eps` and `alpha` are taken by Adam and RMSprop), and those
-    may be changed at any time, as a learning rate may.
+    may be changed between steps, as a learning rate may.
 
-    Between `first_step` and `second_step` the gradients of the perturbed pass accumulate into `.grad` on top of
-    g1, so the extra memory is one copy of the parameters, kept from step to step. `zero_grad` is not needed there;
-    the wrapper's own does nothing, `model.zero_grad()` is noticed and does no harm, and a zeroing in place
-    (`set_to_none=False`) is an error.
+    Between `first_step` and `second_step` the gradients of the perturbed pass accumulate into `.grad` on top
+    of g1, so the extra memory is one copy of the parameters, kept from step to step. `zero_grad` is not
+    needed there; the wrapper's own does nothing, `model.zero_grad()` is noticed and does no harm, and a
+    zeroing in place (`set_to_none=False`) is an error.
 
     Args:
         base_optimizer: an instance of any `torch.optim.Optimizer` but LBFGS.
-        eps: radius of the perturbation in the units of the parameters (>= 0, Algorithm 1, line 7). A group with
-            0 stays where it is, though its gradient still counts in ||g1||.
+        eps: radius of the perturbation in the units of the parameters (>= 0, Algorithm 1, line 7). A group
+            with 0 stays where it is, though its gradient still counts in ||g1||.
         alpha: weight of g2 (>= 0, line 9).
         foreach: multi-tensor operations (default) or, if False, one tensor after the other.
 
@@ -52,6 +66,13 @@ class GAPWrapper(Optimizer):
         TypeError: `base_optimizer` is a class, no optimizer, a GAPWrapper, or an LBFGS.
         ValueError: `eps` or `alpha` is negative or not finite.
     """
+
+    # the step in progress, see `_forget`
+    _perturbed: bool
+    _moved: list[Tensor]
+    _g1: dict[Tensor, Tensor]
+    _aside: dict[Tensor, Tensor]
+    _watch: "_Watch | None"
 
     def __init__(
         self, base_optimizer: Optimizer, eps: float = 0.1, alpha: float = 1.0, *, foreach: bool = True
@@ -74,10 +95,12 @@ class GAPWrapper(Optimizer):
     def first_step(self) -> None:
         """theta -> theta* = theta + eps * g1 / ||g1|| (Algorithm 1, lines 6-7), with g1 in `.grad`.
 
-        Where ||g1|| is zero or not finite the parameters stay as they are; the host does not wait to find out.
+        Where ||g1|| is zero or not finite the parameters stay as they are; the host does not wait to find
+        out.
 
         Raises:
-            RuntimeError: called twice, no parameter has a gradient, or a gradient is sparse or a graph of its own.
+            RuntimeError: called twice, no parameter has a gradient, or a gradient is sparse or a graph of its
+                own.
         """
         self._forbid_while_perturbed("first_step() a second time")
         g1 = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
@@ -90,6 +113,7 @@ class GAPWrapper(Optimizer):
             params = [p for p in group["params"] if p in g1]
             if params and group["gap_eps"] > 0:
                 self._perturb(params, [g1[p] for p in params], group["gap_eps"])
+        torch.clear_autocast_cache()  # a region around both passes would go on with its copies of theta
         self._g1 = g1
         self._scale_accumulated(lambda alpha: 1 / alpha)
         for group in self.param_groups:
@@ -104,11 +128,13 @@ class GAPWrapper(Optimizer):
         A gradient that was set aside (`set_aside`) is added.
 
         Raises:
-            RuntimeError: no `first_step` before it, or no usable gradient at theta*. Then theta is restored all the
-                same, and all gradients are dropped.
+            RuntimeError: no `first_step` before it, or no usable gradient at theta*. Then theta is restored
+                all the same, and all gradients are dropped.
         """
         if not self._perturbed:
-            raise RuntimeError("second_step() without first_step(): call first_step() after the backward of g1.")
+            raise RuntimeError(
+                "second_step() without first_step(): call first_step() after the backward of g1."
+            )
         try:
             self._combine_gradients()
         except BaseException:
@@ -121,8 +147,8 @@ class GAPWrapper(Optimizer):
     def perturbed(self, model: nn.Module | None = None, *, rng: RNGState | None = None) -> Iterator[None]:
         """`first_step` on entry, `second_step` on exit; the pass of g2 belongs inside.
 
-        If the pass raises, the parameters are restored, all gradients are dropped (they are half a sum), and the
-        exception goes on its way.
+        If the pass raises, the parameters are restored, all gradients are dropped (they are half a sum), and
+        the exception goes on its way.
 
         Args:
             model: hold its batch-norm running statistics still inside (see `frozen_running_stats`).
@@ -146,8 +172,8 @@ class GAPWrapper(Optimizer):
     def set_aside(self) -> Iterator[None]:
         """Gradients computed inside stay out of g1; `second_step` adds them to the sum.
 
-        For code whose labelled and unlabelled losses share one forward pass: the labelled backward has to come
-        before the parameters move. Costs one copy of the gradients until `second_step`.
+        For code whose labelled and unlabelled losses share one forward pass: the labelled backward has to
+        come before the parameters move. Costs one copy of the gradients until `second_step`.
 
             with optimizer.set_aside():
                 labelled_loss.backward(retain_graph=True)
@@ -170,7 +196,7 @@ class GAPWrapper(Optimizer):
             for p in params:
                 p.grad = before[p]
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """The base optimizer's update with whatever is in `.grad` (line 13).
 
         Raises:
@@ -179,13 +205,13 @@ class GAPWrapper(Optimizer):
         self._forbid_while_perturbed("step()")
         if self._aside:
             raise RuntimeError(
-                "step() would lose the gradients that were set aside: they return at second_step(), so run the "
-                "perturbed pass first, or leave set_aside() out of a step without GAP."
+                "step() would lose the gradients that were set aside: they return at second_step(), so run "
+                "the perturbed pass first, or leave set_aside() out of a step without GAP."
             )
         return self.base_optimizer.step(closure) if closure is not None else self.base_optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the base optimizer's. While perturbed it does nothing: `.grad` holds g1, which is still needed."""
+        """As the base optimizer's. While perturbed it does nothing: `.grad` holds g1, still needed."""
         if not self._perturbed:
             self._aside = {}
             self.base_optimizer.zero_grad(set_to_none)
@@ -193,7 +219,7 @@ class GAPWrapper(Optimizer):
     # ------------------------------------------------------------------ what makes it an Optimizer
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's own list."""
         return self.base_optimizer.param_groups
 
@@ -203,7 +229,7 @@ class GAPWrapper(Optimizer):
         self._fill_in_knobs()
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base optimizer's own state."""
         return self.base_optimizer.state
 
@@ -245,12 +271,9 @@ class GAPWrapper(Optimizer):
             raise AttributeError(name)
         return getattr(self.base_optimizer, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A GradScaler leaves its scale and verdict where a fused optimizer's own step looks for them: on the base.
-        object.__setattr__(self.base_optimizer if name in _SET_BY_GRAD_SCALER else self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        object.__delattr__(self.base_optimizer if name in _SET_BY_GRAD_SCALER else self, name)
+    # What a GradScaler sets before `step` and deletes after it. The step of a fused base looks for it there.
+    grad_scale = _OnBase()
+    found_inf = _OnBase()
 
     def __getstate__(self) -> dict[str, Any]:
         self._forbid_while_perturbed("copying or pickling")
@@ -271,10 +294,10 @@ class GAPWrapper(Optimizer):
 
     def _forget(self) -> None:
         self._perturbed = False
-        self._moved: list[Tensor] = []
-        self._g1: dict[Tensor, Tensor] = {}
-        self._aside: dict[Tensor, Tensor] = {}
-        self._watch: _Watch | None = None
+        self._moved = []
+        self._g1 = {}
+        self._aside = {}
+        self._watch = None
 
     def _forbid_while_perturbed(self, action: str) -> None:
         if self._perturbed:
@@ -294,6 +317,7 @@ class GAPWrapper(Optimizer):
 
     def _restore(self) -> None:
         multi_tensor.restore(self._moved, [self._copies[p] for p in self._moved], self.foreach)
+        torch.clear_autocast_cache()
         if self._watch is not None:
             self._watch.stop()
         aside = self._aside
@@ -304,8 +328,8 @@ class GAPWrapper(Optimizer):
         """`.grad` = g1 + alpha * g2, and what was set aside."""
         if self._watch is None or not self._watch.has_accumulated():
             raise RuntimeError(
-                "no gradient was computed between first_step() and second_step(): run the same loss's forward and "
-                "backward at the perturbed parameters."
+                "no gradient was computed between first_step() and second_step(): run the same loss again, "
+                "forward and backward, at the perturbed parameters."
             )
         g1 = self._g1
         for group in self.param_groups:
@@ -354,8 +378,9 @@ class _Watch:
             raise RuntimeError(f"g2 {_CREATE_GRAPH}")
         if not self.seen_backward and self.sample.grad is self.g1[self.sample] and self._written(self.sample):
             raise RuntimeError(
-                "g1 was overwritten between first_step() and the perturbed backward, as zero_grad(set_to_none=False) "
-                "does. No zeroing is needed there: remove it, or let it set the gradients to None."
+                "g1 was overwritten between first_step() and the perturbed backward, as "
+                "zero_grad(set_to_none=False) does. No zeroing is needed there: remove it, or let it set the "
+                "gradients to None."
             )
         self.seen_backward = True
 
@@ -380,8 +405,9 @@ def _sum_of_replaced(g1: Tensor, g2: Tensor | None) -> Tensor:
         raise RuntimeError(f"g2 {_CREATE_GRAPH}")
     if g2.data_ptr() == g1.data_ptr() != 0:  # 0: no elements
         raise RuntimeError(
-            "g2 was written over g1: the gradients were set to None between first_step() and second_step() while "
-            "something else owns their memory (DDP with gradient_as_bucket_view=True). Leave that zero_grad() out."
+            "g2 was written over g1: the gradients were set to None between first_step() and second_step() "
+            "while something else owns their memory (DDP with gradient_as_bucket_view=True). Leave that "
+            "zero_grad() out."
         )
     return g1.add_(g2)
 
@@ -398,27 +424,31 @@ def _drop_gradients(params: list[Tensor]) -> None:
 def _check_first_gradients(g1: dict[Tensor, Tensor]) -> None:
     if not any(p.requires_grad for p in g1):
         raise RuntimeError(
-            "first_step() found no gradient: call backward() on the consistency loss before it, on a model whose "
-            "parameters this optimizer holds."
+            "first_step() found no gradient: call backward() on the consistency loss before it, on a model "
+            "whose parameters this optimizer holds."
         )
     for p, gradient in g1.items():
         if gradient.layout != torch.strided:
-            raise RuntimeError(f"first_step() can't take the sparse gradient of a parameter of shape {tuple(p.shape)}.")
+            raise RuntimeError(
+                f"first_step() can't take the sparse gradient of a parameter of shape {tuple(p.shape)}."
+            )
         if gradient.requires_grad:
             raise RuntimeError(f"g1 {_CREATE_GRAPH}")
 
 
 def _check_base(base: object) -> None:
     if isinstance(base, type):
-        raise TypeError(f"base_optimizer must be an instance: GAPWrapper({base.__name__}(model.parameters(), ...)).")
+        raise TypeError(
+            f"base_optimizer must be an instance: GAPWrapper({base.__name__}(model.parameters(), ...))."
+        )
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, not {type(base).__name__}.")
     if isinstance(base, GAPWrapper):
         raise TypeError("base_optimizer is a GAPWrapper already: wrap the optimizer inside it once.")
     if isinstance(base, LBFGS):
         raise TypeError(
-            "LBFGS can't be wrapped: its step evaluates the loss at several points along a line and needs the plain "
-            "gradient of that loss at each, not one sum g1 + alpha * g2 + g_l."
+            "LBFGS can't be wrapped: its step evaluates the loss at several points along a line and needs "
+            "the plain gradient of that loss at each, not one sum g1 + alpha * g2 + g_l."
         )
 
 

@@ -41,8 +41,10 @@ class Recipe:
     tau: float = 0.95
     eps: float = 0.1
     alpha: float = 1.0
-    targets: Literal["eval", "train"] = "train"
+    targets: Literal["eval", "batch", "train"] = "batch"
     """The model's mode while it makes pseudo-labels (`gap_torch.consistency.FixMatch`)."""
+    unlabelled_loss: Literal["ce_dice", "dice"] = "ce_dice"
+    """R of equation 7: cross-entropy and Dice as in the paper, or Dice alone as in UniMatch."""
 
     # the weights that are scored
     average_decay: float = 0.0

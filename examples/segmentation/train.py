@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gap_torch import GAPWrapper
 from gap_torch.consistency import CutMix, FixMatch
-from gap_torch.losses import ce_dice_loss
+from gap_torch.losses import ce_dice_loss, dice_loss
 
 from . import checkpoint
 from .augment import Strong, Weak
@@ -28,6 +28,9 @@ from .evaluate import evaluate
 from .logs import RunLog
 from .networks import UNet
 from .recipe import Recipe
+
+
+UNLABELLED_LOSSES = {"ce_dice": ce_dice_loss, "dice": dice_loss}
 
 
 class Autocast(nn.Module):
@@ -77,7 +80,12 @@ class Trainer:
         self.average = averaged(self.model, recipe.average_decay)
         self.weak = Weak()
         self.method = FixMatch(
-            self.weak, Strong(), recipe.tau, cutmix=CutMix(), loss=ce_dice_loss, mode=recipe.targets
+            self.weak,
+            Strong(),
+            recipe.tau,
+            cutmix=CutMix(),
+            loss=UNLABELLED_LOSSES[recipe.unlabelled_loss],
+            mode=recipe.targets,
         )
 
     def step(self, iteration: int) -> dict[str, Tensor]:

@@ -6,16 +6,18 @@ With GAP around it (`GAPWrapper.perturbed`) it is GapMatch: `loss` at theta is e
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..losses import ce_dice_loss
 from .cutmix import CutMix
 
 Augmentation = Callable[[Tensor], Tensor]
 MaskedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Mode = Literal["eval", "batch", "train"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class FixMatch:
         tau: least confidence of a pseudo-label that counts (equation 5).
         cutmix: paste boxes between the strong views, their pseudo-labels and confidence with them; None for none.
         loss: R of equation 7, called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).
-        mode: the model's mode while it makes pseudo-labels. "eval": running statistics, no dropout. "train":
-            batch statistics and dropout, and the running statistics see the weak views (as in UniMatch).
+        mode: the model's mode while it makes pseudo-labels. "eval": running statistics, no dropout. "batch": no
+            dropout either, but batch norm takes its statistics from the weak views, and its running ones see them.
+            "train": as in training, with dropout too (as in UniMatch).
 
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown.
@@ -53,12 +56,12 @@ class FixMatch:
         tau: float = 0.95,
         cutmix: CutMix | None = None,
         loss: MaskedLoss = ce_dice_loss,
-        mode: Literal["eval", "train"] = "eval",
+        mode: Mode = "eval",
     ) -> None:
         if not 0 <= tau <= 1:
             raise ValueError(f"tau must be between 0 and 1, got {tau}.")
-        if mode not in ("eval", "train"):
-            raise ValueError(f"mode must be 'eval' or 'train', got {mode!r}.")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")
         self.weak, self.strong, self.tau, self.cutmix = weak, strong, tau, cutmix
         self.criterion, self.mode = loss, mode
 
@@ -66,7 +69,7 @@ class FixMatch:
     def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
         """Both views of `unlabelled` (B, C, *spatial) and the pseudo-labels (equations 4 and 5)."""
         weak = self.weak(unlabelled)
-        with _mode(model, training=self.mode == "train"):
+        with _in_mode(model, self.mode):
             probabilities = model(weak).float().softmax(dim=1)
         confidence, pseudo_label = probabilities.max(dim=1)
         confident = confidence >= self.tau
@@ -81,12 +84,16 @@ class FixMatch:
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """`model.train(training)` for a while; then every sub-module has its own mode again."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
+def _in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """`model` in `mode` for a while; then every sub-module has its own training flag again."""
+    before = {module: module.training for module in model.modules()}
+    model.train(mode == "train")
+    if mode == "batch":
+        for module, was_training in before.items():
+            if isinstance(module, _BatchNorm):
+                module.training = was_training  # a layer that the user froze stays frozen
     try:
         yield
     finally:
-        for module, was_training in before:
+        for module, was_training in before.items():
             module.training = was_training

@@ -4,7 +4,7 @@ import torch
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=CUDA)])
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=CUDA)])
 def device(request):
     return request.param
 

@@ -1,14 +1,16 @@
+# ruff: noqa: PT012 (blocks of several statements are what is tested)
 """Running statistics stay still while perturbed; everything else in the layers behaves as ever."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gap_torch import GAPWrapper, frozen_running_stats
 from torch import nn
+
+from gap_torch import GAPWrapper, frozen_running_stats
 
 
 class ByHand(nn.BatchNorm2d):
-    """Updates its buffers whatever `track_running_stats` says; the mean in place, the variance by assignment."""
+    """Updates its buffers whatever `track_running_stats` says: one in place, one by assignment."""
 
     def forward(self, x):
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))

@@ -79,17 +79,28 @@ def test_cutmix_pastes_targets_along() -> None:
     assert (views.pseudo_label != classes).any()
 
 
-@pytest.mark.parametrize(("mode", "training"), [("eval", False), ("train", True)])
-def test_the_mode_of_the_model_and_back(mode, training: bool) -> None:
+@pytest.mark.parametrize(
+    ("mode", "convolution", "batchnorm", "dropout"),
+    [("eval", False, False, False), ("batch", False, True, False), ("train", True, True, True)],
+)
+def test_the_mode_of_the_model_and_back(mode, convolution: bool, batchnorm: bool, dropout: bool) -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.5)).train()
-    model[2].eval()
     modes: list[list[bool]] = []
     model.register_forward_hook(lambda module, *_: modes.append([m.training for m in module]))
     before = model[1].running_mean.clone()
     FixMatch(_identity, _identity, mode=mode).prepare(model, torch.randn(4, 1, 5, 5))
-    assert modes == [[training] * 3]
-    assert [m.training for m in model] == [True, True, False]
-    assert torch.equal(before, model[1].running_mean) is not training
+    assert modes == [[convolution, batchnorm, dropout]]
+    assert [m.training for m in model] == [True, True, True]
+    assert torch.equal(before, model[1].running_mean) is not batchnorm
+
+
+def test_a_frozen_batch_norm_stays_frozen_in_batch_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3)).train()
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    FixMatch(_identity, _identity, mode="batch").prepare(model, torch.randn(4, 1, 5, 5))
+    assert torch.equal(before, model[1].running_mean)
+    assert [m.training for m in model] == [True, False]
 
 
 @pytest.mark.parametrize("bad", [{"tau": -0.1}, {"tau": 1.1}, {"mode": "test"}])

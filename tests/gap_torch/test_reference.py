@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gap_torch.reference import algorithm_1
 
 # L_unsup = 1/2 (2 a^2 + 3 b^2) at (a, b) = (1.5, 4/3): g1 = (3, 4), ||g1|| = 5.

@@ -1,9 +1,11 @@
+# ruff: noqa: PT012 (blocks of several statements are what is tested)
 """RNGState: the perturbed pass can see the dropout masks of the first one."""
 
 import pytest
 import torch
-from gap_torch import GAPWrapper, RNGState
 from torch import nn
+
+from gap_torch import GAPWrapper, RNGState
 
 
 @pytest.fixture

@@ -1,0 +1,246 @@
+# ruff: noqa: PT012 (blocks of several statements are what is tested)
+"""Whatever would train on a wrong gradient is an error that says what to do instead."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import LBFGS, SGD
+
+from gap_torch import GAPWrapper
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+@pytest.fixture
+def optimizer(model):
+    return GAPWrapper(SGD(model.parameters(), 0.1), eps=0.5, alpha=0.5)
+
+
+def loss(model):
+    return model(torch.ones(2, 4)).square().sum()
+
+
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---------------------------------------------------------------- construction
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: SGD, r"instance: GAPWrapper\(SGD\(model.parameters"),
+        (lambda p: p, "not list"),
+        (lambda p: None, "not NoneType"),
+        (lambda p: nn.Linear(1, 1), "not Linear"),
+        (lambda p: torch.optim.lr_scheduler.StepLR(SGD(p), 1), "not StepLR"),
+        (lambda p: GAPWrapper(SGD(p)), "a GAPWrapper already"),
+        (lambda p: LBFGS(p), "LBFGS can't be wrapped"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(model, make, message):
+    with pytest.raises(TypeError, match=message):
+        GAPWrapper(make(list(model.parameters())))
+
+
+@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
+@pytest.mark.parametrize("knob", ["eps", "alpha"])
+def test_knobs_must_be_finite_and_not_negative(model, knob, value):
+    match = f"{knob} must be finite and not negative, got {value}"
+    with pytest.raises(ValueError, match=match):
+        GAPWrapper(SGD(model.parameters()), **{knob: value})
+    group = {"params": list(model.parameters()), f"gap_{knob}": value}
+    with pytest.raises(ValueError, match=match):
+        GAPWrapper(SGD([group]))
+    optimizer = GAPWrapper(SGD(model.parameters()))
+    new = {"params": [nn.Parameter(torch.ones(1))], f"gap_{knob}": value}
+    with pytest.raises(ValueError, match=match):
+        optimizer.add_param_group(new)
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0][f"gap_{knob}"] = value
+    loss(model).backward()
+    before = values(model)
+    with pytest.raises(ValueError, match=match):
+        optimizer.first_step()
+    assert same(values(model), before)
+
+
+# ---------------------------------------------------------------- order of calls
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda o: o.first_step(),
+        lambda o: o.step(),
+        lambda o: o.state_dict(),
+        lambda o: o.load_state_dict({}),
+        lambda o: o.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+        lambda o: o.set_aside().__enter__(),
+        lambda o: o.perturbed().__enter__(),
+        copy.deepcopy,
+        pickle.dumps,
+    ],
+    ids=[
+        "first_step",
+        "step",
+        "state_dict",
+        "load_state_dict",
+        "add_param_group",
+        "set_aside",
+        "perturbed",
+        "deepcopy",
+        "pickle",
+    ],
+)
+def test_while_perturbed_only_the_way_back_is_open(model, optimizer, action):
+    before = values(model)
+    loss(model).backward()
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match=r"call second_step\(\) first"):
+        action(optimizer)
+    loss(model).backward()
+    optimizer.second_step()  # the refused action has broken nothing
+    assert same(values(model), before)
+    optimizer.step()
+
+
+def test_second_step_needs_a_first(model, optimizer):
+    loss(model).backward()
+    with pytest.raises(RuntimeError, match=r"call first_step\(\) after the backward of g1"):
+        optimizer.second_step()
+
+
+def test_first_step_needs_a_gradient(model, optimizer):
+    before = values(model)
+    with pytest.raises(RuntimeError, match=r"call backward\(\) on the consistency loss"):
+        optimizer.first_step()
+    for p in model.parameters():
+        p.requires_grad_(False).grad = torch.ones_like(p)
+    with (
+        pytest.raises(RuntimeError, match=r"call backward\(\) on the consistency loss"),
+        optimizer.perturbed(),
+    ):
+        pass
+    assert same(values(model), before)
+
+
+@pytest.mark.parametrize("zero", [lambda m: None, lambda m: m.zero_grad()], ids=["kept", "None"])
+def test_a_missing_second_backward_is_an_error(model, optimizer, zero):
+    before = values(model)
+    loss(model).backward()
+    with pytest.raises(RuntimeError, match="no gradient was computed between"), optimizer.perturbed(model):
+        zero(model)
+        loss(model)
+    assert same(values(model), before)
+    assert all(p.grad is None for p in model.parameters())  # nothing to step with by mistake
+
+
+def test_zeroing_g1_in_place_is_an_error(model, optimizer):
+    before = values(model)
+    loss(model).backward()
+    with pytest.raises(RuntimeError, match="g1 was overwritten"), optimizer.perturbed(model):
+        model.zero_grad(set_to_none=False)
+        loss(model).backward()
+    assert same(values(model), before)
+
+
+def test_step_would_lose_what_was_set_aside(model, optimizer):
+    with optimizer.set_aside():
+        loss(model).backward()
+    with pytest.raises(RuntimeError, match="would lose the gradients that were set aside"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+def test_set_aside_must_not_hold_the_perturbation(model, optimizer):
+    loss(model).backward()
+    with pytest.raises(RuntimeError, match="leaving set_aside"), optimizer.set_aside():
+        loss(model).backward()
+        optimizer.first_step()
+
+
+# ---------------------------------------------------------------- gradients that can't be accumulated
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("linear", [True, False], ids=["gradient without a graph", "gradient with a graph"])
+@pytest.mark.parametrize("zero", [True, False], ids=["zero_grad", "no zero_grad"])
+def test_create_graph_in_the_second_pass_is_an_error(linear, zero):
+    model = nn.Linear(4, 3)
+    optimizer = GAPWrapper(SGD(model.parameters(), 0.1))
+    before = values(model)
+
+    def value():
+        return model(torch.ones(2, 4)).sum() if linear else loss(model)
+
+    value().backward()
+    with pytest.raises(RuntimeError, match="create_graph=True"), optimizer.perturbed(model):
+        if zero:
+            model.zero_grad()
+        value().backward(create_graph=True)
+    assert same(values(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_create_graph_in_the_first_pass_is_an_error(model, optimizer):
+    loss(model).backward(create_graph=True)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        optimizer.first_step()
+
+
+def test_a_sparse_gradient_is_an_error():
+    embedding = nn.Embedding(7, 3, sparse=True)
+    optimizer = GAPWrapper(SGD(embedding.parameters(), 0.1))
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"sparse gradient of a parameter of shape \(7, 3\)"):
+        optimizer.first_step()
+
+
+@pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
+def test_a_graph_from_theta_must_not_run_backward_at_theta_star(model, foreach):
+    optimizer = GAPWrapper(SGD(model.parameters(), 0.1), foreach=foreach)
+    value = loss(model)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"), optimizer.perturbed(model):
+        value.backward()
+
+
+def test_a_group_that_the_wrapper_has_not_seen_gets_its_knobs(model, optimizer):
+    extra = nn.Linear(2, 2)
+    optimizer.base_optimizer.add_param_group({"params": extra.parameters()})
+    loss(model).backward()
+    with optimizer.perturbed():
+        loss(model).backward()
+    assert optimizer.param_groups[1]["gap_eps"] == 0.5
+
+
+# ---------------------------------------------------------------- the import
+
+
+def test_importing_gap_torch_needs_nothing_but_torch():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import gap_torch
+extras = {m.split(".")[0] for m in set(sys.modules) - before}
+extras -= {"gap_torch", "torch"} | set(sys.stdlib_module_names)
+assert not extras, extras
+for name in ("monai", "torchvision", "h5py", "scipy", "matplotlib", "nibabel", "rich"):
+    assert name not in sys.modules, name
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
