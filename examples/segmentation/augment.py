@@ -55,7 +55,8 @@ class Weak:
         return F.pad(rotation, (0, 1))
 
     def _grid(self, images: Tensor) -> Tensor:
-        return F.affine_grid(self.motions(len(images), images.device), list(images.shape), align_corners=False)
+        motions = self.motions(len(images), images.device).to(images.dtype)
+        return F.affine_grid(motions, list(images.shape), align_corners=False)
 
 
 class Strong:

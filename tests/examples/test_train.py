@@ -46,7 +46,7 @@ def _assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 
 
 def test_a_gapmatch_step_is_algorithm_1(slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = replace(tiny_recipe, alpha=0.5, eps=0.3, momentum=0.0, weight_decay=0.0, targets="eval")
+    recipe = replace(tiny_recipe, alpha=0.5, eps=0.3, tau=0.25, momentum=0.0, weight_decay=0.0, targets="eval")
     trainer = _trainer(recipe, slices)
     trainer.model.double()
     for layer in trainer.model.modules():
