@@ -17,7 +17,7 @@ from segmentation.data import patients_for_share
 from segmentation.errors import InputError
 from segmentation.job import Job, run
 from segmentation.phantom import write_phantom
-from segmentation.recipe import METHODS, PRESETS, Recipe
+from segmentation.recipe import METHODS, PRESETS, Method, Recipe
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
 
@@ -61,7 +61,7 @@ def job(arguments: argparse.Namespace) -> Job:
     knobs = {name: getattr(arguments, name) for name in ("eps", "alpha", "tau", "iterations")}
     knobs = {name: value for name, value in knobs.items() if value is not None}
     recipe = Recipe(seed=arguments.seed, **{**PRESETS[preset], **knobs})
-    methods = arguments.method or (("fixmatch", "gapmatch") if phantom else ("gapmatch",))
+    methods: Sequence[Method] = arguments.method or (("fixmatch", "gapmatch") if phantom else ("gapmatch",))
     patients = arguments.patients
     if patients is None:
         patients = 1 if phantom else patients_for_share(arguments.labeled)

@@ -48,9 +48,7 @@ def restore(params: Sequence[Tensor], copies: Sequence[Tensor], foreach: bool = 
     _copy(params, copies, foreach)
 
 
-def perturb(
-    params: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps: float, foreach: bool = True
-) -> None:
+def perturb(params: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps: float, foreach: bool = True) -> None:
     """theta <- theta + eps * g / norm (Algorithm 1, line 7), in place.
 
     Nothing moves where `norm` is zero or not finite, or so small that eps / norm is not a finite float32.
@@ -118,8 +116,7 @@ def _fusable(params: list[Tensor], grads: list[Tensor]) -> bool:
         and params[0].dtype in (torch.float32, torch.float16, torch.bfloat16)
         and all(type(p) in (Tensor, torch.nn.Parameter) for p in params)
         and all(
-            p.dtype == g.dtype and p.stride() == g.stride() and _dense(p)
-            for p, g in zip(params, grads, strict=True)
+            p.dtype == g.dtype and p.stride() == g.stride() and _dense(p) for p, g in zip(params, grads, strict=True)
         )
     )
 

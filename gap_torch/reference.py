@@ -42,9 +42,7 @@ def algorithm_1(
             if gradient is not None and 0 < norm < float("inf"):
                 parameter += radius * gradient / norm  # line 7
     g2 = _gradient(unsupervised, theta)  # line 8
-    g_u = [
-        _add(first, _times(weight, second)) for first, second, weight in zip(g1, g2, weights, strict=True)
-    ]  # line 9
+    g_u = [_add(first, _times(weight, second)) for first, second, weight in zip(g1, g2, weights, strict=True)]  # line 9
     with torch.no_grad():
         for parameter, value in zip(theta, saved, strict=True):
             parameter.copy_(value)  # line 10

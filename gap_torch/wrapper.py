@@ -132,9 +132,7 @@ class GAPWrapper(Optimizer):
                 all the same, and all gradients are dropped.
         """
         if not self._perturbed:
-            raise RuntimeError(
-                "second_step() without first_step(): call first_step() after the backward of g1."
-            )
+            raise RuntimeError("second_step() without first_step(): call first_step() after the backward of g1.")
         try:
             self._combine_gradients()
         except BaseException:
@@ -429,18 +427,14 @@ def _check_first_gradients(g1: dict[Tensor, Tensor]) -> None:
         )
     for p, gradient in g1.items():
         if gradient.layout != torch.strided:
-            raise RuntimeError(
-                f"first_step() can't take the sparse gradient of a parameter of shape {tuple(p.shape)}."
-            )
+            raise RuntimeError(f"first_step() can't take the sparse gradient of a parameter of shape {tuple(p.shape)}.")
         if gradient.requires_grad:
             raise RuntimeError(f"g1 {_CREATE_GRAPH}")
 
 
 def _check_base(base: object) -> None:
     if isinstance(base, type):
-        raise TypeError(
-            f"base_optimizer must be an instance: GAPWrapper({base.__name__}(model.parameters(), ...))."
-        )
+        raise TypeError(f"base_optimizer must be an instance: GAPWrapper({base.__name__}(model.parameters(), ...)).")
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, not {type(base).__name__}.")
     if isinstance(base, GAPWrapper):

@@ -123,14 +123,10 @@ def read_frame(path: Path) -> tuple[Image, Label]:
     """
     image, label = read_nifti(path), read_nifti(label_path(path))
     if image.ndim != 3 or image.shape != label.shape:
-        raise InputError(
-            f"{path}: shapes {image.shape} and {label.shape} of image and label; both must be (D, H, W)"
-        )
+        raise InputError(f"{path}: shapes {image.shape} and {label.shape} of image and label; both must be (D, H, W)")
     low, high = image.min(), image.max()
     if not (np.isfinite(high - low) and high > low):
-        raise InputError(
-            f"{path}: intensities from {low} to {high} cannot be scaled; unpack this patient again"
-        )
+        raise InputError(f"{path}: intensities from {low} to {high} cannot be scaled; unpack this patient again")
     if not np.isin(label, np.arange(NUM_CLASSES)).all():
         raise InputError(f"{label_path(path)}: labels outside 0 ... {NUM_CLASSES - 1}; is it an ACDC label?")
     return ((image - low) / (high - low)).astype(np.float32), label.astype(np.uint8)
@@ -141,9 +137,7 @@ def read_nifti(path: Path) -> np.ndarray:
     try:
         return nibabel.Nifti1Image.from_filename(path).get_fdata().T
     except _DAMAGE as error:  # by type: nibabel's texts run over several lines
-        raise InputError(
-            f"{path}: not a readable NIfTI file ({type(error).__name__}); unpack it again"
-        ) from None
+        raise InputError(f"{path}: not a readable NIfTI file ({type(error).__name__}); unpack it again") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

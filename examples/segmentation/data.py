@@ -92,9 +92,7 @@ def read_case(path: str | Path, num_classes: int) -> tuple[Image, Label]:
     image, label = _read_datasets(Path(path))
     image = image.astype(np.float32, copy=False)
     if image.shape != label.shape or image.size == 0:
-        raise InputError(
-            f"{path}: image {image.shape} and label {label.shape} must be of one shape, not empty"
-        )
+        raise InputError(f"{path}: image {image.shape} and label {label.shape} must be of one shape, not empty")
     if not np.isfinite(image).all():
         raise InputError(f"{path}: the image holds NaN or infinite values; convert this case again")
     if not np.isin(label, np.arange(num_classes)).all():

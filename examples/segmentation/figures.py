@@ -136,24 +136,16 @@ def _check_cases(cases: Sequence[Case], class_names: Sequence[str]) -> None:
     if not cases:
         raise InputError("cases: nothing to draw")
     if len(class_names) > len(CLASS_COLOURS):
-        raise InputError(
-            f"class_names: {len(class_names)} given, at most {len(CLASS_COLOURS)} can be told apart"
-        )
+        raise InputError(f"class_names: {len(class_names)} given, at most {len(CLASS_COLOURS)} can be told apart")
     for case in cases:
         if list(case.predictions) != list(cases[0].predictions):
             raise InputError(f"case {case.name!r}: its methods differ from those of the first case")
         arrays = [case.reference, *(array for pair in case.predictions.values() for array in pair)]
-        if (
-            case.image.ndim != 2
-            or case.image.size == 0
-            or any(array.shape != case.image.shape for array in arrays)
-        ):
+        if case.image.ndim != 2 or case.image.size == 0 or any(array.shape != case.image.shape for array in arrays):
             raise InputError(f"case {case.name!r}: image, labels and entropy must share one shape (H, W)")
         labels = [case.reference, *(labels for labels, _ in case.predictions.values())]
         if max(array.max() for array in labels) > len(class_names):
-            raise InputError(
-                f"case {case.name!r}: a label is above {len(class_names)}, the number of class names"
-            )
+            raise InputError(f"case {case.name!r}: a label is above {len(class_names)}, the number of class names")
 
 
 def _draw_case(row: np.ndarray, case: Case) -> None:
@@ -200,9 +192,7 @@ def _interval(positions: np.ndarray, side: int, limit: int) -> slice:
     return slice(start, min(start + side, limit))
 
 
-def _draw_mean(
-    axes: Axes, table: Mapping[str, np.ndarray], column: str, *, colour: str, linestyle: str = "-"
-) -> None:
+def _draw_mean(axes: Axes, table: Mapping[str, np.ndarray], column: str, *, colour: str, linestyle: str = "-") -> None:
     iteration, values = _points(table, column)
     if values.size:
         mean = uniform_filter1d(values, size=max(1, values.size // 50), mode="nearest")

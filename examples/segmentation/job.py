@@ -124,9 +124,7 @@ def _row(recipe: Recipe, progress: Progress, evaluation: Evaluation) -> Row:
     return Row(LABELS[recipe.method], evaluation, seconds, progress.best_iteration)
 
 
-def _report(
-    job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[Volume], folders: list[Path]
-) -> None:
+def _report(job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[Volume], folders: list[Path]) -> None:
     recipe = job.recipes[0]
     cases = [_case(volume, models, job, recipe) for volume in test[:: max(1, len(test) // PICTURED_CASES)]]
     save_predictions(job.out / "predictions.png", cases[:PICTURED_CASES], ACDC_CLASSES)

@@ -77,9 +77,7 @@ def _asd(predicted: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 def _one_hot(labels: np.ndarray, num_classes: int, name: str) -> torch.Tensor:
     """(D, H, W) integers -> (1, num_classes, D, H, W) booleans, as MONAI's metrics take them."""
     if labels.size == 0 or labels.dtype.kind not in "biu":
-        raise InputError(
-            f"{name}: needs integer labels and at least one voxel, not {labels.dtype} {labels.shape}"
-        )
+        raise InputError(f"{name}: needs integer labels and at least one voxel, not {labels.dtype} {labels.shape}")
     low, high = labels.min(), labels.max()
     if low < 0 or high >= num_classes:
         raise InputError(f"{name}: labels {low} .. {high} reach outside 0 .. {num_classes - 1}")

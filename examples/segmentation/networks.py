@@ -28,9 +28,7 @@ class UNet(nn.Module):
         super().__init__()
         channels = [width * 2**level for level in range(5)]
         inputs = [in_channels, *channels[:-1]]
-        self.encoder = nn.ModuleList(
-            ConvBlock(i, o, p) for i, o, p in zip(inputs, channels, dropout, strict=True)
-        )
+        self.encoder = nn.ModuleList(ConvBlock(i, o, p) for i, o, p in zip(inputs, channels, dropout, strict=True))
         deep_to_shallow = list(zip(channels[:0:-1], channels[-2::-1], strict=True))
         self.up = nn.ModuleList(Up(i, o) for i, o in deep_to_shallow)
         self.decoder = nn.ModuleList(ConvBlock(2 * o, o, 0.0) for _, o in deep_to_shallow)

@@ -43,9 +43,7 @@ def write_phantom(
     Raises InputError for a count below 1 or a size below 32.
     """
     if min(train_patients, val_patients, test_patients, slices) < 1 or size < 32 or seed < 0:
-        raise InputError(
-            "a phantom needs a patient in each split, a slice, a size of 32 and a seed of 0 or more"
-        )
+        raise InputError("a phantom needs a patient in each split, a slice, a size of 32 and a seed of 0 or more")
     root = Path(root)
     splits = ["train"] * train_patients + ["val"] * val_patients + ["test"] * test_patients
     lists: dict[str, list[str]] = {"train": [], "val": [], "test": [], "train_slices": []}
@@ -105,9 +103,7 @@ class _Heart:
     radius: Array  # the distance from that centre; the muscle lies from inner to outer
     inner: Array
     outer: Array
-    right: (
-        Array  # the distance from the right ventricle's centre, in its own radii; its wall ends at free_wall
-    )
+    right: Array  # the distance from the right ventricle's centre, in its own radii; its wall ends at free_wall
     free_wall: Array
 
     @property

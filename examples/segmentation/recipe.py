@@ -57,7 +57,14 @@ class Recipe:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "size", "labelled_batch", "unlabelled_batch", "validate_every", "log_every"):
+        for name in (
+            "iterations",
+            "size",
+            "labelled_batch",
+            "unlabelled_batch",
+            "validate_every",
+            "log_every",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("lr", "eps", "alpha"):

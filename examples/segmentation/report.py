@@ -88,9 +88,7 @@ def write_markdown(
     """
     header, *body = _cells(rows, class_names, paper_share)
     rule = [":--" if name in ("Method", "Note") else "--:" for name in header]
-    lines = [
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (header, rule, *body)
-    ]
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (header, rule, *body)]
     text = "\n".join([f"**{title}**", "", *lines, ""])
     _write_atomically(Path(path), text)
     return text
@@ -134,9 +132,7 @@ def _line(row: Row, class_names: Sequence[str]) -> list[str]:
     if missing:
         raise InputError(f"row {row.method!r}: no {', '.join(sorted(missing))} in its evaluation")
     if len(scores["class_dice"]) != len(class_names):
-        raise InputError(
-            f"row {row.method!r}: {len(scores['class_dice'])} classes, expected {len(class_names)}"
-        )
+        raise InputError(f"row {row.method!r}: {len(scores['class_dice'])} classes, expected {len(class_names)}")
     return [
         row.method,
         f"{scores['dice']:.1f}",

@@ -29,7 +29,6 @@ from .logs import RunLog
 from .networks import UNet
 from .recipe import Recipe
 
-
 UNLABELLED_LOSSES = {"ce_dice": ce_dice_loss, "dice": dice_loss}
 
 
@@ -60,7 +59,12 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, labelled: Slices, unlabelled: Slices, device: torch.device, amp: torch.dtype | None
+        self,
+        recipe: Recipe,
+        labelled: Slices,
+        unlabelled: Slices,
+        device: torch.device,
+        amp: torch.dtype | None,
     ) -> None:
         self.recipe, self.device = recipe, device
         self.images, self.labels = labelled.images.to(device), labelled.labels.to(device)
@@ -70,7 +74,7 @@ class Trainer:
 
         torch.manual_seed(recipe.seed)
         network = UNet(num_classes=recipe.num_classes, width=recipe.width)
-        self.model = Autocast(network.to(device, memory_format=torch.channels_last), amp)
+        self.model = Autocast(network.to(device).to(memory_format=torch.channels_last), amp)
         base = torch.optim.SGD(
             self.model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
@@ -123,10 +127,10 @@ class Trainer:
 
     def to_host(self, values: dict[str, Tensor]) -> dict[str, float]:
         """What `step` returned as numbers, ||g1|| without the scaler's factor; this waits for the device."""
-        numbers = {name: value.item() for name, value in values.items()}
+        numbers = {name: float(value) for name, value in values.items()}
         if "grad_norm" in numbers:
             numbers["grad_norm"] /= self.scaler.get_scale()
-        return {**numbers, "learning_rate": self.scheduler.get_last_lr()[0]}
+        return {**numbers, "learning_rate": float(self.scheduler.get_last_lr()[0])}
 
     def scored_model(self) -> nn.Module:
         """The weights to validate and to test, as the recipe says."""
@@ -217,9 +221,7 @@ def fit(trainer: Trainer, validation: list[Volume], folder: Path, resume: bool) 
     return Result(best, progress)
 
 
-def _train_until(
-    stop: int, trainer: Trainer, progress: Progress, log: RunLog, interrupted: Callable[[], bool]
-) -> None:
+def _train_until(stop: int, trainer: Trainer, progress: Progress, log: RunLog, interrupted: Callable[[], bool]) -> None:
     while progress.iteration < stop and not interrupted():
         started = time.perf_counter()
         values = trainer.step(progress.iteration)
@@ -229,9 +231,7 @@ def _train_until(
         progress.seconds += time.perf_counter() - started
 
 
-def _validate(
-    trainer: Trainer, validation: list[Volume], progress: Progress, log: RunLog, folder: Path
-) -> None:
+def _validate(trainer: Trainer, validation: list[Volume], progress: Progress, log: RunLog, folder: Path) -> None:
     recipe = trainer.recipe
     model = trainer.scored_model()
     dice = evaluate(
@@ -250,7 +250,11 @@ def _validate(
 
 
 def _save_last(path: Path, trainer: Trainer, progress: Progress) -> None:
-    content = {"recipe": trainer.recipe.to_dict(), "progress": asdict(progress), "state": trainer.state_dict()}
+    content = {
+        "recipe": trainer.recipe.to_dict(),
+        "progress": asdict(progress),
+        "state": trainer.state_dict(),
+    }
     checkpoint.save(path, content)
 
 

@@ -39,7 +39,18 @@ def data(tiny_data: Path, tmp_path: Path) -> Path:
 
 
 def _run(data: Path | str, out: Path, *more: str) -> int:
-    arguments = ["--data", str(data), "--patients", "1", "--device", "cpu", "--preset", "cpu", "--out", str(out)]
+    arguments = [
+        "--data",
+        str(data),
+        "--patients",
+        "1",
+        "--device",
+        "cpu",
+        "--preset",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     return acdc_gapmatch.main([*arguments, *more])
 
 
@@ -158,9 +169,7 @@ def test_an_output_folder_that_cannot_be_written(
     assert "can't be written" in capsys.readouterr().err
 
 
-def test_an_old_run_is_not_overwritten(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_old_run_is_not_overwritten(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(data, tmp_path / "out") == 0
     assert _run(data, tmp_path / "out") == 2
     assert "--resume" in capsys.readouterr().err

@@ -29,17 +29,11 @@ def write_nifti(path: Path, array: np.ndarray) -> None:
 def write_patient(root: Path, patient: str, ed: int = 1, es: int = 12) -> None:
     folder = root / patient
     folder.mkdir(parents=True)
-    (folder / "Info.cfg").write_text(
-        f"ED: {ed}\nES: {es}\nGroup: DCM\nHeight: 184.0\nNbFrame: 30\nWeight: 95.0\n"
-    )
+    (folder / "Info.cfg").write_text(f"ED: {ed}\nES: {es}\nGroup: DCM\nHeight: 184.0\nNbFrame: 30\nWeight: 95.0\n")
     rng = np.random.default_rng([int(patient[-3:]), ed])
     for frame in (ed, es):
-        write_nifti(
-            folder / f"{patient}_frame{frame:02d}.nii.gz", rng.integers(0, 900, SHAPE).astype(np.int16)
-        )
-        write_nifti(
-            folder / f"{patient}_frame{frame:02d}_gt.nii.gz", rng.integers(0, 4, SHAPE).astype(np.uint8)
-        )
+        write_nifti(folder / f"{patient}_frame{frame:02d}.nii.gz", rng.integers(0, 900, SHAPE).astype(np.int16))
+        write_nifti(folder / f"{patient}_frame{frame:02d}_gt.nii.gz", rng.integers(0, 4, SHAPE).astype(np.uint8))
     write_nifti(folder / f"{patient}_4d.nii.gz", np.zeros((*SHAPE, 2), np.int16))
 
 
@@ -55,9 +49,7 @@ def official(tmp_path):
 def lists(tmp_path):
     folder = tmp_path / "lists"
     for split, patients in {"train": (4, 1), "val": (2,), "test": (3,)}.items():
-        write_list(
-            folder / f"{split}.list", [f"patient{p:03d}_frame{f}" for p in patients for f in ("01", "02")]
-        )
+        write_list(folder / f"{split}.list", [f"patient{p:03d}_frame{f}" for p in patients for f in ("01", "02")])
     return folder
 
 
@@ -77,18 +69,14 @@ def test_given_lists_decide_split_and_order(official, lists, tmp_path):
     for split in ("train", "val", "test"):
         assert read_list(out / f"{split}.list") == read_list(lists / f"{split}.list")
     slices = read_list(out / "train_slices.list")
-    assert slices[:4] == [
-        f"patient004_frame{n}" for n in ("01_slice_1", "01_slice_2", "01_slice_3", "02_slice_1")
-    ]
+    assert slices[:4] == [f"patient004_frame{n}" for n in ("01_slice_1", "01_slice_2", "01_slice_3", "02_slice_1")]
     assert len(load_slices(out, slices, size=8)) == 2 * 2 * 3
     assert sorted(p.name for p in (out / "data").glob("*.h5")) == [
         f"patient{p}_frame{f}.h5" for p in ("002", "003") for f in ("01", "02")
     ]
 
 
-def test_the_second_frame_is_end_systole_with_reversed_axes_scaled_over_the_volume(
-    official, lists, frame, tmp_path
-):
+def test_the_second_frame_is_end_systole_with_reversed_axes_scaled_over_the_volume(official, lists, frame, tmp_path):
     convert(official, tmp_path / "out", lists)
     (volume,) = load_volumes(tmp_path / "out", ["patient002_frame02"])
     raw = nibabel.load(frame).get_fdata()
@@ -123,9 +111,7 @@ def test_a_root_without_the_training_level_will_do(official, lists, tmp_path):
 
 def test_without_lists_the_seed_splits_the_patients(official, tmp_path):
     convert(official, tmp_path / "out", seed=1)
-    splits = [
-        {n.split("_")[0] for n in read_list(tmp_path / "out" / f"{s}.list")} for s in ("train", "val", "test")
-    ]
+    splits = [{n.split("_")[0] for n in read_list(tmp_path / "out" / f"{s}.list")} for s in ("train", "val", "test")]
     assert [len(s) for s in splits] == [2, 1, 1]
     assert len(set().union(*splits)) == 4
 

@@ -44,9 +44,7 @@ def test_each_slice_is_resized_predicted_and_resized_back(shape):
     model = Threshold()
     prediction, entropy = predict_volume(model, image_of(labels), size, "cpu")
     expected = [
-        zoom(
-            zoom(x, (size / shape[1], size / shape[2]), order=0), (shape[1] / size, shape[2] / size), order=0
-        )
+        zoom(zoom(x, (size / shape[1], size / shape[2]), order=0), (shape[1] / size, shape[2] / size), order=0)
         for x in labels
     ]
     np.testing.assert_array_equal(prediction, np.stack(expected))

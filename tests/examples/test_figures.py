@@ -51,9 +51,7 @@ def test_pictures_are_cropped_around_the_reference(tmp_path, figures):
     given = case()
     save_predictions(tmp_path / "p.png", [given], CLASSES)
     image = figures[0].axes[0].images[0].get_array()
-    np.testing.assert_array_equal(
-        image, given.image[46:94, 16:64]
-    )  # 48 x 48 centred on rows 60-79, columns 30-49
+    np.testing.assert_array_equal(image, given.image[46:94, 16:64])  # 48 x 48 centred on rows 60-79, columns 30-49
     entropy = figures[0].axes[5].images[0]
     np.testing.assert_array_equal(entropy.get_array(), given.predictions["GapMatch"][1][46:94, 16:64])
     assert entropy.get_clim() == (0, 1)
@@ -62,9 +60,7 @@ def test_pictures_are_cropped_around_the_reference(tmp_path, figures):
 def test_each_overlay_shows_its_own_labels(tmp_path, figures):
     given = case()
     nothing = np.zeros_like(given.reference)
-    given = replace(
-        given, predictions={"empty": (nothing, given.image), "same": (given.reference, given.image)}
-    )
+    given = replace(given, predictions={"empty": (nothing, given.image), "same": (given.reference, given.image)})
     save_predictions(tmp_path / "p.png", [given], CLASSES)
     image, reference, empty, same = (ax.images for ax in figures[0].axes[:4])
     assert len(image) == 1

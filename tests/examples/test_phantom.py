@@ -18,9 +18,7 @@ def frames():
 
 def test_the_layout_is_acdc_s(tmp_path):
     write_phantom(tmp_path, train_patients=2, val_patients=1, test_patients=2, slices=3, size=48)
-    names = {
-        split: read_list(tmp_path / f"{split}.list") for split in ("train_slices", "train", "val", "test")
-    }
+    names = {split: read_list(tmp_path / f"{split}.list") for split in ("train_slices", "train", "val", "test")}
     assert names["train"] == [f"patient{p}_frame{f}" for p in ("001", "002") for f in ("01", "02")]
     assert names["val"] == ["patient003_frame01", "patient003_frame02"]
     assert names["test"] == [f"patient{p}_frame{f}" for p in ("004", "005") for f in ("01", "02")]

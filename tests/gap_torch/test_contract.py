@@ -106,9 +106,7 @@ def test_training_is_that_of_the_base_with_the_reference_gradient(name, device):
 
 
 def test_rmsprop_keeps_its_own_eps_and_alpha():
-    optimizer = GAPWrapper(
-        torch.optim.RMSprop([nn.Parameter(torch.ones(1))], alpha=0.9, eps=1e-6), EPS, ALPHA
-    )
+    optimizer = GAPWrapper(torch.optim.RMSprop([nn.Parameter(torch.ones(1))], alpha=0.9, eps=1e-6), EPS, ALPHA)
     (group,) = optimizer.param_groups
     assert (group["alpha"], group["eps"], group["gap_alpha"], group["gap_eps"]) == (0.9, 1e-6, ALPHA, EPS)
 
@@ -376,9 +374,7 @@ def test_model_and_optimizer_are_copied_together(trained, how):
     optimizer.foreach = False
     pair = (model, optimizer)
     other_model, other = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
-    assert [id(p) for g in other.param_groups for p in g["params"]] == [
-        id(p) for p in other_model.parameters()
-    ]
+    assert [id(p) for g in other.param_groups for p in g["params"]] == [id(p) for p in other_model.parameters()]
     assert (other.eps, other.alpha, other.foreach) == (optimizer.eps, optimizer.alpha, optimizer.foreach)
     assert_goes_on_alike(model, optimizer, other_model, other)
 

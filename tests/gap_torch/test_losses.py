@@ -22,9 +22,7 @@ def _problem(shape: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dice_is_monais_with_squared_denominator(shape: tuple[int, ...]) -> None:
     logits, target, _ = _problem(shape)
-    monai = DiceLoss(
-        softmax=True, to_onehot_y=True, squared_pred=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5
-    )
+    monai = DiceLoss(softmax=True, to_onehot_y=True, squared_pred=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5)
     torch.testing.assert_close(dice_loss(logits, target), monai(logits, target[:, None]))
 
 

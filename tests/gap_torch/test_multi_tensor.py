@@ -16,9 +16,7 @@ DTYPE = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
 def exact_norm(tensors):
-    flat = np.concatenate(
-        [torch.view_as_real(t.to(torch.complex128).resolve_conj()).numpy().ravel() for t in tensors]
-    )
+    flat = np.concatenate([torch.view_as_real(t.to(torch.complex128).resolve_conj()).numpy().ravel() for t in tensors])
     largest = np.abs(flat).max()
     return largest * np.linalg.norm(flat / largest) if largest else 0.0
 

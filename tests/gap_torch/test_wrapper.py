@@ -119,12 +119,8 @@ def build(network, groups="one group", eps=0.5, alpha=1.0, foreach=True, device=
         group |= {} if group_alpha is None else {"gap_alpha": group_alpha}
         group_list.append(group)
     optimizer = GAPWrapper(torch.optim.SGD(group_list, lr=0.1), eps, alpha, foreach=foreach)
-    radii = [
-        eps if knobs[i % len(knobs)][0] is None else knobs[i % len(knobs)][0] for i in range(len(params))
-    ]
-    weights = [
-        alpha if knobs[i % len(knobs)][1] is None else knobs[i % len(knobs)][1] for i in range(len(params))
-    ]
+    radii = [eps if knobs[i % len(knobs)][0] is None else knobs[i % len(knobs)][0] for i in range(len(params))]
+    weights = [alpha if knobs[i % len(knobs)][1] is None else knobs[i % len(knobs)][1] for i in range(len(params))]
 
     unlabelled, labelled = torch.randn(2, 6, 4, device=device, dtype=dtype)
 
@@ -157,8 +153,7 @@ def assert_same(actual, expected, **tolerance):
 
 def bits(model):
     return [
-        p.detach().contiguous().flatten().view(torch.uint8).tolist() if p.numel() else []
-        for p in model.parameters()
+        p.detach().contiguous().flatten().view(torch.uint8).tolist() if p.numel() else [] for p in model.parameters()
     ]
 
 
@@ -463,9 +458,7 @@ def test_micro_batches_are_one_large_batch(alpha, device):
     def loss(x):
         return model(x).square().sum()
 
-    expected = algorithm_1(
-        list(model.parameters()), lambda: loss(batch), lambda: loss(batch), eps=0.5, alpha=alpha
-    )
+    expected = algorithm_1(list(model.parameters()), lambda: loss(batch), lambda: loss(batch), eps=0.5, alpha=alpha)
     for x in batch.split(3):
         loss(x).backward()
     with optimizer.perturbed(model):
@@ -557,9 +550,7 @@ def test_extra_memory_is_one_copy_of_the_parameters_kept_from_step_to_step():
 @pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
 @pytest.mark.parametrize("groups", ["one group", "both"])
 def test_the_host_never_waits_for_the_device(groups, foreach):
-    model, optimizer, unsup, sup, *_ = build(
-        "mlp", groups, foreach=foreach, device="cuda", dtype=torch.float32
-    )
+    model, optimizer, unsup, sup, *_ = build("mlp", groups, foreach=foreach, device="cuda", dtype=torch.float32)
     gap_step(model, optimizer, unsup, sup)
     torch.cuda.set_sync_debug_mode("error")
     try:
