@@ -7,6 +7,7 @@ DIR holds ACDC in the community's h5 layout (`segmentation.convert_acdc` makes i
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import torch
 from segmentation.data import patients_for_share
-from segmentation.errors import InputError
-from segmentation.job import Job, run
+from segmentation.errors import InputError, UserError
+from segmentation.job import Job, OldRuns, run
 from segmentation.phantom import write_phantom
 from segmentation.recipe import METHODS, PRESETS, Method, Recipe
 
@@ -23,13 +24,13 @@ AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
     try:
-        run(job(arguments))
-    except InputError as error:
+        run(job(parse(argv)))
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="ACDC in the h5 layout; without it a phantom is made")
-    parser.add_argument("--labeled", type=int, choices=(1, 5, 10), default=1, help="labelled share in percent")
+    parser.add_argument("--labeled", type=int, choices=(1, 5, 10), help="labelled share in percent (default: 1)")
     parser.add_argument("--patients", type=int, help="labelled patients, instead of --labeled")
     parser.add_argument("--method", nargs="+", choices=METHODS, help="one or more, run in this order")
     parser.add_argument("--preset", choices=("paper", "cpu"), help="recipe (default: paper on a GPU, cpu else)")
@@ -46,17 +47,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tau", type=float, help="confidence threshold of the pseudo-labels")
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps or xpu (default: cuda if there is one)")
     parser.add_argument("--amp", choices=AMP, default="bfloat16", help="autocast dtype")
-    parser.add_argument("--out", type=Path, default=Path("runs/acdc"), help="folder for the results")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: runs/acdc, or runs/phantom)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     return parser.parse_args(argv)
 
 
 def job(arguments: argparse.Namespace) -> Job:
     """The job that the command line asks for. Raises InputError."""
+    _refuse_contradictions(arguments)
     device = usable_device(arguments.device)
     phantom = arguments.data is None
+    out = arguments.out or Path("runs/phantom" if phantom else "runs/acdc")
     preset = "phantom" if phantom else arguments.preset or ("cpu" if device.type == "cpu" else "paper")
     knobs = {name: getattr(arguments, name) for name in ("eps", "alpha", "tau", "iterations")}
     knobs = {name: value for name, value in knobs.items() if value is not None}
@@ -64,19 +67,38 @@ def job(arguments: argparse.Namespace) -> Job:
     methods: Sequence[Method] = arguments.method or (("fixmatch", "gapmatch") if phantom else ("gapmatch",))
     patients = arguments.patients
     if patients is None:
-        patients = 1 if phantom else patients_for_share(arguments.labeled)
+        patients = patients_for_share(arguments.labeled or 1)
     return Job(
-        data=_phantom(arguments.out / "phantom") if phantom else arguments.data,
+        data=_phantom(out / "phantom") if phantom else arguments.data,
         patients=patients,
         recipes=[replace(recipe, method=method) for method in methods],
         device=device,
         amp=AMP[arguments.amp],
-        out=arguments.out,
-        resume=arguments.resume,
+        out=out,
+        old_runs=_old_runs(arguments),
         title=f"{'Phantom' if phantom else 'ACDC'} test set, labelled patients: {patients}, preset {preset}, "
         f"seed {arguments.seed}",
-        paper_share=None if phantom or arguments.patients is not None else arguments.labeled,
+        paper_share=None if phantom or arguments.patients is not None else arguments.labeled or 1,
     )
+
+
+def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+    """Raise InputError for options that would have no effect."""
+    for option in ("labeled", "preset"):
+        if arguments.data is None and getattr(arguments, option) is not None:
+            raise InputError(f"--{option}: means nothing on the phantom; give --data, or leave it out.")
+    if arguments.labeled is not None and arguments.patients is not None:
+        raise InputError("--labeled and --patients: both say how much is labelled; give one of them.")
+    methods = arguments.method or []
+    if len(set(methods)) < len(methods):
+        raise InputError(f"--method {' '.join(methods)}: names a method twice.")
+
+
+def _old_runs(arguments: argparse.Namespace) -> OldRuns:
+    """The phantom's own default folder may be started anew; elsewhere may lie a day's work."""
+    if arguments.resume:
+        return "resume"
+    return "replace" if arguments.data is None and arguments.out is None else "refuse"
 
 
 def _phantom(root: Path) -> Path:
@@ -89,12 +111,15 @@ def _phantom(root: Path) -> Path:
 
 def usable_device(name: str | None) -> torch.device:
     """The device called `name`, or the best one here. Raises InputError if it can't be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps|xpu", name):
+        raise InputError(f"--device {name!r}: not one of cpu, cuda, cuda:0, cuda:1 ..., mps and xpu.")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}).") from None
+    except (RuntimeError, AssertionError):  # their texts run over several lines
+        raise InputError(f"--device {name}: there is none here that this PyTorch can use; try --device cpu.") from None
     return device
 
 

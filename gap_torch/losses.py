@@ -18,8 +18,8 @@ def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) ->
     Returns:
         0-dim tensor.
     """
-    losses = F.cross_entropy(_wide(logits), target, reduction="none")
-    return losses.mean() if mask is None else (losses * mask).mean()
+    losses = F.cross_entropy(wide(logits), target, reduction="none")
+    return losses.mean() if mask is None else torch.where(mask, losses, 0.0).mean()
 
 
 def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth: float = 1e-5) -> Tensor:
@@ -30,11 +30,11 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
 
     Args and result as for `cross_entropy`.
     """
-    probabilities = _wide(logits).softmax(dim=1)
+    probabilities = wide(logits).softmax(dim=1)
     classes = F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(probabilities)
     if mask is not None:
-        probabilities = probabilities * mask.unsqueeze(1)
-        classes = classes * mask.unsqueeze(1)
+        probabilities = torch.where(mask.unsqueeze(1), probabilities, 0.0)
+        classes = torch.where(mask.unsqueeze(1), classes, 0.0)
     over = [0, *range(2, logits.ndim)]
     intersection = (probabilities * classes).sum(over)
     total = (probabilities.square() + classes).sum(over)
@@ -49,5 +49,6 @@ def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> 
     return (cross_entropy(logits, target, mask) + dice_loss(logits, target, mask)) / 2
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """`logits` in float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()

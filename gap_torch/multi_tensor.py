@@ -6,12 +6,13 @@ Three ways through the same arithmetic, as in `torch.optim`: one tensor after th
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+FUSED_DEVICES = ("cpu", "cuda")
+# Summing more squares than this in float32 loses digits.
+CHUNK = 2**16
 # Squares of float32 numbers are exact enough in float32 as long as their sum stays well inside its range.
 SAFE_NORM = (1e-15, 1e18)
 
@@ -30,12 +31,11 @@ def global_norm(tensors: Sequence[Tensor], foreach: bool = True) -> Tensor:
         0-dim tensor on the first tensor's device; float64 where the device has it, else float32.
     """
     norms = []
-    for (device, dtype), indices in _by_device_and_dtype(tensors).items():
+    for (device, _), indices in _by_device_and_dtype(tensors).items():
         group = [_as_real(tensors[i].resolve_conj()) for i in indices]
-        norms.append(_tensor_norms(group, _wide(device, dtype), foreach))
-    home = norms[0]
-    total = torch.cat([n.to(home.device, _wide(home.device), non_blocking=True) for n in norms])
-    return torch.linalg.vector_norm(total)
+        norms.append(_tensor_norms(group, _wide(device), foreach))
+    home = tensors[0].device
+    return torch.linalg.vector_norm(torch.cat([_to(n.to(_wide(n.device)), home) for n in norms]))
 
 
 def backup(params: Sequence[Tensor], copies: Sequence[Tensor], foreach: bool = True) -> None:
@@ -62,14 +62,14 @@ def perturb(params: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps
         foreach: use the fused kernel where there is one for these tensors.
     """
     for (device, dtype), indices in _by_device_and_dtype(params).items():
-        group = [_as_real(params[i]) for i in indices]
-        group_grads = [_as_real(grads[i].resolve_conj()) for i in indices]
-        scale = (eps / norm.to(device, non_blocking=True)).to(_wide_arithmetic(dtype))
+        pairs = [(_as_real(params[i]), _in_order_of(params[i], grads[i])) for i in indices]
+        scale = (eps / _to(norm, device)).to(_wide_arithmetic(dtype))
         moves = (scale > 0) & torch.isfinite(scale.float())
-        if foreach and _fusable(group, group_grads):
-            _perturb_fused(group, group_grads, scale, moves)
-        else:
-            for param, grad in zip(group, group_grads, strict=True):
+        fusable = [pair for pair in pairs if foreach and _fusable(*pair)]
+        if fusable:
+            _perturb_fused([p for p, _ in fusable], [g for _, g in fusable], scale, moves)
+        for param, grad in pairs:
+            if not (foreach and _fusable(param, grad)):
                 # `where`, not scale = 0: a gradient with inf or NaN in it times zero is still NaN.
                 # Widened first: CUDA would cast a 0-dim `scale` to float16, where it may overflow.
                 param.add_(torch.where(moves, grad.to(scale.dtype) * scale, 0.0))
@@ -109,16 +109,26 @@ def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor, mov
         torch.autograd.graph.increment_version(param)
 
 
-def _fusable(params: list[Tensor], grads: list[Tensor]) -> bool:
+def _fusable(param: Tensor, grad: Tensor) -> bool:
     """Whether the fused kernel can take these: it walks memory, and reads its learning rate as float32."""
     return (
-        params[0].device.type in _get_fused_kernels_supported_devices()
-        and params[0].dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and all(type(p) in (Tensor, torch.nn.Parameter) for p in params)
-        and all(
-            p.dtype == g.dtype and p.stride() == g.stride() and _dense(p) for p, g in zip(params, grads, strict=True)
-        )
+        param.device.type in FUSED_DEVICES
+        and param.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and param.dtype == grad.dtype
+        and param.stride() == grad.stride()
+        and type(param) in (Tensor, torch.nn.Parameter)
+        and _dense(param)
     )
+
+
+def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
+    """`grad`, real, with `param`'s strides where the two differ only along dimensions of size 1.
+
+    Convolutions under channels_last give such gradients, whose memory is in the same order all the same.
+    """
+    param, grad = _as_real(param), _as_real(grad.resolve_conj())
+    same = all(p == g or size == 1 for p, g, size in zip(param.stride(), grad.stride(), param.shape, strict=True))
+    return grad.as_strided(param.shape, param.stride()) if same and grad.stride() != param.stride() else grad
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -132,14 +142,21 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def _tensor_norms(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> Tensor:
-    if foreach:
-        # On the CPU a wider accumulator costs a copy of every tensor, a look at the result costs nothing.
-        if tensors[0].device.type == "cpu" and tensors[0].dtype == torch.float32:
-            norms = torch.stack(torch._foreach_norm(tensors, 2.0))
-            if SAFE_NORM[0] < norms.min() and norms.max() < SAFE_NORM[1]:
-                return norms
-        return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
-    return torch.stack([torch.linalg.vector_norm(t, dtype=dtype) for t in tensors])
+    if not foreach:
+        return torch.stack([torch.linalg.vector_norm(t, dtype=dtype) for t in tensors])
+    # On the CPU a wider accumulator costs a copy of every tensor, a look at the result costs nothing.
+    if tensors[0].device.type == "cpu" and tensors[0].dtype == torch.float32:
+        norms = torch.stack(torch._foreach_norm([chunk for t in tensors for chunk in _chunks(t)], 2.0))
+        if SAFE_NORM[0] < norms.min() and norms.max() < SAFE_NORM[1]:
+            return norms
+    return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
+
+
+def _chunks(tensor: Tensor) -> Sequence[Tensor]:
+    if tensor.numel() <= CHUNK:
+        return [tensor]
+    flat = tensor.as_strided((tensor.numel(),), (1,)) if _dense(tensor) else tensor.reshape(-1)
+    return flat.split(CHUNK)
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor], foreach: bool) -> None:
@@ -158,7 +175,12 @@ def _by_device_and_dtype(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, 
     return groups
 
 
-def _wide(device: torch.device, dtype: Any = None) -> torch.dtype:
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    # to the CPU it has to wait: a copy that does not could be read before it is there
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -11,9 +11,10 @@ Algorithm 1 of Huang et al., "GapMatch", AAAI 2025.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,8 @@ class _OnBase:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, wrapper: "GAPWrapper", owner: type) -> Any:
-        return getattr(wrapper.base_optimizer, self.name)
+    def __get__(self, wrapper: "GAPWrapper | None", owner: type) -> Any:
+        return self if wrapper is None else getattr(wrapper.base_optimizer, self.name)
 
     def __set__(self, wrapper: "GAPWrapper", value: Any) -> None:
         setattr(wrapper.base_optimizer, self.name, value)
@@ -50,10 +51,10 @@ class GAPWrapper(Optimizer):
     the keys `"gap_eps"` and `"gap_alpha"` (plain `eps` and `alpha` are taken by Adam and RMSprop), and those
     may be changed between steps, as a learning rate may.
 
-    Between `first_step` and `second_step` the gradients of the perturbed pass accumulate into `.grad` on top
-    of g1, so the extra memory is one copy of the parameters, kept from step to step. `zero_grad` is not
-    needed there; the wrapper's own does nothing, `model.zero_grad()` is noticed and does no harm, and a
-    zeroing in place (`set_to_none=False`) is an error.
+    Between `first_step` and `second_step` the gradients of the perturbed pass accumulate into `.grad` on top of g1, so
+    the extra memory is one copy of the parameters, kept from step to step. `zero_grad` is not needed there; the
+    wrapper's own does nothing, `model.zero_grad()` is noticed and does no harm, and a zeroing in place
+    (`set_to_none=False`) is an error.
 
     Args:
         base_optimizer: an instance of any `torch.optim.Optimizer` but LBFGS.
@@ -67,23 +68,17 @@ class GAPWrapper(Optimizer):
         ValueError: `eps` or `alpha` is negative or not finite.
     """
 
-    # the step in progress, see `_forget`
-    _perturbed: bool
-    _moved: list[Tensor]
-    _g1: dict[Tensor, Tensor]
-    _aside: dict[Tensor, Tensor]
-    _watch: "_Watch | None"
-
     def __init__(
         self, base_optimizer: Optimizer, eps: float = 0.1, alpha: float = 1.0, *, foreach: bool = True
     ) -> None:
         # Optimizer.__init__ is not called: everything that it would set up is the base optimizer's own.
         _check_base(base_optimizer)
         self.base_optimizer = base_optimizer
-        self.eps = _check_knob("eps", eps)
-        self.alpha = _check_knob("alpha", alpha)
+        self._eps = _check_knob("eps", eps)
+        self._alpha = _check_knob("alpha", alpha)
         self.foreach = foreach
-        self._forget()
+        self._pending: _Pending | None = None
+        self._aside: dict[Tensor, Tensor] = {}
         self._copies: dict[Tensor, Tensor] = {}
         self.grad_norm: Tensor | None = None
         """||g1|| of the last `first_step` (0-dim, on the device; in a GradScaler's units if one is used)."""
@@ -103,23 +98,19 @@ class GAPWrapper(Optimizer):
                 own.
         """
         self._forbid_while_perturbed("first_step() a second time")
-        g1 = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
-        _check_first_gradients(g1)
         self._fill_in_knobs()
-
+        g1 = {p: p.grad for p in self._params() if p.requires_grad and p.grad is not None}
+        _check_first_gradients(g1)
         self.grad_norm = multi_tensor.global_norm(list(g1.values()), self.foreach)
-        self._perturbed = True
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p in g1]
-            if params and group["gap_eps"] > 0:
-                self._perturb(params, [g1[p] for p in params], group["gap_eps"])
+        self._pending = _Pending([_Group.snapshot(group) for group in self.param_groups], self.foreach)
+        try:
+            for group in self._pending.groups:
+                self._perturb(group, g1)
+            self._pending.make_room_for_g2(g1)
+        except BaseException:
+            self._abandon()
+            raise
         torch.clear_autocast_cache()  # a region around both passes would go on with its copies of theta
-        self._g1 = g1
-        self._scale_accumulated(lambda alpha: 1 / alpha)
-        for group in self.param_groups:
-            if group["gap_alpha"] == 0:
-                _drop_gradients(group["params"])
-        self._watch = _Watch(g1)
 
     @torch.no_grad()
     def second_step(self) -> None:
@@ -131,15 +122,15 @@ class GAPWrapper(Optimizer):
             RuntimeError: no `first_step` before it, or no usable gradient at theta*. Then theta is restored
                 all the same, and all gradients are dropped.
         """
-        if not self._perturbed:
+        if self._pending is None:
             raise RuntimeError("second_step() without first_step(): call first_step() after the backward of g1.")
         try:
-            self._combine_gradients()
+            self._pending.combine()
+            self._return_aside()
+            self._restore()
         except BaseException:
             self._abandon()
             raise
-        self._restore()
-        self._aside = {}
 
     @contextmanager
     def perturbed(self, model: nn.Module | None = None, *, rng: RNGState | None = None) -> Iterator[None]:
@@ -209,12 +200,22 @@ class GAPWrapper(Optimizer):
         return self.base_optimizer.step(closure) if closure is not None else self.base_optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the base optimizer's. While perturbed it does nothing: `.grad` holds g1, still needed."""
-        if not self._perturbed:
+        """As the base optimizer's, and what was set aside goes too. While perturbed it does nothing."""
+        if self._pending is None:
             self._aside = {}
             self.base_optimizer.zero_grad(set_to_none)
 
     # ------------------------------------------------------------------ what makes it an Optimizer
+
+    @property
+    def eps(self) -> float:
+        """Default radius of a group. To change it, write to `param_groups[i]["gap_eps"]`."""
+        return self._eps
+
+    @property
+    def alpha(self) -> float:
+        """Default weight of g2 of a group. To change it, write to `param_groups[i]["gap_alpha"]`."""
+        return self._alpha
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -261,13 +262,17 @@ class GAPWrapper(Optimizer):
         for group, (eps, alpha) in zip(self.param_groups, knobs, strict=True):
             group.setdefault("gap_eps", eps)
             group.setdefault("gap_alpha", alpha)
-        self._forget()
+        self._aside = {}
 
     def __getattr__(self, name: str) -> Any:
         # hooks, and whatever else a base optimizer has beyond torch.optim.Optimizer
         if name == "base_optimizer":  # not there yet while unpickling
             raise AttributeError(name)
-        return getattr(self.base_optimizer, name)
+        try:
+            return getattr(self.base_optimizer, name)
+        except AttributeError:
+            base = type(self.base_optimizer).__name__
+            raise AttributeError(f"neither GAPWrapper nor its base optimizer, {base}, has {name!r}.") from None
 
     # What a GradScaler sets before `step` and deletes after it. The step of a fused base looks for it there.
     grad_scale = _OnBase()
@@ -275,6 +280,10 @@ class GAPWrapper(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._forbid_while_perturbed("copying or pickling")
+        if self._aside:
+            raise RuntimeError(
+                "copying or pickling would lose the gradients that were set aside: do it after the step."
+            )
         return {key: getattr(self, key) for key in ("base_optimizer", "eps", "alpha", "foreach")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -285,142 +294,171 @@ class GAPWrapper(Optimizer):
 
     # ------------------------------------------------------------------ details
 
+    def _params(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
     def _fill_in_knobs(self) -> None:
         for group in self.param_groups:
             _check_knob("gap_eps", group.setdefault("gap_eps", self.eps))
             _check_knob("gap_alpha", group.setdefault("gap_alpha", self.alpha))
 
-    def _forget(self) -> None:
-        self._perturbed = False
-        self._moved = []
-        self._g1 = {}
-        self._aside = {}
-        self._watch = None
-
     def _forbid_while_perturbed(self, action: str) -> None:
-        if self._perturbed:
+        if self._pending is not None:
             raise RuntimeError(
                 f"{action} while the parameters are perturbed: call second_step() first "
                 "(or leave the `with optimizer.perturbed()` block)."
             )
 
-    def _perturb(self, params: list[Tensor], g1: list[Tensor], eps: float) -> None:
+    def _perturb(self, group: "_Group", g1: dict[Tensor, Tensor]) -> None:
         assert self.grad_norm is not None
+        assert self._pending is not None
+        params = [p for p in group.params if p in g1]
+        if not params or group.eps == 0:
+            return
         for p in params:
             if p not in self._copies or not _alike(p, self._copies[p]):
                 self._copies[p] = torch.empty_like(p)
         multi_tensor.backup(params, [self._copies[p] for p in params], self.foreach)
-        self._moved += params
-        multi_tensor.perturb(params, g1, self.grad_norm, eps, self.foreach)
+        self._pending.moved += params
+        multi_tensor.perturb(params, [g1[p] for p in params], self.grad_norm, group.eps, self.foreach)
 
     def _restore(self) -> None:
-        multi_tensor.restore(self._moved, [self._copies[p] for p in self._moved], self.foreach)
+        assert self._pending is not None
+        moved = self._pending.moved
+        multi_tensor.restore(moved, [self._copies[p] for p in moved], self.foreach)
         torch.clear_autocast_cache()
-        if self._watch is not None:
-            self._watch.stop()
-        aside = self._aside
-        self._forget()
-        self._aside = aside
+        self._pending.stop_watching()
+        self._pending = None
 
-    def _combine_gradients(self) -> None:
-        """`.grad` = g1 + alpha * g2, and what was set aside."""
-        if self._watch is None or not self._watch.has_accumulated():
-            raise RuntimeError(
-                "no gradient was computed between first_step() and second_step(): run the same loss again, "
-                "forward and backward, at the perturbed parameters."
-            )
-        g1 = self._g1
-        for group in self.param_groups:
-            for p in group["params"]:
-                if group["gap_alpha"] == 0:
-                    p.grad = g1.get(p)
-                elif p in g1 and p.grad is not g1[p]:
-                    p.grad = _sum_of_replaced(g1[p], p.grad)
-        self._scale_accumulated(lambda alpha: alpha)
+    def _return_aside(self) -> None:
         for p, gradient in self._aside.items():
             p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-
-    def _scale_accumulated(self, factor: Callable[[float], float]) -> None:
-        """Fold alpha into the sum that autograd makes: alpha * (g1 / alpha + g2)."""
-        for group in self.param_groups:
-            if group["gap_alpha"] not in (0, 1):
-                grads = [p.grad for p in group["params"] if p.grad is not None]
-                multi_tensor.scale_(grads, factor(group["gap_alpha"]), self.foreach)
+        self._aside = {}
 
     @torch.no_grad()
     def _abandon(self) -> None:
-        if self._perturbed:
+        if self._pending is not None:
             self._restore()
         self._aside = {}
-        for group in self.param_groups:
-            _drop_gradients(group["params"])
+        _drop_gradients(self._params())
 
 
-class _Watch:
-    """Sees that the perturbed pass adds g2 to g1, neither to something else nor not at all.
+class _Group(NamedTuple):
+    """A parameter group as it was at `first_step`."""
 
-    Autograd adds g2 into the tensors that hold g1. Were those written to before the pass begins
-    (`zero_grad(set_to_none=False)`), or never afterwards, the sum would be wrong without a sign of it.
-    One parameter's hook is enough to see a zeroing, which takes all of them.
+    params: list[Tensor]
+    eps: float
+    alpha: float
+
+    @classmethod
+    def snapshot(cls, group: dict[str, Any]) -> "_Group":
+        return cls(list(dict.fromkeys(group["params"])), group["gap_eps"], group["gap_alpha"])
+
+
+@dataclass
+class _Pending:
+    """What lies between `first_step` and `second_step`: where g1 is, and how g2 joins it.
+
+    Autograd adds g2 into the tensors that hold g1, so that no second copy of the gradients is needed; an alpha
+    other than 1 is folded in as alpha * (g1 / alpha + g2). Where that can't be (`_can_accumulate`), g1 is kept apart.
     """
 
-    def __init__(self, g1: dict[Tensor, Tensor]) -> None:
-        self.g1 = g1
-        self.versions = {p: gradient._version for p, gradient in g1.items()}
-        self.sample = next(p for p in g1 if p.requires_grad)
-        self.seen_backward = False
-        self.hook = self.sample.register_hook(self._before_accumulation)
+    groups: list[_Group]
+    foreach: bool
+    moved: list[Tensor] = field(default_factory=list)
+    """Parameters at theta*."""
+    in_place: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
+    """Parameter -> the tensor of g1 / alpha in its `.grad`, and that tensor's version."""
+    apart: dict[Tensor, Tensor] = field(default_factory=dict)
+    """Parameter -> g1, its `.grad` being None."""
+    hooks: list[Any] = field(default_factory=list)
+    seen_backward: bool = False
+
+    def make_room_for_g2(self, g1: dict[Tensor, Tensor]) -> None:
+        """Arrange g1 so that the perturbed pass can add to it, and watch that it does."""
+        for group in self.groups:
+            here = [p for p in group.params if p in g1]
+            in_place = [p for p in here if _can_accumulate(g1[p], group.alpha)]
+            if in_place and group.alpha != 1:
+                multi_tensor.scale_([g1[p] for p in in_place], 1 / group.alpha, self.foreach)
+            self.in_place.update({p: (g1[p], g1[p]._version) for p in in_place})
+            for p in here:
+                if p not in self.in_place:
+                    # a view is somebody else's memory: DDP writes the next gradient into the same bucket
+                    self.apart[p] = g1[p].clone() if g1[p]._is_view() else g1[p]
+                    p.grad = None
+        self.hooks = [p.register_hook(self._before_accumulation) for p in g1]
+
+    def combine(self) -> None:
+        """`.grad` = g1 + alpha * g2 (Algorithm 1, line 9)."""
+        if not self.seen_backward:
+            raise RuntimeError(
+                "no gradient was computed between first_step() and second_step(): run the same loss again, forward "
+                "and backward, at the perturbed parameters."
+            )
+        for p in self.in_place:
+            p.grad = self._accumulated(p)
+        for group in self.groups:
+            if group.alpha != 1:
+                summed = [p.grad for p in group.params if p not in self.apart and p.grad is not None]
+                multi_tensor.scale_(summed, group.alpha, self.foreach)
+            for p in group.params:
+                if p in self.apart:
+                    p.grad = _weighted_sum(self.apart[p], p.grad, group.alpha)
+
+    def stop_watching(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def _before_accumulation(self, _: Tensor) -> None:
-        if torch.is_grad_enabled():  # autograd replaces g1 instead of adding to it
+        """Runs whenever g2 of a parameter is ready, before it is accumulated."""
+        if torch.is_grad_enabled():  # autograd would replace g1 instead of adding to it
             raise RuntimeError(f"g2 {_CREATE_GRAPH}")
-        if not self.seen_backward and self.sample.grad is self.g1[self.sample] and self._written(self.sample):
-            raise RuntimeError(
-                "g1 was overwritten between first_step() and the perturbed backward, as "
-                "zero_grad(set_to_none=False) does. No zeroing is needed there: remove it, or let it set the "
-                "gradients to None."
-            )
-        self.seen_backward = True
+        if not self.seen_backward:
+            self.seen_backward = True
+            if any(p.grad is g1 and g1._version != version for p, (g1, version) in self.in_place.items()):
+                raise RuntimeError(
+                    "g1 was overwritten between first_step() and the perturbed backward, as "
+                    "zero_grad(set_to_none=False) does. No zeroing is needed there: remove it, or let it set the "
+                    "gradients to None."
+                )
 
-    def has_accumulated(self) -> bool:
-        return self.seen_backward or any(self._changed(p) for p in self.g1)
-
-    def _changed(self, p: Tensor) -> bool:
-        return self._written(p) if p.grad is self.g1[p] else p.grad is not None
-
-    def _written(self, p: Tensor) -> bool:
-        return self.g1[p]._version != self.versions[p]
-
-    def stop(self) -> None:
-        self.hook.remove()
-
-
-def _sum_of_replaced(g1: Tensor, g2: Tensor | None) -> Tensor:
-    """g1 + g2 where `.grad` was set to None after `first_step`, so that g2 came in a tensor of its own."""
-    if g2 is None:
-        return g1
-    if g2.requires_grad:
-        raise RuntimeError(f"g2 {_CREATE_GRAPH}")
-    if g2.data_ptr() == g1.data_ptr() != 0:  # 0: no elements
+    def _accumulated(self, p: Tensor) -> Tensor:
+        """g1 / alpha + g2."""
+        g1, version = self.in_place[p]
+        if p.grad is g1:
+            return g1
+        if g1._version == version:  # `.grad` was set to None, and g2 came in a tensor of its own
+            return g1 if p.grad is None else g1.add_(p.grad)
+        if p.grad is not None and p.grad._is_view():  # DDP took the sum over into a bucket
+            return p.grad
         raise RuntimeError(
-            "g2 was written over g1: the gradients were set to None between first_step() and second_step() "
-            "while something else owns their memory (DDP with gradient_as_bucket_view=True). Leave that "
-            "zero_grad() out."
+            "a .grad was replaced or dropped after g2 had been added to it: change gradients after second_step()."
         )
-    return g1.add_(g2)
+
+
+def _can_accumulate(g1: Tensor, alpha: float) -> bool:
+    """Whether the perturbed pass may add g2 to g1 / alpha where g1 lies."""
+    if g1._is_view() or alpha == 0:
+        return False
+    return alpha == 1 or g1.dtype not in (torch.float16, torch.bfloat16)  # too narrow for g1 / alpha
+
+
+def _weighted_sum(g1: Tensor, g2: Tensor | None, alpha: float) -> Tensor:
+    return g1 if g2 is None or alpha == 0 else torch.add(g1, g2, alpha=alpha, out=g2)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device
 
 
-def _drop_gradients(params: list[Tensor]) -> None:
+def _drop_gradients(params: Iterable[Tensor]) -> None:
     for p in params:
         p.grad = None
 
 
 def _check_first_gradients(g1: dict[Tensor, Tensor]) -> None:
-    if not any(p.requires_grad for p in g1):
+    if not g1:
         raise RuntimeError(
             "first_step() found no gradient: call backward() on the consistency loss before it, on a model "
             "whose parameters this optimizer holds."

@@ -7,16 +7,44 @@ tens of Dice points at this label share. Both are noise of the measurement more 
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of `model`'s parameters; its buffers are copies of the latest."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+class Average:
+    """An exponential moving average of a model's parameters; its buffers are copies of the latest.
+
+    `torch.optim.swa_utils.AveragedModel` does the same, but copies its counter to the device at every update.
+
+    Args:
+        model: what is averaged; the average starts as a copy.
+        decay: weight of the old average, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module, self.decay, self.updates = copy.deepcopy(model), decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the present parameters of `model`."""
+        weight = 1 - self.decay if self.updates else 1.0  # nothing to average with the first time
+        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], weight)
+        for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged model and how many updates it holds."""
+        return {"module": self.module.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` gave."""
+        self.module.load_state_dict(state["module"])
+        self.updates = state["updates"]
 
 
 def with_statistics_of(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:

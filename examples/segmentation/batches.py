@@ -10,22 +10,28 @@ class ShuffledStream:
     Args:
         n: number of samples, at least 1.
         batch: indices a batch; may exceed `n`.
-        seed: decides every order.
+        seed: decides every order, the same one for every device.
+        device: where the indices are wanted.
     """
 
-    def __init__(self, n: int, batch: int, seed: int) -> None:
-        self.n, self.batch, self.seed = n, batch, seed
+    def __init__(self, n: int, batch: int, seed: int, device: torch.device | str = "cpu") -> None:
+        self.n, self.batch, self.seed, self.device = n, batch, seed, torch.device(device)
+        self.orders: dict[int, Tensor] = {}
+        """Of the epochs that the last batch came from: each is made and copied to the device once."""
 
     def __getitem__(self, iteration: int) -> Tensor:
-        """The batch of `iteration` (int64, on the CPU)."""
+        """The batch of `iteration`, int64."""
         start = iteration * self.batch
         first, last = start // self.n, (start + self.batch - 1) // self.n
-        orders = torch.cat([self._order(epoch) for epoch in range(first, last + 1)])
+        epochs = range(first, last + 1)
+        self.orders = {e: self.orders[e] if e in self.orders else self._order(e) for e in epochs}
         offset = start - first * self.n
-        return orders[offset : offset + self.batch]
+        return torch.cat([*self.orders.values()])[offset : offset + self.batch]
 
     def _order(self, epoch: int) -> Tensor:
-        return torch.randperm(self.n, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+        # A blocking copy would wait for the GPU. CUDA takes pageable memory over before it returns, others may not.
+        return order.to(self.device, non_blocking=self.device.type == "cuda")
 
 
 def mix(seed: int, counter: int) -> int:

@@ -23,7 +23,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from .data import Image, Label, read_list, volume_path, write_case, write_list, write_slices
+from .data import Image, Label, check_patients, read_list, volume_path, write_case, write_list, write_slices
 from .errors import InputError
 
 NUM_CLASSES = 4
@@ -63,14 +63,12 @@ def find_patients(official: Path) -> dict[str, Path]:
 
 
 def read_splits(lists: Path) -> dict[str, list[str]]:
-    """The cases of each split from list files. Raises InputError for a case that is in two of them."""
+    """The cases of each split from list files. Raises InputError for a patient who is in two of them."""
     splits = {split: read_list(lists / f"{split}.list") for split in SPLITS}
-    seen: dict[str, str] = {}
-    for split, cases in splits.items():
-        for case in cases:
-            if case in seen:
-                raise InputError(f"{lists}: {case} is in {seen[case]}.list and {split}.list; keep one")
-            seen[case] = split
+    try:
+        check_patients(splits)
+    except InputError as error:
+        raise InputError(f"{lists}: {error}") from None
     return splits
 
 

@@ -9,7 +9,7 @@ The layout, the lists and the nearest-neighbour resize are those of SSL4MIS
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from .errors import InputError
 
 Image = npt.NDArray[np.float32]
 Label = npt.NDArray[np.uint8]
+
+UNIT_RANGE = (0.0, 1.0)  # ACDC's intensities, and what the strong augmentation is made for
+RANGE_TOLERANCE = 1e-3
 
 # No whitespace, no path separator, no leading dot: a name is a file name and nothing else.
 _NAME = re.compile(r"\w[\w.-]*")
@@ -41,6 +44,10 @@ class Slices:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def to(self, device: torch.device) -> "Slices":
+        """The same slices on `device`."""
+        return Slices(self.names, self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -121,26 +128,45 @@ def write_slices(root: str | Path, case: str, image: Image, label: Label) -> lis
     return names
 
 
-def load_slices(root: str | Path, names: Sequence[str], size: int, num_classes: int = 4) -> Slices:
-    """The named slices, resized to `size` x `size`. Raises InputError as `read_case`, or if one is not 2D."""
+def load_slices(
+    root: str | Path,
+    names: Sequence[str],
+    size: int,
+    num_classes: int = 4,
+    intensities: tuple[float, float] | None = UNIT_RANGE,
+) -> Slices:
+    """The named slices, resized to `size` x `size`.
+
+    Raises InputError as `read_case`, or if one is not 2D or leaves the range of `intensities` (None: any).
+    """
     images = torch.empty(len(names), 1, size, size, dtype=torch.float32)
     labels = torch.empty(len(names), size, size, dtype=torch.uint8)
     for i, name in enumerate(names):
         path = slice_path(root, name)
         image, label = read_case(path, num_classes)
         _require_dimensions(path, image, "(H, W)")
+        _require_intensities(path, image, intensities)
         images[i, 0] = torch.from_numpy(resize_nearest(image, (size, size)))
         labels[i] = torch.from_numpy(resize_nearest(label, (size, size)))
     return Slices(list(names), images, labels)
 
 
-def load_volumes(root: str | Path, names: Sequence[str], num_classes: int = 4) -> list[Volume]:
-    """The named volumes, each in its own size. Raises InputError as `read_case`, or if one is not 3D."""
+def load_volumes(
+    root: str | Path,
+    names: Sequence[str],
+    num_classes: int = 4,
+    intensities: tuple[float, float] | None = UNIT_RANGE,
+) -> list[Volume]:
+    """The named volumes, each in its own size.
+
+    Raises InputError as `read_case`, or if one is not 3D or leaves the range of `intensities` (None: any).
+    """
     volumes = []
     for name in names:
         path = volume_path(root, name)
         image, label = read_case(path, num_classes)
         _require_dimensions(path, image, "(D, H, W)")
+        _require_intensities(path, image, intensities)
         volumes.append(Volume(name, image, label))
     return volumes
 
@@ -159,6 +185,16 @@ def check_files(root: str | Path, slices: Sequence[str], volumes: Sequence[str])
             raise InputError(f"{path}: no such file; unpack or convert the data set into {root} first")
 
 
+def check_patients(splits: Mapping[str, Sequence[str]]) -> None:
+    """Raise InputError for the first patient that is in two of `splits`: a test on it would be no test."""
+    seen: dict[str, str] = {}
+    for split, names in splits.items():
+        for patient in dict.fromkeys(map(patient_of, names)):
+            if patient in seen:
+                raise InputError(f"{patient} is in {seen[patient]}.list and {split}.list; keep it in one of them")
+            seen[patient] = split
+
+
 def patients_for_share(percent: float, patients: int = 70) -> int:
     """How many of the training patients a labelled share of `percent` is: rounded down, at least one.
 
@@ -173,18 +209,18 @@ def patients_for_share(percent: float, patients: int = 70) -> int:
 def split_by_patients(names: Sequence[str], patients: int) -> tuple[list[str], list[str]]:
     """The slices of the first `patients` patients in list order (labelled), and all others (unlabelled).
 
-    A slice's patient is its name up to the first `_`: no patient is ever on both sides.
+    No patient is ever on both sides (`patient_of`).
     Raises InputError where either side would be empty.
     """
-    order = list(dict.fromkeys(_patient(name) for name in names))
+    order = list(dict.fromkeys(map(patient_of, names)))
     if not 0 < patients < len(order):
         raise InputError(
             f"{patients} labelled of {len(order)} patients leaves nothing labelled or nothing unlabelled; "
             f"choose 1 to {len(order) - 1}"
         )
     chosen = set(order[:patients])
-    labelled = [name for name in names if _patient(name) in chosen]
-    unlabelled = [name for name in names if _patient(name) not in chosen]
+    labelled = [name for name in names if patient_of(name) in chosen]
+    unlabelled = [name for name in names if patient_of(name) not in chosen]
     return labelled, unlabelled
 
 
@@ -198,7 +234,8 @@ def volume_path(root: str | Path, name: str) -> Path:
     return Path(root) / "data" / f"{name}.h5"
 
 
-def _patient(name: str) -> str:
+def patient_of(name: str) -> str:
+    """The patient to whom a case or slice belongs: its name up to the first `_`."""
     return name.split("_")[0]
 
 
@@ -226,3 +263,14 @@ def _read_numbers(file: h5py.File, key: str) -> np.ndarray:
 def _require_dimensions(path: Path, image: Image, axes: str) -> None:
     if image.ndim != axes.count(",") + 1:
         raise InputError(f"{path}: shape {image.shape} where {axes} was expected; is it in the right folder?")
+
+
+def _require_intensities(path: Path, image: Image, intensities: tuple[float, float] | None) -> None:
+    if intensities is None:
+        return
+    low, high = intensities
+    if image.min() < low - RANGE_TOLERANCE or image.max() > high + RANGE_TOLERANCE:
+        raise InputError(
+            f"{path}: the image runs from {image.min():g} to {image.max():g}, outside [{low:g}, {high:g}]; "
+            f"convert this case again"
+        )

@@ -1,5 +1,13 @@
-"""The one exception that the examples turn into a single line and a non-zero exit."""
+"""The exceptions that the examples turn into a single line and a non-zero exit."""
 
 
-class InputError(ValueError):
-    """Bad input from outside: its message names the culprit (file, argument or tensor) and what to do."""
+class UserError(Exception):
+    """Something that the user can mend: its message names the culprit and what to do."""
+
+
+class InputError(UserError, ValueError):
+    """Bad input from outside: a file, an argument or a tensor."""
+
+
+class RunError(UserError, RuntimeError):
+    """A run that came to nothing, though its input was good."""

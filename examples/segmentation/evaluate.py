@@ -6,7 +6,7 @@ class by class.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,9 +89,7 @@ def evaluate(
     size: int,
     num_classes: int,
     device: torch.device | str,
-    amp: torch.dtype | None = None,
     with_asd: bool = True,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Predict every volume and score it against its own label.
 
@@ -101,9 +99,7 @@ def evaluate(
         size: side of the network's input, pixels.
         num_classes: number of classes, background included.
         device: where the model lives.
-        amp: dtype for `torch.autocast`; None for full precision.
         with_asd: False skips the ASD, which is most of the scoring time (validation during training).
-        progress: called with (volumes done, volumes in all) after each volume.
 
     Raises:
         InputError: when there is no volume, or a volume's shapes or labels do not fit; names the volume.
@@ -111,14 +107,12 @@ def evaluate(
     if not volumes:
         raise InputError("volumes: nothing to evaluate")
     scores = []
-    for done, volume in enumerate(volumes, start=1):
+    for volume in volumes:
         try:
-            prediction, _ = predict_volume(model, volume.image, size, device, amp)
+            prediction, _ = predict_volume(model, volume.image, size, device)
             scores.append(tuple(score(prediction, volume.label, num_classes, with_asd=with_asd)))
         except InputError as error:
             raise InputError(f"{volume.name}: {error}") from None
-        if progress is not None:
-            progress(done, len(volumes))
     return Evaluation(tuple(volume.name for volume in volumes), tuple(scores))
 
 
@@ -127,7 +121,6 @@ def predict_volume(
     volume_image: np.ndarray,
     size: int,
     device: torch.device | str,
-    amp: torch.dtype | None = None,
     *,
     batch: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +132,6 @@ def predict_volume(
         volume_image: (D, H, W) float32.
         size: side of the network's input, pixels.
         device: where the model lives.
-        amp: dtype for `torch.autocast`; None for full precision.
         batch: slices per forward pass.
 
     Returns:
@@ -151,14 +143,9 @@ def predict_volume(
     """
     if volume_image.ndim != 3 or volume_image.size == 0:
         raise InputError(f"image: expected (D, H, W) with at least one voxel, got {volume_image.shape}")
-    device = torch.device(device)
     resized = torch.from_numpy(_resize(volume_image, (size, size)))
     slices = resized.unsqueeze(1).to(memory_format=torch.channels_last)
-    with (
-        _eval_mode(model),
-        torch.inference_mode(),
-        torch.autocast(device.type, dtype=amp, enabled=amp is not None),
-    ):
+    with _eval_mode(model), torch.inference_mode():
         parts = [_labels_and_entropy(model(chunk.to(device))) for chunk in slices.split(batch)]
     labels, entropy = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
     height, width = volume_image.shape[1:]

@@ -1,23 +1,37 @@
 """A whole job on an ACDC-like data set: load, train one run a method, score on the test volumes, table and pictures."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from .data import Volume, check_files, load_slices, load_volumes, read_list, split_by_patients
+from .data import (
+    Volume,
+    check_files,
+    check_patients,
+    load_slices,
+    load_volumes,
+    patient_of,
+    read_list,
+    split_by_patients,
+)
 from .errors import InputError
 from .evaluate import Evaluation, evaluate, predict_volume
 from .figures import Case, RunLog, middle_slice, save_curves, save_predictions
+from .identity import Identity, identity
 from .recipe import Recipe
 from .report import ACDC_CLASSES, Row, print_table, write_json, write_markdown
-from .train import Progress, Trainer, fit
+from .train import Progress, fit, resume
+from .trainer import Trainer
 
 LABELS = {"supervised": "Supervised", "fixmatch": "FixMatch", "gapmatch": "GapMatch"}
 PICTURED_CASES = 3
+
+OldRuns = Literal["refuse", "resume", "replace"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class Job:
         device: where to train.
         amp: autocast dtype, or None for float32.
         out: folder for one folder a run, and the table and pictures of all.
-        resume: go on with runs found in `out`.
+        old_runs: what to do about runs found in `out`.
         title: above the table.
         paper_share: labelled share whose published rows go below ours, or None.
     """
@@ -42,7 +56,7 @@ class Job:
     device: torch.device
     amp: torch.dtype | None
     out: Path
-    resume: bool
+    old_runs: OldRuns
     title: str
     paper_share: int | None = None
 
@@ -52,16 +66,16 @@ def run(job: Job) -> list[Row]:
 
     Raises:
         InputError: bad input, before any training.
+        RunError: a loss is not finite.
     """
     recipe = job.recipes[0]
-    names = {split: read_list(job.data / f"{split}.list") for split in ("train_slices", "val", "test")}
+    names = _read_lists(job.data)
     labelled_names, unlabelled_names = split_by_patients(names["train_slices"], job.patients)
-    check_files(job.data, names["train_slices"], names["val"] + names["test"])
-    folders = [_prepare_folder(job.out / r.method, r, job.resume) for r in job.recipes]
+    folders = [_prepare_folder(job.out / r.method, r, job.old_runs) for r in job.recipes]
 
     print(f"reading {job.data}", flush=True)
-    labelled = load_slices(job.data, labelled_names, recipe.size, recipe.num_classes)
-    unlabelled = load_slices(job.data, unlabelled_names, recipe.size, recipe.num_classes)
+    labelled = load_slices(job.data, labelled_names, recipe.size, recipe.num_classes).to(job.device)
+    unlabelled = load_slices(job.data, unlabelled_names, recipe.size, recipe.num_classes).to(job.device)
     validation = load_volumes(job.data, names["val"], recipe.num_classes)
     test = load_volumes(job.data, names["test"], recipe.num_classes)
     print(
@@ -70,10 +84,16 @@ def run(job: Job) -> list[Row]:
         flush=True,
     )
 
+    torch.backends.cudnn.benchmark = job.device.type == "cuda"  # every batch has the same shape
+    patients = list(dict.fromkeys(map(patient_of, labelled_names)))
+    identities = [identity(r, patients, job.amp, names) for r in job.recipes]
+    trainers = [Trainer(r, labelled, unlabelled, job.device, job.amp) for r in job.recipes]
+    found = [_resume(*of_run, job.old_runs) for of_run in zip(trainers, folders, identities, strict=True)]
+
     rows, models = [], {}
-    for recipe, folder in zip(job.recipes, folders, strict=True):
-        trainer = Trainer(recipe, labelled, unlabelled, job.device, job.amp)
-        result = fit(trainer, validation, folder, job.resume)
+    for trainer, folder, run_identity, progress in zip(trainers, folders, identities, found, strict=True):
+        recipe = trainer.recipe
+        result = fit(trainer, validation, folder, run_identity, progress)
         evaluation = _evaluate(result.model, test, job, recipe)
         write_json(folder / "result.json", _record(job, recipe, result.progress, evaluation))
         rows.append(_row(recipe, result.progress, evaluation))
@@ -82,17 +102,39 @@ def run(job: Job) -> list[Row]:
     return rows
 
 
-def _prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> Path:
+def _read_lists(root: Path) -> dict[str, list[str]]:
+    if root.is_file():
+        raise InputError(f"{root}: is a file; give the folder that holds the lists and `data`.")
+    names = {split: read_list(root / f"{split}.list") for split in ("train_slices", "val", "test")}
+    check_patients(names)
+    check_files(root, names["train_slices"], names["val"] + names["test"])
+    return names
+
+
+def _prepare_folder(folder: Path, recipe: Recipe, old_runs: OldRuns) -> Path:
     try:
+        if old_runs == "replace" and folder.is_dir():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise InputError(f"{folder}: can't be written ({error.strerror}); choose another --out.") from None
-    if (folder / "last.pt").exists() and not resume:
+    if (folder / "last.pt").exists() and old_runs == "refuse":
         raise InputError(f"{folder}: holds a {recipe.method} run already; add --resume, or choose another --out.")
     return folder
+
+
+def _resume(trainer: Trainer, folder: Path, run_identity: Identity, old_runs: OldRuns) -> Progress | None:
+    if old_runs != "resume":
+        return None
+    progress, method = resume(trainer, folder, run_identity), trainer.recipe.method
+    if progress is None:
+        print(f"{method}: no run to resume in {folder}, starting from zero", flush=True)
+    else:
+        print(f"resuming {method} at iteration {progress.iteration}", flush=True)
+    return progress
 
 
 def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe) -> Evaluation:
@@ -121,7 +163,14 @@ def _device_name(device: torch.device) -> str:
 
 def _row(recipe: Recipe, progress: Progress, evaluation: Evaluation) -> Row:
     seconds = progress.seconds / progress.iteration
-    return Row(LABELS[recipe.method], evaluation, seconds, progress.best_iteration)
+    return Row(LABELS[recipe.method], evaluation, seconds, progress.best_iteration, _note(evaluation))
+
+
+def _note(evaluation: Evaluation) -> str:
+    """A word where a mean over mostly empty predictions would say nothing of the method."""
+    predictions = sum(len(volume) for volume in evaluation.scores)
+    collapsed = evaluation.empty > predictions / 2
+    return f"collapsed: {evaluation.empty} of {predictions} empty" if collapsed else ""
 
 
 def _report(job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[Volume], folders: list[Path]) -> None:

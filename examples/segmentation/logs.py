@@ -1,11 +1,10 @@
 """What a run writes while it trains: CSV for plotting, TensorBoard, and a progress line."""
 
 import csv
-import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 TRAIN_COLUMNS = (
@@ -22,16 +21,19 @@ VALIDATION_COLUMNS = ("iteration", "dice")
 
 
 class CsvLog:
-    """Rows of numbers under fixed columns, flushed one by one. On resuming, rows after `iteration` are dropped."""
+    """Rows of numbers under fixed columns, flushed one by one.
+
+    On resuming, rows after `iteration` are dropped, and what a crash or another program left between them.
+    """
 
     def __init__(self, path: Path, columns: tuple[str, ...], iteration: int) -> None:
         self.columns = columns
-        kept = [row for row in _rows(path) if int(row["iteration"]) <= iteration]
+        kept = [row for row in _rows(path, columns) if int(row[0]) <= iteration]
         part = path.with_name(path.name + ".part")
         self.file = part.open("w", newline="")
         self.writer = csv.DictWriter(self.file, columns, restval="", extrasaction="ignore")
         self.writer.writeheader()
-        self.writer.writerows(kept)
+        self.writer.writerows(dict(zip(columns, row, strict=True)) for row in kept)
         self.file.flush()
         part.replace(path)  # the open file goes with its name: rows go on at its end
 
@@ -47,19 +49,16 @@ class CsvLog:
 class RunLog:
     """CSV files, TensorBoard events and a live line for one run in `folder`, from `iteration` on."""
 
-    def __init__(self, folder: Path, title: str, iteration: int, total: int) -> None:
+    def __init__(self, folder: Path, title: str, iteration: int, total: int, console: Console | None = None) -> None:
         self.train = CsvLog(folder / "train.csv", TRAIN_COLUMNS, iteration)
         self.validation = CsvLog(folder / "validation.csv", VALIDATION_COLUMNS, iteration)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration)
-        self.console = Console()
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+        self.console = console or Console()
         self.title, self.total = title, total
-        self.started, self.first = time.perf_counter(), iteration
-        self.progress = Progress(
+        self.progress = Progress(  # all of it in 80 columns
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=5),
             TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
             console=self.console,
@@ -69,17 +68,14 @@ class RunLog:
         self.progress.start()
 
     def step(self, iteration: int, values: dict[str, float]) -> None:
-        """Values of one iteration, already on the host."""
-        rate = (iteration - self.first) / (time.perf_counter() - self.started)
-        row = {"iteration": iteration, **values, "it_per_s": rate}
-        self.train.write(row)
-        for name, value in row.items():
-            if name != "iteration":
-                self.board.add_scalar(f"train/{name}", value, iteration)
-        text = "  ".join(f"{name} {_short(value)}" for name, value in row.items() if name != "iteration")
+        """Values of one iteration, already on the host; `it_per_s` among them."""
+        self.train.write({"iteration": iteration, **values})
+        for name, value in values.items():
+            self.board.add_scalar(f"train/{name}", value, iteration)
+        text = live_text(values)
         self.progress.update(self.task, completed=iteration, values=text)
         if not self.console.is_terminal:
-            left = (self.total - iteration) / rate
+            left = (self.total - iteration) / values["it_per_s"]
             self.console.print(f"{self.title} {iteration}/{self.total}  {text}  left {left:.0f} s", soft_wrap=True)
 
     def validated(self, iteration: int, dice: float, best: float) -> None:
@@ -99,11 +95,34 @@ class RunLog:
         self.board.close()
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def live_text(values: dict[str, float]) -> str:
+    """The few numbers of a training row worth watching, short. The loss is that of theta: labelled + unlabelled."""
+    parts = [f"{values['it_per_s']:.3g}it/s"]
+    parts.append(f"loss {values['loss_labelled'] + values.get('loss_unlabelled', 0.0):.3g}")
+    if "confident" in values:
+        parts.append(f"conf {values['confident']:.0%}")
+    if "grad_norm" in values:
+        parts.append(f"||g1|| {values['grad_norm']:.2g}")
+    return " ".join(parts)
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
+    """The rows that `CsvLog.write` wrote under the same columns."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    header, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    rows = [line.split(",") for line in lines if header == ",".join(columns)]
+    return [row for row in rows if len(row) == len(columns) and _are_numbers(row)]
+
+
+def _are_numbers(row: list[str]) -> bool:
+    try:
+        int(row[0])
+        for cell in row[1:]:
+            float(cell or 0)
+    except ValueError:
+        return False
+    return True
 
 
 def _short(value: float) -> str:

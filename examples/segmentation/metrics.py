@@ -71,7 +71,8 @@ def _asd(predicted: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
         # MONAI 1.6 deprecates an argument that it passes itself.
         warnings.simplefilter("ignore", FutureWarning)
         distances = compute_average_surface_distance(predicted, expected, symmetric=False)[0]
-    return distances.nan_to_num(nan=0.0, posinf=0.0)
+    filled = predicted.flatten(2).any(dim=2) & expected.flatten(2).any(dim=2)
+    return distances.masked_fill(~filled[0, 1:], 0.0)
 
 
 def _one_hot(labels: np.ndarray, num_classes: int, name: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ from .errors import InputError
 
 Method = Literal["supervised", "fixmatch", "gapmatch"]
 METHODS: tuple[Method, ...] = ("supervised", "fixmatch", "gapmatch")
+AT_LEAST_ONE = ("iterations", "size", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,17 @@ class Recipe:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in (
-            "iterations",
-            "size",
-            "labelled_batch",
-            "unlabelled_batch",
-            "validate_every",
-            "log_every",
-        ):
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.size % 16:
+            raise InputError(f"size must be a multiple of 16 (the UNet halves it four times), not {self.size}.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be between 0 and 2**32 - 1, not {self.seed}.")
+        if self.statistics_slices < 0:
+            raise InputError(f"statistics_slices must not be negative, not {self.statistics_slices}.")
+        if not 0 <= self.average_decay < 1:
+            raise InputError(f"average_decay must be at least 0 and below 1, not {self.average_decay}.")
         for name in ("lr", "eps", "alpha"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"{name} must be finite and not negative, not {getattr(self, name)}.")

@@ -10,13 +10,17 @@ class CutMix:
     """Paste a box from another sample of the batch into each sample, with probability `p`.
 
     Works in 2D and 3D. A box holds a uniformly drawn share of the area or volume; the ratio of two of its sides
-    lies between `1 / aspect` and `aspect`. Sides longer than the image are cut off.
+    lies between `1 / aspect` and `aspect`. A side longer than the image is cut off, which makes the box smaller.
+    A batch of one has nothing to paste from and stays as it is.
 
     Args:
         p: probability of a box in each sample.
         share: least and greatest share of the image in the box.
         aspect: greatest ratio of two sides of the box, relative to the image's own.
         generator: source of random numbers, on the tensors' device; None for the default one.
+
+    Raises:
+        ValueError: `p` or `share` is outside [0, 1], or `aspect` is below 1.
     """
 
     def __init__(
@@ -26,6 +30,8 @@ class CutMix:
         aspect: float = 10 / 3,
         generator: torch.Generator | None = None,
     ) -> None:
+        if not (0 <= p <= 1 and 0 <= share[0] <= share[1] <= 1 and aspect >= 1):
+            raise ValueError(f"CutMix needs 0 <= p <= 1, 0 <= share <= 1, aspect >= 1; got {p}, {share}, {aspect}.")
         self.p, self.share, self.aspect, self.generator = p, share, aspect, generator
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -45,14 +51,13 @@ class CutMix:
         share = least + (greatest - least) * self._rand(batch, 1, device=device)
         stretch = (self._rand(batch, dims, device=device) - 0.5) * math.log(self.aspect)
         stretch = (stretch - stretch.mean(dim=1, keepdim=True)).exp()
-        extent = torch.tensor(spatial, device=device)
-        sides = torch.minimum(share ** (1 / dims) * stretch * extent, extent)
-        start = self._rand(batch, dims, device=device) * (extent - sides)
-
+        corner = self._rand(batch, dims, device=device)
         boxes = (self._rand(batch, device=device) < self.p).view(batch, *[1] * dims)
         for dim, size in enumerate(spatial):
+            side = (share[:, 0] ** (1 / dims) * stretch[:, dim] * size).clamp(max=size)
+            start = corner[:, dim] * (size - side)
             centre = torch.arange(size, device=device) + 0.5
-            along = (centre >= start[:, dim, None]) & (centre < (start + sides)[:, dim, None])
+            along = (centre >= start[:, None]) & (centre < (start + side)[:, None])
             boxes = boxes & along.view(batch, *[size if d == dim else 1 for d in range(dims)])
         return boxes
 

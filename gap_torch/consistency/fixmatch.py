@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..losses import ce_dice_loss
+from ..losses import ce_dice_loss, wide
 from .cutmix import CutMix
 
 Augmentation = Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ class FixMatch:
         loss: R of equation 7, called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).
         mode: the model's mode while it makes pseudo-labels. "eval": running statistics, no dropout. "batch": no
             dropout either, but batch norm takes its statistics from the weak views, and its running ones see them.
-            "train": as in training, with dropout too (as in UniMatch).
+            "train": the model's own, as a rule with dropout too (as in UniMatch).
 
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown.
@@ -70,7 +70,8 @@ class FixMatch:
         """Both views of `unlabelled` (B, C, *spatial) and the pseudo-labels (equations 4 and 5)."""
         weak = self.weak(unlabelled)
         with _in_mode(model, self.mode):
-            probabilities = model(weak).float().softmax(dim=1)
+            probabilities = wide(model(weak)).softmax(dim=1)
+        torch.clear_autocast_cache()  # an autocast region around this and `loss` would reuse casts without gradient
         confidence, pseudo_label = probabilities.max(dim=1)
         confident = confidence >= self.tau
         strong = self.strong(weak)
@@ -85,13 +86,14 @@ class FixMatch:
 
 @contextmanager
 def _in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """`model` in `mode` for a while; then every sub-module has its own training flag again."""
+    """`model` in `mode` for a while; then every sub-module has its own training flag again.
+
+    No mode puts a layer into training that the user has frozen.
+    """
     before = {module: module.training for module in model.modules()}
-    model.train(mode == "train")
-    if mode == "batch":
-        for module, was_training in before.items():
-            if isinstance(module, _BatchNorm):
-                module.training = was_training  # a layer that the user froze stays frozen
+    for module in before:
+        if mode == "eval" or (mode == "batch" and not isinstance(module, _BatchNorm)):
+            module.training = False
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The main job from its command line: end to end on a tiny phantom, and every bad input by name."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from segmentation import job
 from segmentation import recipe as recipes
+from segmentation.evaluate import Evaluation
+from segmentation.metrics import ClassScore
 
 TINY = {
     "size": 32,
@@ -111,6 +115,14 @@ SPOILT = {
         lambda d: _rewrite(_first_slice(d), image=np.zeros((4, 4), "f4"), label=np.full((4, 4), 9, "u1")),
         "labels",
     ),
+    "intensities": (
+        lambda d: _rewrite(_first_slice(d), image=np.full((4, 4), 255, "f4"), label=np.zeros((4, 4), "u1")),
+        "outside [0, 1]",
+    ),
+    "a test patient in training": (
+        lambda d: (d / "test.list").write_text("patient001_frame01\n"),
+        "patient001 is in train_slices.list and test.list",
+    ),
     "NaN": (
         lambda d: _rewrite(_first_slice(d), image=np.full((4, 4), np.nan, "f4"), label=np.zeros((4, 4), "u1")),
         "NaN",
@@ -144,12 +156,38 @@ def test_bad_data_is_one_line_before_any_training(
         (["--alpha", "nan"], "alpha"),
         (["--tau", "1.5"], "tau"),
         (["--iterations", "0"], "iterations"),
+        (["--seed", "-1"], "seed"),
+        (["--seed", str(2**32)], "seed"),
+        (["--device", ""], "''"),
+        (["--device", "meta"], "meta"),
+        (["--device", "hpu"], "hpu"),
+        (["--device", "cpu:3"], "cpu:3"),
+        (["--labeled", "5"], "--labeled and --patients"),
+        (["--method", "fixmatch", "fixmatch"], "twice"),
     ],
 )
 def test_bad_arguments_are_one_line(
     arguments: list[str], telling: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _run(data, tmp_path / "out", *arguments) == 2
+    _assert_one_line(capsys, telling)
+
+
+@pytest.mark.parametrize("option", [["--labeled", "5"], ["--preset", "paper"]])
+def test_options_without_effect_on_the_phantom_are_refused(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert acdc_gapmatch.main(["--out", str(tmp_path), *option]) == 2
+    _assert_one_line(capsys, option[0])
+
+
+def test_a_file_in_place_of_the_data_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "acdc.zip").write_text("")
+    assert _run(tmp_path / "acdc.zip", tmp_path / "out") == 2
+    _assert_one_line(capsys, "acdc.zip: is a file")
+
+
+def _assert_one_line(capsys: pytest.CaptureFixture[str], telling: str) -> None:
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -173,6 +211,96 @@ def test_an_old_run_is_not_overwritten(data: Path, tmp_path: Path, capsys: pytes
     assert _run(data, tmp_path / "out") == 0
     assert _run(data, tmp_path / "out") == 2
     assert "--resume" in capsys.readouterr().err
+
+
+def test_the_phantom_starts_anew_in_its_own_folder_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(acdc_gapmatch, "write_phantom", lambda root: shutil.copytree(data, root, dirs_exist_ok=True))
+    monkeypatch.setitem(recipes.PRESETS, "phantom", TINY)
+    quickstart = ["--device", "cpu", "--method", "fixmatch"]
+    for iterations in ("4", "2"):
+        assert acdc_gapmatch.main([*quickstart, "--iterations", iterations]) == 0
+    result = json.loads(Path("runs/phantom/fixmatch/result.json").read_text())
+    assert result["recipe"]["iterations"] == 2
+    assert len(list(Path("runs/phantom/fixmatch/tensorboard").iterdir())) == 1
+
+    real = ["--data", str(data), "--patients", "1", *quickstart]
+    assert acdc_gapmatch.main(real) == 0
+    assert Path("runs/acdc/fixmatch/result.json").is_file()
+    assert acdc_gapmatch.main(real) == 2
+    assert acdc_gapmatch.main([*quickstart, "--out", "runs/acdc"]) == 2
+    assert capsys.readouterr().err.count("--resume, or choose another --out") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "telling"),
+    [
+        (["--amp", "none"], "amp=torch.bfloat16, this run has amp=None"),
+        (["--patients", "2"], "labelled patients=['patient001'], this run has labelled patients="),
+        (["--eps", "0.5"], "eps=0.1, this run has eps=0.5"),
+    ],
+)
+def test_another_run_is_not_resumed(
+    change: list[str], telling: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(data, tmp_path / "out", "--iterations", "1") == 0
+    assert _run(data, tmp_path / "out", "--iterations", "1", "--resume", *change) == 2
+    _assert_one_line(capsys, telling)
+
+
+@pytest.mark.parametrize("name", ["train_slices", "val", "test"])
+def test_a_run_on_other_data_is_not_resumed(
+    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(data, tmp_path / "out", "--iterations", "1") == 0
+    path = data / f"{name}.list"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([*others, first]))
+    assert _run(data, tmp_path / "out", "--iterations", "1", "--resume", "--patients", "1") == 2
+    _assert_one_line(capsys, f"{name}.list=")
+
+
+def test_all_runs_are_checked_before_any_is_trained(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "gapmatch").mkdir(parents=True)
+    (out / "gapmatch" / "last.pt").write_bytes(b"damaged")
+    assert _run(data, out, "--method", "supervised", "gapmatch", "--resume") == 2
+    assert "supervised: no run to resume" in capsys.readouterr().out
+    assert not (out / "supervised" / "train.csv").exists()
+
+
+def test_it_says_where_it_resumes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(data, tmp_path / "out", "--resume") == 0
+    assert "gapmatch: no run to resume in" in capsys.readouterr().out
+    assert _run(data, tmp_path / "out", "--resume") == 0
+    assert "resuming gapmatch at iteration 4" in capsys.readouterr().out
+
+
+def test_divergence_is_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setitem(recipes.PRESETS, "cpu", {**TINY, "lr": 1e30, "iterations": 40})
+    assert _run(data, tmp_path / "out", "--method", "supervised") == 2
+    _assert_one_line(capsys, "loss_labelled is nan at iteration")
+
+
+def test_ctrl_c_is_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    def press_ctrl_c(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "load_volumes", press_ctrl_c)
+    assert _run(data, tmp_path / "out") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(("empty", "note"), [(4, "collapsed: 4 of 6 empty"), (3, "")])
+def test_a_collapse_is_noted(empty: int, note: str) -> None:
+    scores = [ClassScore(0.0, 0.0, empty=i < empty) for i in range(6)]
+    evaluation = Evaluation(("a", "b"), (tuple(scores[:3]), tuple(scores[3:])))
+    progress = job.Progress(iteration=1, validated=1)
+    assert job._row(recipes.Recipe(), progress, evaluation).note == note
 
 
 def test_a_checkpoint_from_another_network(

@@ -32,3 +32,13 @@ def test_seeds_and_epochs_differ() -> None:
 
 def test_mixed_seeds_are_distinct() -> None:
     assert len({mix(seed, counter) for seed in range(20) for counter in range(500)}) == 10_000
+
+
+def test_an_epoch_s_order_is_made_once(monkeypatch) -> None:
+    stream, made = ShuffledStream(10, 4, 0), []
+    order = stream._order
+    monkeypatch.setattr(stream, "_order", lambda epoch: made.append(epoch) or order(epoch))
+    for iteration in range(10):
+        stream[iteration]
+    assert made == [0, 1, 2, 3]
+    assert list(stream.orders) == [3]  # and forgotten when it is over

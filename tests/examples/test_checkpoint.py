@@ -48,6 +48,22 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "list.pt", CPU)
 
 
+def test_whatever_torch_raises_is_one_short_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments, **keywords):
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "pages\nof\ntext")
+
+    (tmp_path / "a.pt").write_bytes(b"x")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(InputError, match=r"a\.pt: not a readable checkpoint; it is damaged") as raised:
+        checkpoint.load(tmp_path / "a.pt", CPU)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        checkpoint.load(tmp_path, CPU)
+
+
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self):

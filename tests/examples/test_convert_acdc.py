@@ -146,9 +146,12 @@ def test_a_listed_case_that_does_not_exist_is_refused(official, lists, case):
     refused(official, lists, f"{case}: no such case")
 
 
-def test_a_case_in_two_lists_is_refused(official, lists):
-    write_list(lists / "test.list", ["patient001_frame01"])
-    refused(official, lists, r"patient001_frame01 is in train\.list and test\.list")
+@pytest.mark.parametrize("case", ["patient001_frame01", "patient001_frame02"])
+def test_a_patient_in_two_lists_is_refused(official, lists, case):
+    train = read_list(lists / "train.list")
+    write_list(lists / "train.list", [name for name in train if name != case] or train)
+    write_list(lists / "test.list", [case])
+    refused(official, lists, r"patient001 is in train\.list and test\.list")
 
 
 def test_a_missing_list_is_refused(official, lists):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from segmentation.data import (
     check_files,
+    check_patients,
     load_slices,
     load_volumes,
     patients_for_share,
@@ -201,7 +202,7 @@ def test_slices_keep_the_order_of_their_names(tmp_path):
             spoiled(value).astype(np.float32),
             spoiled(value).astype(np.uint8),
         )
-    slices = load_slices(tmp_path, ["s2", "s0", "s1"], size=8)
+    slices = load_slices(tmp_path, ["s2", "s0", "s1"], size=8, intensities=None)
     assert slices.labels.amax((1, 2)).tolist() == [2, 0, 1]
     assert slices.images.amax((1, 2, 3)).tolist() == [2, 0, 1]
 
@@ -241,6 +242,24 @@ def test_a_file_of_the_wrong_dimensions_is_refused(tmp_path, case):
         load_volumes(tmp_path, ["a"])
 
 
+@pytest.mark.parametrize("value", [-0.01, 1.01, 255])
+def test_intensities_out_of_range_are_refused_unless_any_are_welcome(tmp_path, case, value):
+    case[0][1, 2, 3] = value
+    write_case(volume_path(tmp_path, "a"), *case)
+    write_slices(tmp_path, "a", *case)
+    with pytest.raises(InputError, match=r"a\.h5: the image runs from .* outside \[0, 1\]"):
+        load_volumes(tmp_path, ["a"])
+    with pytest.raises(InputError, match=r"a_slice_2\.h5: the image runs from"):
+        load_slices(tmp_path, ["a_slice_1", "a_slice_2"], size=8)
+    assert load_volumes(tmp_path, ["a"], intensities=None)[0].image[1, 2, 3] == np.float32(value)
+
+
+def test_rounding_at_the_ends_of_the_range_is_accepted(tmp_path, case):
+    case[0][0, 0, :2] = -0.0009, 1.0009
+    write_case(volume_path(tmp_path, "a"), *case)
+    assert load_volumes(tmp_path, ["a"])
+
+
 def test_num_classes_reaches_the_files(tmp_path, case):
     write_case(volume_path(tmp_path, "a"), *case)
     write_slices(tmp_path, "a", *case)
@@ -267,6 +286,12 @@ def test_the_first_patients_in_list_order_are_labelled():
     names = ["p9_frame01_slice_2", "p1_frame01_slice_1", "p9_frame02_slice_1", "p10_frame01_slice_1"]
     assert split_by_patients(names, 1) == ([names[0], names[2]], [names[1], names[3]])
     assert split_by_patients(names, 2) == (names[:3], names[3:])
+
+
+def test_a_patient_in_two_lists_is_refused_by_name():
+    check_patients({"train": ["p1_f1", "p1_f2"], "val": ["p2_f1"]})
+    with pytest.raises(InputError, match=r"p1 is in train\.list and test\.list"):
+        check_patients({"train": ["p1_f1"], "val": ["p2_f1"], "test": ["p3_f1", "p1_f2"]})
 
 
 @pytest.mark.parametrize("patients", [-1, 0, 2, 3])

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from medpy.metric.binary import asd, dc
 from scipy.ndimage import gaussian_filter, shift
+from segmentation import metrics
 from segmentation.errors import InputError
 from segmentation.metrics import ClassScore, score
 
@@ -127,3 +129,11 @@ def test_without_asd_the_dice_stays():
 def test_bad_input_names_the_culprit(prediction, reference, culprit):
     with pytest.raises(InputError, match=culprit):
         score(prediction, reference, 2)
+
+
+def test_a_distance_that_went_wrong_is_not_hidden_as_zero(monkeypatch):
+    broken = torch.tensor([[torch.nan, torch.inf]])
+    monkeypatch.setattr(metrics, "compute_average_surface_distance", lambda *_, **__: broken)
+    prediction = reference = np.arange(12, dtype=np.uint8).reshape(1, 3, 4) % 3
+    assert not any(math.isfinite(r.asd) for r in score(prediction, reference, 3))
+    assert [r.asd for r in score(np.zeros_like(prediction), reference, 3)] == [0, 0]

@@ -4,16 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from segmentation import train
+from segmentation import checkpoint, train
 from segmentation.data import Slices, Volume, load_slices, load_volumes, read_list, split_by_patients
-from segmentation.errors import InputError
+from segmentation.errors import InputError, RunError
+from segmentation.identity import identity
+from segmentation.interrupt import interruptible
 from segmentation.recipe import METHODS, Recipe
-from segmentation.train import Trainer, fit
+from segmentation.train import Result, fit
+from segmentation.trainer import Trainer
 
 from gap_torch.losses import ce_dice_loss
 from gap_torch.reference import algorithm_1
@@ -37,8 +41,14 @@ def _trainer(recipe: Recipe, slices: tuple[Slices, Slices]) -> Trainer:
     return Trainer(recipe, *slices, CPU, None)
 
 
+def _fit(trainer: Trainer, validation: list[Volume], folder: Path, resume: bool) -> Result:
+    run = identity(trainer.recipe, [], None, {})
+    progress = train.resume(trainer, folder, run) if resume else None
+    return fit(trainer, validation, folder, run, progress)
+
+
 def _weights(trainer: Trainer) -> list[torch.Tensor]:
-    return [*trainer.model.state_dict().values(), *trainer.average.state_dict().values()]
+    return [*trainer.model.state_dict().values(), *trainer.average.module.state_dict().values()]
 
 
 def _assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
@@ -46,7 +56,9 @@ def _assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 
 
 def test_a_gapmatch_step_is_algorithm_1(slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = replace(tiny_recipe, alpha=0.5, eps=0.3, tau=0.25, momentum=0.0, weight_decay=0.0, targets="eval")
+    recipe = replace(
+        tiny_recipe, alpha=0.5, eps=0.3, tau=0.25, momentum=0.0, weight_decay=0.0, targets="eval", average_decay=0
+    )
     trainer = _trainer(recipe, slices)
     trainer.model.double()
     for layer in trainer.model.modules():
@@ -105,7 +117,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 ) -> None:
     recipe = replace(tiny_recipe, method=method)
     whole = Trainer(recipe, *slices, CPU, amp)
-    uninterrupted = fit(whole, validation, _folder(tmp_path / "whole"), resume=False)
+    uninterrupted = _fit(whole, validation, _folder(tmp_path / "whole"), resume=False)
 
     folder = _folder(tmp_path / "parts")
     first = Trainer(recipe, *slices, CPU, amp)
@@ -118,9 +130,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 
     monkeypatch.setattr(first, "step", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
-        fit(first, validation, folder, resume=False)
+        _fit(first, validation, folder, resume=False)
     second = Trainer(recipe, *slices, CPU, amp)
-    resumed = fit(second, validation, folder, resume=True)
+    resumed = _fit(second, validation, folder, resume=True)
 
     _assert_equal(_weights(second), _weights(whole))
     _assert_equal([*resumed.model.state_dict().values()], [*uninterrupted.model.state_dict().values()])
@@ -135,7 +147,9 @@ import os, signal, sys, pickle
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from segmentation.train import Trainer, fit
+from segmentation.identity import identity
+from segmentation.train import fit
+from segmentation.trainer import Trainer
 recipe, slices, validation = pickle.loads(Path(sys.argv[2]).read_bytes())
 trainer = Trainer(recipe, *slices, torch.device("cpu"), None)
 step = trainer.step
@@ -144,7 +158,7 @@ def die(iteration):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(iteration)
 trainer.step = die
-fit(trainer, validation, Path(sys.argv[3]), resume=True)
+fit(trainer, validation, Path(sys.argv[3]), identity(recipe, [], None, {}))
 """
 
 
@@ -158,31 +172,155 @@ def test_a_killed_run_goes_on_to_the_same_weights(slices, validation, tiny_recip
     killed = subprocess.run([sys.executable, "-c", KILLED, examples, problem, folder, "5"], check=False)
     assert killed.returncode == -signal.SIGKILL
     resumed = _trainer(tiny_recipe, slices)
-    fit(resumed, validation, folder, resume=True)
+    _fit(resumed, validation, folder, resume=True)
     whole = _trainer(tiny_recipe, slices)
-    fit(whole, validation, _folder(tmp_path / "whole"), resume=False)
+    _fit(whole, validation, _folder(tmp_path / "whole"), resume=False)
     _assert_equal(_weights(resumed), _weights(whole))
 
 
 def test_a_finished_run_is_not_trained_again(slices, validation, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    fit(_trainer(tiny_recipe, slices), validation, _folder(tmp_path), resume=False)
+    _fit(_trainer(tiny_recipe, slices), validation, _folder(tmp_path), resume=False)
     again = _trainer(tiny_recipe, slices)
     again.step = lambda iteration: pytest.fail("trained")  # type: ignore[method-assign]
-    assert fit(again, validation, tmp_path, resume=True).progress.iteration == tiny_recipe.iterations
+    assert _fit(again, validation, tmp_path, resume=True).progress.iteration == tiny_recipe.iterations
 
 
 @pytest.mark.parametrize("change", [{"width": 4}, {"eps": 0.5}, {"iterations": 8}, {"method": "fixmatch"}])
 def test_a_checkpoint_of_another_recipe_is_refused_by_name(
     slices, validation, tiny_recipe: Recipe, tmp_path: Path, change
 ) -> None:
-    fit(_trainer(tiny_recipe, slices), validation, _folder(tmp_path), resume=False)
+    _fit(_trainer(tiny_recipe, slices), validation, _folder(tmp_path), resume=False)
     other = _trainer(replace(tiny_recipe, **change), slices)
     with pytest.raises(InputError, match=rf"last\.pt.*{next(iter(change))}"):
-        fit(other, validation, tmp_path, resume=True)
+        _fit(other, validation, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [None, b"foreign"])
+def test_the_best_weights_survive_the_loss_of_best_pt(
+    slices, validation, tiny_recipe: Recipe, tmp_path: Path, content: bytes | None
+) -> None:
+    result = _fit(_trainer(tiny_recipe, slices), validation, _folder(tmp_path), resume=False)
+    (tmp_path / "best.pt").unlink()
+    if content:
+        (tmp_path / "best.pt").write_bytes(content)
+    again = _fit(_trainer(tiny_recipe, slices), validation, tmp_path, resume=True)
+    _assert_equal([*again.model.state_dict().values()], [*result.model.state_dict().values()])
+    best = checkpoint.load(tmp_path / "best.pt", CPU)
+    assert (best["iteration"], best["dice"]) == (result.progress.best_iteration, result.progress.best_dice)
+    _assert_equal([*best["model"].values()], [*result.model.state_dict().values()])
+
+
+@pytest.mark.parametrize("spoil", ["identity", "progress", "state", "best_weights"])
+def test_a_checkpoint_with_a_damaged_part_is_refused_at_once(
+    slices, validation, tiny_recipe: Recipe, tmp_path: Path, spoil: str
+) -> None:
+    recipe = replace(tiny_recipe, iterations=2)
+    _fit(_trainer(recipe, slices), validation, _folder(tmp_path), resume=False)
+    content = checkpoint.load(tmp_path / "last.pt", CPU)
+    if spoil == "best_weights":
+        content["progress"][spoil].popitem()
+    else:
+        content[spoil] = [1]
+    checkpoint.save(tmp_path / "last.pt", content)
+    with pytest.raises(InputError, match=r"last\.pt"):
+        train.resume(_trainer(recipe, slices), tmp_path, identity(recipe, [], None, {}))
+
+
+def test_ctrl_c_in_the_last_validation_is_not_swallowed(
+    slices, validation, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(tiny_recipe, iterations=2)
+    evaluate = train.evaluate
+
+    def press_ctrl_c(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*arguments, **keywords)
+
+    monkeypatch.setattr(train, "evaluate", press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(_trainer(recipe, slices), validation, _folder(tmp_path), resume=False)
+    resumed = _trainer(recipe, slices)
+    assert _fit(resumed, validation, tmp_path, resume=True).progress.validated == 2
+
+
+@pytest.mark.parametrize("name", ["loss_labelled", "loss_unlabelled"])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    slices, validation, tiny_recipe: Recipe, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(tiny_recipe, slices)
+    step = trainer.step
+    spoilt = torch.tensor(torch.nan)
+    monkeypatch.setattr(trainer, "step", lambda t: {**step(t), name: spoilt} if t == 2 else step(t))
+    with pytest.raises(RunError, match=rf"{name} is nan at iteration 3; lower"):
+        _fit(trainer, validation, _folder(tmp_path), resume=False)
+    assert train.resume(_trainer(tiny_recipe, slices), tmp_path, identity(tiny_recipe, [], None, {})).iteration == 2
+
+
+def test_the_rate_leaves_validation_out(
+    slices, validation, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: time.sleep(1) or evaluate(*a, **k))
+    trainer = _trainer(replace(tiny_recipe, iterations=4), slices)
+    values = trainer.step(0)
+    monkeypatch.setattr(trainer, "step", lambda t: time.sleep(0.01) or values)
+    result = _fit(trainer, validation, _folder(tmp_path), resume=False)
+    rates = [float(line.split(",")[-1]) for line in (tmp_path / "train.csv").read_text().splitlines()[1:]]
+    assert len(rates) == 4
+    assert all(1 < rate <= 100 for rate in rates)
+    assert 0.04 < result.progress.seconds < 2  # validation slept that long
+
+
+def test_the_learning_rate_is_polynomial(slices, tiny_recipe: Recipe) -> None:
+    trainer = _trainer(tiny_recipe, slices)
+    logged = [trainer.to_host(trainer.step(t))["learning_rate"] for t in range(6)]
+    base = torch.optim.SGD([torch.zeros(1, requires_grad=True)], tiny_recipe.lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(base, lambda t: (1 - t / 6) ** tiny_recipe.power)
+    for rate in logged:
+        assert rate == scheduler.get_last_lr()[0]  # bit for bit
+        base.step(), scheduler.step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_float16_skips_a_step_that_overflows_and_goes_on(slices, tiny_recipe: Recipe) -> None:
+    trainer = Trainer(tiny_recipe, *slices, CPU, torch.float16)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.step(0)
+    assert trainer.scaler.get_scale() == 2.0**29
+    _assert_equal([*trainer.model.parameters()], before)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    values = trainer.to_host(trainer.step(1))
+    assert not any(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), before, strict=True) if a.ndim == 4)
+
+    twin = Trainer(tiny_recipe, *slices, CPU, torch.float16)
+    twin.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)  # another scale after the step
+    assert twin.to_host(twin.step(1))["grad_norm"] == pytest.approx(values["grad_norm"], rel=1e-2)
+
+
+def test_statistics_are_of_the_same_slices_every_time(slices, tiny_recipe: Recipe) -> None:
+    trainer = _trainer(tiny_recipe, slices)
+    pool = torch.cat([trainer.images, trainer.unlabelled])
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(tiny_recipe.seed))
+    assert torch.equal(trainer.statistics_images, pool[order[:4]])
+    assert _trainer(replace(tiny_recipe, statistics_slices=0), slices).statistics_images is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_does_not_wait_for_the_gpu(slices, tiny_recipe: Recipe, method) -> None:
+    trainer = Trainer(replace(tiny_recipe, method=method), *slices, torch.device("cuda"), torch.bfloat16)
+    trainer.step(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for iteration in range(1, 5):  # over the end of an epoch
+            trainer.step(iteration)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_second_ctrl_c_does_not_wait() -> None:
-    with train.interruptible() as interrupted:
+    with interruptible() as interrupted:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupted()
         with pytest.raises(KeyboardInterrupt):
@@ -193,7 +331,7 @@ def test_the_second_ctrl_c_does_not_wait() -> None:
 def test_the_best_iteration_is_the_one_with_the_highest_validation_dice(
     slices, validation, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
-    result = fit(_trainer(tiny_recipe, slices), validation, _folder(tmp_path), resume=False)
+    result = _fit(_trainer(tiny_recipe, slices), validation, _folder(tmp_path), resume=False)
     rows = [line.split(",") for line in (tmp_path / "validation.csv").read_text().splitlines()[1:]]
     best = max(rows, key=lambda row: float(row[1]))
     assert int(best[0]) == result.progress.best_iteration

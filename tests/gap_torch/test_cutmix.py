@@ -71,3 +71,9 @@ def test_a_generator_decides_every_box() -> None:
 
     assert torch.equal(boxes(0), boxes(0))
     assert not torch.equal(boxes(0), boxes(1))
+
+
+@pytest.mark.parametrize("bad", [{"p": 1.5}, {"share": (0.5, 0.1)}, {"aspect": 0.5}])
+def test_bad_arguments_are_refused(bad) -> None:
+    with pytest.raises(ValueError, match="CutMix needs"):
+        CutMix(**bad)

@@ -94,11 +94,12 @@ def test_the_mode_of_the_model_and_back(mode, convolution: bool, batchnorm: bool
     assert torch.equal(before, model[1].running_mean) is not batchnorm
 
 
-def test_a_frozen_batch_norm_stays_frozen_in_batch_mode() -> None:
+@pytest.mark.parametrize("mode", ["batch", "train"])
+def test_a_frozen_batch_norm_stays_frozen(mode) -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3)).train()
     model[1].eval()
     before = model[1].running_mean.clone()
-    FixMatch(_identity, _identity, mode="batch").prepare(model, torch.randn(4, 1, 5, 5))
+    FixMatch(_identity, _identity, mode=mode).prepare(model, torch.randn(4, 1, 5, 5))
     assert torch.equal(before, model[1].running_mean)
     assert [m.training for m in model] == [True, False]
 
@@ -107,3 +108,15 @@ def test_a_frozen_batch_norm_stays_frozen_in_batch_mode() -> None:
 def test_bad_arguments_are_named(bad) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         FixMatch(_identity, _identity, **bad)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_nothing_waits_for_the_gpu() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)).cuda()
+    method, images = FixMatch(_identity, _identity, cutmix=CutMix(), mode="batch"), torch.rand(4, 1, 16, 16).cuda()
+    method.loss(model, method.prepare(model, images)).backward()  # warm-up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        method.loss(model, method.prepare(model, images)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -73,3 +73,10 @@ def test_the_order_of_the_batch_does_not_matter(seed: int) -> None:
 def test_half_precision_logits_are_widened() -> None:
     logits, target, mask = _problem(SHAPES[0])
     assert ce_dice_loss(logits.bfloat16(), target, mask).dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, dice_loss, ce_dice_loss])
+def test_a_masked_pixel_may_be_infinite(loss) -> None:
+    logits, target, mask = _problem(SHAPES[0])
+    spoilt = torch.where(mask.unsqueeze(1), logits, float("inf"))
+    torch.testing.assert_close(loss(spoilt, target, mask), loss(logits, target, mask))

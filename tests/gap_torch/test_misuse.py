@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD
 
+import gap_torch
 from gap_torch import GAPWrapper
 
 
@@ -244,3 +245,110 @@ for name in ("monai", "torchvision", "h5py", "scipy", "matplotlib", "nibabel", "
     assert name not in sys.modules, name
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+# ---------------------------------------------------------------- found in review: each was silently wrong once
+
+
+def test_replacing_a_gradient_after_the_perturbed_backward_is_an_error(model, optimizer):
+    loss(model).backward()
+    with pytest.raises(RuntimeError, match="replaced or dropped"), optimizer.perturbed(model):
+        loss(model).backward()
+        for p in model.parameters():
+            p.grad = p.grad.clamp(-1, 1)
+
+
+def test_zeroing_in_place_is_noticed_whatever_the_second_pass_reaches():
+    body, heads = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
+    optimizer = GAPWrapper(SGD([*heads.parameters(), *body.parameters()], 0.1), eps=0.1)
+    x = torch.ones(2, 4)
+    sum(head(body(x)).square().sum() for head in heads).backward()
+    with pytest.raises(RuntimeError, match="overwritten"), optimizer.perturbed():
+        heads.zero_grad(set_to_none=False)
+        heads[1](body(x)).square().sum().backward()
+
+
+def test_zeroing_in_place_does_not_pass_for_a_backward(model, optimizer):
+    loss(model).backward()
+    with pytest.raises(RuntimeError, match="no gradient was computed"), optimizer.perturbed(model):
+        model.zero_grad(set_to_none=False)
+
+
+def test_a_knob_changed_inside_the_block_counts_from_the_next_step(model, optimizer):
+    loss(model).backward()
+    with optimizer.perturbed(model):
+        loss(model).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    loss(model).backward()
+    with optimizer.perturbed(model):
+        optimizer.param_groups[0]["gap_alpha"] = 3.0
+        loss(model).backward()
+    assert same(expected, [p.grad for p in model.parameters()])
+
+
+def test_a_frozen_parameters_old_gradient_is_no_part_of_g1(model):
+    optimizer = GAPWrapper(SGD(model.parameters(), 0.1), eps=0.5)
+    model[0].weight.grad = torch.full_like(model[0].weight, 100.0)
+    model[0].weight.requires_grad_(False)
+    loss(model).backward()
+    live = [p.grad for p in model.parameters() if p.requires_grad]
+    norm = torch.stack([g.norm() for g in live]).norm()
+    before = values(model)
+    with optimizer.perturbed(model):
+        torch.testing.assert_close(optimizer.grad_norm.float(), norm)
+        assert torch.equal(model[0].weight, before[0])
+        loss(model).backward()
+
+
+def test_a_first_step_that_fails_half_way_leaves_theta(model, optimizer, monkeypatch):
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    before, calls = values(model), []
+
+    def fail_second_time(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError
+        return perturb(*arguments)
+
+    perturb = gap_torch.multi_tensor.perturb
+    monkeypatch.setattr(gap_torch.multi_tensor, "perturb", fail_second_time)
+    (loss(model) + optimizer.param_groups[1]["params"][0].sum()).backward()
+    with pytest.raises(MemoryError):
+        optimizer.first_step()
+    assert same(before, values(model))
+    with pytest.raises(RuntimeError, match="without first_step"):
+        optimizer.second_step()
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_listed_twice_moves_once():
+    p = nn.Parameter(torch.tensor([3.0]))
+    optimizer = GAPWrapper(SGD([p, p], 0.1), eps=0.5, alpha=0.25)
+    p.sum().backward()
+    with optimizer.perturbed():
+        assert p.item() == 3.5
+        p.sum().backward()
+    assert p.grad.item() == 1.25
+
+
+def test_the_wrappers_defaults_cannot_be_set_without_effect(optimizer):
+    for knob in ("eps", "alpha"):
+        with pytest.raises(AttributeError):
+            setattr(optimizer, knob, 1.0)
+
+
+def test_copying_does_not_lose_what_was_set_aside(model, optimizer):
+    with optimizer.set_aside():
+        loss(model).backward()
+    with pytest.raises(RuntimeError, match="set aside"):
+        copy.deepcopy(optimizer)
+
+
+def test_float16_gradients_do_not_overflow_under_a_small_alpha():
+    p = nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    optimizer = GAPWrapper(SGD([p], 0.1), eps=0.1, alpha=0.01)
+    (p * 8192).sum().backward()
+    with optimizer.perturbed():
+        (p * 8192).sum().backward()
+    torch.testing.assert_close(p.grad, torch.full_like(p, 8192 * 1.01))

@@ -201,3 +201,22 @@ def test_scale(foreach):
     tensors = [torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.complex64)]
     multi_tensor.scale_(tensors, 0.25, foreach)
     assert all((t == 0.25).all() for t in tensors)
+
+
+def test_a_large_float32_tensor_loses_no_digits():
+    """Its squares are summed in chunks: one float32 sum of 6e7 of them comes out 0.8 % too large."""
+    large = torch.full((20_000_000,), 0.1)
+    expected = 0.1 * 20_000_000**0.5
+    assert abs(multi_tensor.global_norm([large]).item() / expected - 1) < 1e-4
+
+
+def test_gradients_that_differ_in_strides_of_size_one_take_the_fused_path(monkeypatch):
+    param = torch.zeros(4, 8, 1, 1)
+    grad = torch.randn(4, 8, 1, 1).to(memory_format=torch.channels_last).as_strided((4, 8, 1, 1), (8, 1, 8, 8))
+    assert param.stride() != grad.stride()
+    seen = []
+    fused = multi_tensor._perturb_fused
+    monkeypatch.setattr(multi_tensor, "_perturb_fused", lambda *a: seen.append(len(a[0])) or fused(*a))
+    multi_tensor.perturb([param], [grad], grad.norm(), 1.0)
+    assert seen == [1]
+    torch.testing.assert_close(param, grad / grad.norm())

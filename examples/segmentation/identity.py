@@ -1,0 +1,44 @@
+"""What two runs must have in common for one to go on where the other stopped."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import InputError
+from .recipe import Recipe
+
+Identity = dict[str, Any]
+
+
+def identity(
+    recipe: Recipe, patients: Sequence[str], amp: torch.dtype | None, lists: Mapping[str, Sequence[str]]
+) -> Identity:
+    """Everything that decides a run's result but the hardware, as plain values for a checkpoint.
+
+    Args:
+        recipe: what is run.
+        patients: the labelled ones.
+        amp: autocast dtype.
+        lists: the names in each list file, in order.
+    """
+    digests = {f"{name}.list": _digest(names) for name, names in lists.items()}
+    return {**recipe.to_dict(), "labelled patients": list(patients), "amp": str(amp), **digests}
+
+
+def require_same(path: Path, theirs: Any, ours: Identity) -> None:
+    """Raise InputError, naming the first difference, unless the checkpoint at `path` is of this very run."""
+    if not isinstance(theirs, Mapping):
+        raise InputError(f"{path}: does not say which run it is of; choose another --out.")
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise InputError(
+                f"{path}: was made with {key}={theirs.get(key)}, this run has {key}={value}; "
+                f"run it as before, or choose another --out."
+            )
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]

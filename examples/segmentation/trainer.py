@@ -1,0 +1,157 @@
+"""One training run's model, optimizer and data, and its step: Algorithm 1."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gap_torch import GAPWrapper
+from gap_torch.consistency import CutMix, FixMatch
+from gap_torch.losses import ce_dice_loss, dice_loss
+
+from .augment import Strong, Weak
+from .average import Average, with_statistics_of
+from .batches import ShuffledStream, mix
+from .data import Slices
+from .networks import UNet
+from .recipe import Recipe
+
+UNLABELLED_LOSSES = {"ce_dice": ce_dice_loss, "dice": dice_loss}
+
+
+class Autocast(nn.Module):
+    """A network whose forward pass runs under autocast, so that no other code has to think of it."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.network(images.contiguous(memory_format=torch.channels_last))
+
+
+class Trainer:
+    """Model, optimizer and data of one run.
+
+    Iteration t draws all its random numbers from (seed, t). A run that was interrupted therefore goes on as if it
+    had not been, and runs of different methods see the same batches in the same order.
+
+    Args:
+        recipe: what to run.
+        labelled: slices with labels to learn from.
+        unlabelled: slices whose labels are never looked at.
+        device: where to train.
+        amp: autocast dtype (bfloat16 or float16), or None for float32.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        labelled: Slices,
+        unlabelled: Slices,
+        device: torch.device,
+        amp: torch.dtype | None,
+    ) -> None:
+        self.recipe, self.device = recipe, device
+        self.images, self.labels = labelled.images.to(device), labelled.labels.to(device)
+        self.unlabelled = unlabelled.images.to(device)
+        self.statistics_images = self._statistics_images()
+        self.labelled_stream = ShuffledStream(len(labelled), recipe.labelled_batch, recipe.seed, device)
+        self.unlabelled_stream = ShuffledStream(len(unlabelled), recipe.unlabelled_batch, recipe.seed + 1, device)
+
+        torch.manual_seed(recipe.seed)
+        network = UNet(num_classes=recipe.num_classes, width=recipe.width)
+        self.model = Autocast(network.to(device).to(memory_format=torch.channels_last), amp)
+        base = torch.optim.SGD(
+            self.model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+        self.optimizer = GAPWrapper(base, recipe.eps, recipe.alpha)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+        self.average = Average(self.model, recipe.average_decay)
+        self.weak = Weak()
+        self.method = FixMatch(
+            self.weak,
+            Strong(),
+            recipe.tau,
+            cutmix=CutMix(),
+            loss=UNLABELLED_LOSSES[recipe.unlabelled_loss],
+            mode=recipe.targets,
+        )
+
+    def step(self, iteration: int) -> dict[str, Tensor]:
+        """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device."""
+        torch.manual_seed(mix(self.recipe.seed, iteration))
+        self._set_learning_rate(iteration)
+        index = self.labelled_stream[iteration]
+        images, labels = self.weak.with_labels(self.images[index], self.labels[index])
+        values = {} if self.recipe.method == "supervised" else self._consistency(iteration)
+
+        loss = ce_dice_loss(self.model(images), labels.long())
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.recipe.average_decay:
+            self.average.update(self.model)
+        return {"loss_labelled": loss.detach(), **values}
+
+    def _set_learning_rate(self, iteration: int) -> None:
+        # in closed form: a scheduler would count the steps that a GradScaler skips
+        recipe = self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * (1 - iteration / recipe.iterations) ** recipe.power
+
+    def _consistency(self, iteration: int) -> dict[str, Tensor]:
+        """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
+        model, method, optimizer = self.model, self.method, self.optimizer
+        views = method.prepare(model, self.unlabelled[self.unlabelled_stream[iteration]])
+        loss = method.loss(model, views)
+        self.scaler.scale(loss).backward()
+        values = {"loss_unlabelled": loss.detach(), "confident": views.confident.float().mean()}
+        if self.recipe.method == "gapmatch":
+            with optimizer.perturbed(model):
+                perturbed_loss = method.loss(model, views)
+                self.scaler.scale(perturbed_loss).backward()
+            assert optimizer.grad_norm is not None
+            values["loss_perturbed"] = perturbed_loss.detach()
+            scale = self.scaler.scale(torch.ones_like(optimizer.grad_norm))  # on the device, as it is in this step
+            values["grad_norm"] = optimizer.grad_norm / scale
+        return values
+
+    def to_host(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """What `step` returned as numbers, and its learning rate; one copy, which waits for the device."""
+        numbers = torch.stack([value.float() for value in values.values()]).tolist()
+        return {**dict(zip(values, numbers, strict=True)), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def scored_model(self) -> nn.Module:
+        """The weights to validate and to test, as the recipe says."""
+        model = self.average.module if self.recipe.average_decay else self.model
+        if self.statistics_images is None:
+            return model
+        return with_statistics_of(model, self.statistics_images.split(24))
+
+    def _statistics_images(self) -> Tensor | None:
+        """Randomly chosen ones of all, labelled and unlabelled; None where the running statistics stay."""
+        if not self.recipe.statistics_slices:
+            return None
+        images = [*self.images, *self.unlabelled]
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.recipe.seed))
+        return torch.stack([images[i] for i in order[: self.recipe.statistics_slices].tolist()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` gave."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "average": self.average,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+        }

@@ -1,0 +1,94 @@
+"""Under DistributedDataParallel every rank gets the gradient of Algorithm 1 on the joint batch."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gap_torch import GAPWrapper
+from gap_torch.reference import algorithm_1
+
+STEPS = 3
+CASES = list(itertools.product([False, True], [0.0, 0.5, 1.0], [False, True]))
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def _data(step: int) -> Tensor:
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+def _loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def _expected(alpha: float) -> list[list[Tensor]]:
+    model = _model()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradients = []
+    for step in range(STEPS):
+        x = _data(step)
+        g = algorithm_1(
+            list(model.parameters()),
+            lambda x=x: _loss(model, x),
+            lambda x=x: _loss(model, x + 1),
+            eps=0.1,
+            alpha=alpha,
+        )
+        for p, gradient in zip(model.parameters(), g, strict=True):
+            p.grad = gradient.clone()
+        gradients.append(g)
+        base.step()
+    return gradients
+
+
+def _train(rank: int, view: bool, alpha: float, zero: bool) -> list[list[Tensor]]:
+    model = DistributedDataParallel(_model(), gradient_as_bucket_view=view)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), lr=0.1), eps=0.1, alpha=alpha)
+    gradients = []
+    for step in range(STEPS):
+        mine = _data(step).chunk(2)[rank]
+        _loss(model, mine).backward()
+        with optimizer.perturbed(model):
+            if zero:
+                model.zero_grad()
+            _loss(model, mine).backward()
+        _loss(model, mine + 1).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+    return gradients
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = {case: _train(rank, *case) for case in CASES}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ddp")
+    torch.multiprocessing.spawn(_worker, args=(str(folder),), nprocs=2)
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("zero", [False, True])
+def test_every_rank_has_the_joint_batchs_gradient(ranks: list[dict], view: bool, alpha: float, zero: bool) -> None:
+    expected = _expected(alpha)
+    for rank in ranks:
+        for ours, theirs in zip(rank[view, alpha, zero], expected, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b)
