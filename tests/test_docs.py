@@ -1,0 +1,61 @@
+"""Every code block of the wrapper's page and the README runs, and leaves theta and the gradients in order."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gap_torch import GAPWrapper
+from gap_torch.consistency import FixMatch
+from gap_torch.losses import ce_dice_loss
+
+ROOT = Path(__file__).parents[1]
+
+
+def _blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+BLOCKS = [(page, i) for page in ("README.md", "docs/wrapper.md") for i in range(len(_blocks(page)))]
+
+
+@pytest.fixture
+def names() -> dict:
+    """What the pages take for granted: a model, an optimizer, a method and some data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    method = FixMatch(lambda x: x, lambda x: 0.9 * x, tau=0.2)
+    x, y, unlabelled = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8)), torch.rand(2, 1, 8, 8)
+    views = method.prepare(model, unlabelled)
+    return {
+        "torch": torch,
+        "GAPWrapper": GAPWrapper,
+        "model": model,
+        "encoder": model[:3].parameters(),
+        "head": model[3:].parameters(),
+        "optimizer": GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), eps=0.1, alpha=0.5),
+        "scaler": torch.amp.GradScaler("cpu"),
+        "method": method,
+        "weak": method.weak,
+        "strong": method.strong,
+        "unlabelled": unlabelled,
+        "views": views,
+        "micro_batches": [views, views],
+        "labelled_micro_batches": [(x, y), (x, y)],
+        "x": x,
+        "y": y,
+        "supervised": F.cross_entropy,
+        "supervised_loss": lambda model: F.cross_entropy(model(x), y),
+        "consistency_loss": lambda model: method.loss(model, views),
+        "consistency": lambda logits, views: ce_dice_loss(logits, views.pseudo_label, views.confident),
+    }
+
+
+@pytest.mark.parametrize(("page", "index"), BLOCKS)
+def test_the_block_runs(page: str, index: int, names: dict) -> None:
+    exec(compile(_blocks(page)[index], f"{page}, block {index}", "exec"), names)
+    names["optimizer"].state_dict()  # an error while perturbed
+    assert all(torch.isfinite(p).all() for p in names["model"].parameters())
