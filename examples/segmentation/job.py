@@ -194,4 +194,4 @@ def _case(volume: Volume, models: dict[str, nn.Module], job: Job, recipe: Recipe
     for name, model in models.items():
         labels, entropy = predict_volume(model, image, recipe.size, job.device)
         predictions[name] = (labels[0], entropy[0])
-    return Case(image[0], volume.label[z], predictions, volume.name)
+    return Case(image[0], volume.label[z], predictions, volume.name.replace("_", "\n"))
