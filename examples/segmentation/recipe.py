@@ -94,10 +94,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "phantom": {
         **REDUCED,
         "size": 64,
-        "iterations": 200,
+        "width": 8,
+        "iterations": 400,
         "labelled_batch": 6,
         "unlabelled_batch": 6,
+        "lr": 0.03,
+        "eps": 0.05,  # of 0.02, 0.05 and 0.1 the best on the phantom's validation volumes
+        "average_decay": 0.95,
         "validate_every": 50,
-        "log_every": 10,
     },
 }
