@@ -104,8 +104,7 @@ class GAPWrapper(Optimizer):
         self.grad_norm = multi_tensor.global_norm(list(g1.values()), self.foreach)
         self._pending = _Pending([_Group.snapshot(group) for group in self.param_groups], self.foreach)
         try:
-            for group in self._pending.groups:
-                self._perturb(group, g1)
+            self._perturb(g1)
             self._pending.make_room_for_g2(g1)
         except BaseException:
             self._abandon()
@@ -172,7 +171,8 @@ class GAPWrapper(Optimizer):
         """
         self._forbid_while_perturbed("set_aside()")
         params = [p for group in self.param_groups for p in group["params"]]
-        before = {p: p.grad for p in params}
+        # a view is DDP's memory, which the backward inside would write to
+        before = {p: p.grad.clone() if p.grad is not None and p.grad._is_view() else p.grad for p in params}
         _drop_gradients(params)
         try:
             yield
@@ -309,18 +309,21 @@ class GAPWrapper(Optimizer):
                 "(or leave the `with optimizer.perturbed()` block)."
             )
 
-    def _perturb(self, group: "_Group", g1: dict[Tensor, Tensor]) -> None:
+    def _perturb(self, g1: dict[Tensor, Tensor]) -> None:
         assert self.grad_norm is not None
         assert self._pending is not None
-        params = [p for p in group.params if p in g1]
-        if not params or group.eps == 0:
-            return
+        moving = [(group.eps, [p for p in group.params if p in g1]) for group in self._pending.groups if group.eps > 0]
+        self._back_up([p for _, params in moving for p in params])
+        for eps, params in moving:
+            multi_tensor.perturb(params, [g1[p] for p in params], self.grad_norm, eps, self.foreach)
+
+    def _back_up(self, params: list[Tensor]) -> None:
+        assert self._pending is not None
         for p in params:
             if p not in self._copies or not _alike(p, self._copies[p]):
                 self._copies[p] = torch.empty_like(p)
         multi_tensor.backup(params, [self._copies[p] for p in params], self.foreach)
-        self._pending.moved += params
-        multi_tensor.perturb(params, [g1[p] for p in params], self.grad_norm, group.eps, self.foreach)
+        self._pending.moved = params
 
     def _restore(self) -> None:
         assert self._pending is not None
@@ -381,12 +384,14 @@ class _Pending:
             in_place = [p for p in here if _can_accumulate(g1[p], group.alpha)]
             if in_place and group.alpha != 1:
                 multi_tensor.scale_([g1[p] for p in in_place], 1 / group.alpha, self.foreach)
-            self.in_place.update({p: (g1[p], g1[p]._version) for p in in_place})
+            self.in_place.update({p: (g1[p], 0) for p in in_place})
             for p in here:
                 if p not in self.in_place:
                     # a view is somebody else's memory: DDP writes the next gradient into the same bucket
                     self.apart[p] = g1[p].clone() if g1[p]._is_view() else g1[p]
                     p.grad = None
+        # only now: gradients of one storage share their version, and all have been scaled
+        self.in_place = {p: (gradient, gradient._version) for p, (gradient, _) in self.in_place.items()}
         self.hooks = [p.register_hook(self._before_accumulation) for p in g1]
 
     def combine(self) -> None:
@@ -396,11 +401,19 @@ class _Pending:
                 "no gradient was computed between first_step() and second_step(): run the same loss again, forward "
                 "and backward, at the perturbed parameters."
             )
-        for p in self.in_place:
-            p.grad = self._accumulated(p)
+        if any(p.grad is not None and p.grad.requires_grad for group in self.groups for p in group.params):
+            raise RuntimeError(f"g2 {_CREATE_GRAPH}")
+        for p, (g1, _) in self.in_place.items():
+            # DDP may have taken the sum over into a bucket
+            if p.grad is not g1 and (p.grad is None or not p.grad._is_view()):
+                raise RuntimeError(
+                    "a .grad was replaced or dropped after g2 had been added to it (or create_graph=True did so): "
+                    "change gradients after second_step()."
+                )
         for group in self.groups:
             if group.alpha != 1:
-                summed = [p.grad for p in group.params if p not in self.apart and p.grad is not None]
+                live = [p for p in group.params if p.requires_grad and p not in self.apart]
+                summed = [p.grad for p in live if p.grad is not None]
                 multi_tensor.scale_(summed, group.alpha, self.foreach)
             for p in group.params:
                 if p in self.apart:
@@ -412,36 +425,25 @@ class _Pending:
 
     def _before_accumulation(self, _: Tensor) -> None:
         """Runs whenever g2 of a parameter is ready, before it is accumulated."""
-        if torch.is_grad_enabled():  # autograd would replace g1 instead of adding to it
-            raise RuntimeError(f"g2 {_CREATE_GRAPH}")
-        if not self.seen_backward:
-            self.seen_backward = True
-            if any(p.grad is g1 and g1._version != version for p, (g1, version) in self.in_place.items()):
+        if self.seen_backward:
+            return
+        self.seen_backward = True
+        for p, (g1, version) in self.in_place.items():
+            if g1._version != version:
                 raise RuntimeError(
                     "g1 was overwritten between first_step() and the perturbed backward, as "
                     "zero_grad(set_to_none=False) does. No zeroing is needed there: remove it, or let it set the "
                     "gradients to None."
                 )
-
-    def _accumulated(self, p: Tensor) -> Tensor:
-        """g1 / alpha + g2."""
-        g1, version = self.in_place[p]
-        if p.grad is g1:
-            return g1
-        if g1._version == version:  # `.grad` was set to None, and g2 came in a tensor of its own
-            return g1 if p.grad is None else g1.add_(p.grad)
-        if p.grad is not None and p.grad._is_view():  # DDP took the sum over into a bucket
-            return p.grad
-        raise RuntimeError(
-            "a .grad was replaced or dropped after g2 had been added to it: change gradients after second_step()."
-        )
+            p.grad = g1  # which model.zero_grad() has detached, or DDP, when it arranged its buckets anew
 
 
 def _can_accumulate(g1: Tensor, alpha: float) -> bool:
     """Whether the perturbed pass may add g2 to g1 / alpha where g1 lies."""
     if g1._is_view() or alpha == 0:
         return False
-    return alpha == 1 or g1.dtype not in (torch.float16, torch.bfloat16)  # too narrow for g1 / alpha
+    narrow = g1.dtype in (torch.float16, torch.bfloat16)
+    return alpha == 1 or (1e-6 < alpha < 1e6 and not narrow)  # else g1 / alpha may overflow
 
 
 def _weighted_sum(g1: Tensor, g2: Tensor | None, alpha: float) -> Tensor:

@@ -67,10 +67,31 @@ def _train(rank: int, view: bool, alpha: float, zero: bool) -> list[list[Tensor]
     return gradients
 
 
+def _set_aside_in_micro_batches() -> tuple[Tensor, Tensor]:
+    """g1 and the sum, for a model whose gradient is the sum of its inputs."""
+    model = DistributedDataParallel(nn.Linear(1, 1, bias=False).double(), gradient_as_bucket_view=True)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), eps=0.1)
+    (weight,) = model.parameters()
+
+    def backward(value: float) -> None:
+        model(torch.tensor([[value]], dtype=torch.float64)).sum().backward()
+
+    for labelled, unlabelled in ((10.0, 1.0), (20.0, 2.0)):
+        with optimizer.set_aside():
+            backward(labelled)
+        backward(unlabelled)
+    g1 = weight.grad.clone()
+    with optimizer.perturbed(model):
+        backward(1.0)
+        backward(2.0)
+    return g1, weight.grad.clone()
+
+
 def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {case: _train(rank, *case) for case in CASES}
+    results["set aside"] = _set_aside_in_micro_batches()
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -92,3 +113,11 @@ def test_every_rank_has_the_joint_batchs_gradient(ranks: list[dict], view: bool,
         for ours, theirs in zip(rank[view, alpha, zero], expected, strict=True):
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_what_is_set_aside_stays_out_of_ddps_buckets(ranks: list[dict]) -> None:
+    for rank in ranks:
+        g1, total = rank["set aside"]
+        assert g1.item() == 3
+        assert total.item() == 3 + 3 + 30

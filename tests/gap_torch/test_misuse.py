@@ -352,3 +352,67 @@ def test_float16_gradients_do_not_overflow_under_a_small_alpha():
     with optimizer.perturbed():
         (p * 8192).sum().backward()
     torch.testing.assert_close(p.grad, torch.full_like(p, 8192 * 1.01))
+
+
+def test_a_frozen_parameters_old_gradient_is_left_as_it_is(model):
+    optimizer = GAPWrapper(SGD(model.parameters(), 0.1), eps=0.5, alpha=0.5)
+    model[0].weight.grad = torch.full_like(model[0].weight, 5.0)
+    model[0].weight.requires_grad_(False)
+    loss(model).backward()
+    with optimizer.perturbed(model):
+        loss(model).backward()
+    assert torch.equal(model[0].weight.grad, torch.full_like(model[0].weight, 5.0))
+
+
+def test_a_gradient_penalty_is_no_misuse():
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = GAPWrapper(SGD([p], 0.1), eps=0.0)
+
+    def penalised():
+        value = p.square().sum()
+        (gradient,) = torch.autograd.grad(value, p, create_graph=True)
+        return value + gradient.square().sum()
+
+    penalised().backward()
+    with optimizer.perturbed():
+        penalised().backward()
+    torch.testing.assert_close(p.grad, 20 * p.detach())
+
+
+def test_an_out_of_place_accumulation_is_an_error():
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = GAPWrapper(SGD([p], 0.1), eps=0.0)
+    p.square().sum().backward()
+    with pytest.raises(RuntimeError, match="replaced or dropped"), optimizer.perturbed():
+        (g2,) = torch.autograd.grad(p.square().sum(), p)
+        p.grad = p.grad + g2
+
+
+def test_gradients_that_share_a_storage_over_two_groups():
+    a, b = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))
+    base = SGD([{"params": [a], "gap_alpha": 0.5}, {"params": [b], "gap_alpha": 2.0}], 0.1)
+    optimizer = GAPWrapper(base, eps=0.0)
+    torch.cat([a, b]).square().sum().backward()
+    with optimizer.perturbed():
+        torch.cat([a, b]).square().sum().backward()
+    torch.testing.assert_close(torch.cat([a.grad, b.grad]), torch.tensor([3.0, 12.0]))
+
+
+def test_parameters_that_share_a_storage_over_two_groups_come_back():
+    shared = torch.ones(2)
+    a, b = nn.Parameter(shared[:]), nn.Parameter(shared[:])
+    optimizer = GAPWrapper(SGD([{"params": [a]}, {"params": [b]}], 0.1), eps=0.5)
+    (a.sum() + b.sum()).backward()
+    with optimizer.perturbed():
+        (a.sum() + b.sum()).backward()
+    assert torch.equal(shared, torch.ones(2))
+
+
+@pytest.mark.parametrize("alpha", [1e-39, 1e30])
+def test_an_extreme_alpha_does_not_overflow(alpha):
+    p = nn.Parameter(torch.ones(2))
+    optimizer = GAPWrapper(SGD([p], 0.1), eps=0.1, alpha=alpha)
+    (1e-3 * p).sum().backward()
+    with optimizer.perturbed():
+        (1e-3 * p).sum().backward()
+    torch.testing.assert_close(p.grad, torch.full_like(p, 1e-3 * (1 + alpha)))
