@@ -80,8 +80,8 @@ class Recipe:
         return asdict(self)
 
 
-# The reduced recipe for a CPU. At this length cross-entropy on confident background wins over the heart, and the
-# running statistics and single weights are too noisy to compare methods by (docs/acdc.md).
+# The reduced recipe for a CPU. At this length cross-entropy on confident background threatens to win over the heart,
+# and running statistics and single weights are too noisy to compare methods by (docs/acdc.md).
 REDUCED: dict[str, Any] = {
     "unlabelled_loss": "dice",
     "average_decay": 0.99,
