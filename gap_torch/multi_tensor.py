@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-FUSED_DEVICES = ("cpu", "cuda")
+# On the CPU, torch 2.6's fused kernel goes wrong for half precision beyond the length of a vector register.
+FUSED_DTYPES = {"cpu": {torch.float32}, "cuda": {torch.float32, torch.float16, torch.bfloat16}}
 # Summing more squares than this in float32 loses digits.
 CHUNK = 2**16
 # Squares of float32 numbers are exact enough in float32 as long as their sum stays well inside its range.
@@ -112,8 +113,7 @@ def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor, mov
 def _fusable(param: Tensor, grad: Tensor) -> bool:
     """Whether the fused kernel can take these: it walks memory, and reads its learning rate as float32."""
     return (
-        param.device.type in FUSED_DEVICES
-        and param.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        param.dtype in FUSED_DTYPES.get(param.device.type, ())
         and param.dtype == grad.dtype
         and param.stride() == grad.stride()
         and type(param) in (Tensor, torch.nn.Parameter)

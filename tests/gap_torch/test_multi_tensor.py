@@ -220,3 +220,14 @@ def test_gradients_that_differ_in_strides_of_size_one_take_the_fused_path(monkey
     multi_tensor.perturb([param], [grad], grad.norm(), 1.0)
     assert seen == [1]
     torch.testing.assert_close(param, grad / grad.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [3, 24, 100, 1000])
+def test_the_fused_path_moves_every_element(dtype, size):
+    """Sizes beyond a vector register: torch 2.6's fused kernel goes wrong there in half precision on the CPU."""
+    param, grad = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+    norm = multi_tensor.global_norm([grad])
+    expected = (param.float() + 0.5 * grad.float() / norm.float()).to(dtype)
+    multi_tensor.perturb([param], [grad], norm, 0.5)
+    torch.testing.assert_close(param, expected)
