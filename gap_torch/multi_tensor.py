@@ -66,14 +66,16 @@ def perturb(params: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps
         pairs = [(_as_real(params[i]), _in_order_of(params[i], grads[i])) for i in indices]
         scale = (eps / _to(norm, device)).to(_wide_arithmetic(dtype))
         moves = (scale > 0) & torch.isfinite(scale.float())
-        fusable = [pair for pair in pairs if foreach and _fusable(*pair)]
+        fusable: list[tuple[Tensor, Tensor]] = []
+        rest: list[tuple[Tensor, Tensor]] = []
+        for pair in pairs:
+            (fusable if foreach and _fusable(*pair) else rest).append(pair)
         if fusable:
             _perturb_fused([p for p, _ in fusable], [g for _, g in fusable], scale, moves)
-        for param, grad in pairs:
-            if not (foreach and _fusable(param, grad)):
-                # `where`, not scale = 0: a gradient with inf or NaN in it times zero is still NaN.
-                # Widened first: CUDA would cast a 0-dim `scale` to float16, where it may overflow.
-                param.add_(torch.where(moves, grad.to(scale.dtype) * scale, 0.0))
+        for param, grad in rest:
+            # `where`, not scale = 0: a gradient with inf or NaN in it times zero is still NaN.
+            # Widened first: CUDA would cast a 0-dim `scale` to float16, where it may overflow.
+            param.add_(torch.where(moves, grad.to(scale.dtype) * scale, 0.0))
 
 
 def scale_(tensors: Sequence[Tensor], factor: float, foreach: bool = True) -> None:

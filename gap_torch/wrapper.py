@@ -379,19 +379,19 @@ class _Pending:
 
     def make_room_for_g2(self, g1: dict[Tensor, Tensor]) -> None:
         """Arrange g1 so that the perturbed pass can add to it, and watch that it does."""
+        in_place: list[Tensor] = []
         for group in self.groups:
-            here = [p for p in group.params if p in g1]
-            in_place = [p for p in here if _can_accumulate(g1[p], group.alpha)]
-            if in_place and group.alpha != 1:
-                multi_tensor.scale_([g1[p] for p in in_place], 1 / group.alpha, self.foreach)
-            self.in_place.update({p: (g1[p], 0) for p in in_place})
-            for p in here:
-                if p not in self.in_place:
-                    # a view is somebody else's memory: DDP writes the next gradient into the same bucket
-                    self.apart[p] = g1[p].clone() if g1[p]._is_view() else g1[p]
-                    p.grad = None
-        # only now: gradients of one storage share their version, and all have been scaled
-        self.in_place = {p: (gradient, gradient._version) for p, (gradient, _) in self.in_place.items()}
+            here = [p for p in group.params if p in g1 and _can_accumulate(g1[p], group.alpha)]
+            if here and group.alpha != 1:
+                multi_tensor.scale_([g1[p] for p in here], 1 / group.alpha, self.foreach)
+            in_place += here
+        # versions only now that all are scaled: gradients of one storage share theirs
+        self.in_place = {p: (g1[p], g1[p]._version) for p in in_place}
+        for p, gradient in g1.items():
+            if p not in self.in_place:
+                # a view is somebody else's memory: DDP writes the next gradient into the same bucket
+                self.apart[p] = gradient.clone() if gradient._is_view() else gradient
+                p.grad = None
         self.hooks = [p.register_hook(self._before_accumulation) for p in g1]
 
     def combine(self) -> None:

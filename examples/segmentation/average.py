@@ -50,7 +50,7 @@ class Average:
 def with_statistics_of(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """A copy of `model` whose batch-norm running statistics are the mean over `batches` of images."""
     scored = copy.deepcopy(model)
-    with _without_dropout(scored), torch.random.fork_rng():
+    with _without_dropout(scored):
         update_bn(batches, scored)
     return scored
 
