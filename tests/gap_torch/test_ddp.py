@@ -1,11 +1,10 @@
 """Under DistributedDataParallel every rank gets the gradient of Algorithm 1 on the joint batch."""
 
 import itertools
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,23 +86,15 @@ def _set_aside_in_micro_batches() -> tuple[Tensor, Tensor]:
     return g1, weight.grad.clone()
 
 
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    results = {case: _train(rank, *case) for case in CASES}
-    results["set aside"] = _set_aside_in_micro_batches()
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def _worker(rank: int) -> dict:
+    return {**{case: _train(rank, *case) for case in CASES}, "set aside": _set_aside_in_micro_batches()}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(_worker, args=(str(folder),), nprocs=2)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def ranks(on_two_ranks: Callable[..., list[dict]]) -> list[dict]:
+    return on_two_ranks(_worker)
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("zero", [False, True])
@@ -115,7 +106,6 @@ def test_every_rank_has_the_joint_batchs_gradient(ranks: list[dict], view: bool,
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_what_is_set_aside_stays_out_of_ddps_buckets(ranks: list[dict]) -> None:
     for rank in ranks:
         g1, total = rank["set aside"]
