@@ -49,7 +49,9 @@ def restore(params: Sequence[Tensor], copies: Sequence[Tensor], foreach: bool = 
     _copy(params, copies, foreach)
 
 
-def perturb(params: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps: float, foreach: bool = True) -> None:
+def perturb(
+    params: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps: float | Tensor, foreach: bool = True
+) -> None:
     """theta <- theta + eps * g / norm (Algorithm 1, line 7), in place.
 
     Nothing moves where `norm` is zero or not finite, or so small that eps / norm is not a finite float32.
@@ -57,14 +59,15 @@ def perturb(params: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps
 
     Args:
         params: tensors of theta.
-        grads: g1, of the same shapes, dtypes and devices.
+        grads: g1, of the same shapes and devices; of the same dtypes, or wider.
         norm: ||g1||, 0-dim.
-        eps: radius of the perturbation in the units of theta.
+        eps: radius of the perturbation in the units of theta; a 0-dim tensor is read on the device.
         foreach: use the fused kernel where there is one for these tensors.
     """
     for (device, dtype), indices in _by_device_and_dtype(params).items():
         pairs = [(_as_real(params[i]), _in_order_of(params[i], grads[i])) for i in indices]
-        scale = (eps / _to(norm, device)).to(_wide_arithmetic(dtype))
+        radius = _to(eps, device) if isinstance(eps, Tensor) else eps
+        scale = (radius / _to(norm, device)).to(_wide_arithmetic(dtype))
         moves = (scale > 0) & torch.isfinite(scale.float())
         fusable: list[tuple[Tensor, Tensor]] = []
         rest: list[tuple[Tensor, Tensor]] = []
@@ -115,7 +118,8 @@ def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor, mov
 def _fusable(param: Tensor, grad: Tensor) -> bool:
     """Whether the fused kernel can take these: it walks memory, and reads its learning rate as float32."""
     return (
-        param.dtype in FUSED_DTYPES.get(param.device.type, ())
+        not torch.compiler.is_compiling()  # which fuses by itself
+        and param.dtype in FUSED_DTYPES.get(param.device.type, ())
         and param.dtype == grad.dtype
         and param.stride() == grad.stride()
         and type(param) in (Tensor, torch.nn.Parameter)
@@ -147,7 +151,8 @@ def _tensor_norms(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> T
     if not foreach:
         return torch.stack([torch.linalg.vector_norm(t, dtype=dtype) for t in tensors])
     # On the CPU a wider accumulator costs a copy of every tensor, a look at the result costs nothing.
-    if tensors[0].device.type == "cpu" and tensors[0].dtype == torch.float32:
+    # (A compiled step can't look.)
+    if tensors[0].device.type == "cpu" and tensors[0].dtype == torch.float32 and not torch.compiler.is_compiling():
         norms = torch.stack(torch._foreach_norm([chunk for t in tensors for chunk in _chunks(t)], 2.0))
         if SAFE_NORM[0] < norms.min() and norms.max() < SAFE_NORM[1]:
             return norms

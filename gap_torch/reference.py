@@ -18,6 +18,7 @@ def algorithm_1(
     *,
     eps: float | Sequence[float],
     alpha: float | Sequence[float] = 1.0,
+    adaptive: bool = False,
 ) -> list[Tensor | None]:
     """Gradient g of one step (Algorithm 1, lines 5-12).
 
@@ -27,6 +28,7 @@ def algorithm_1(
         supervised: closure for L_sup, or None for the unlabelled part g_u alone.
         eps: radius of the perturbation, one for all or one for each parameter.
         alpha: weight of g2, one for all or one for each parameter.
+        adaptive: measure the radius in units of |theta|, element by element (ASAM: Kwon et al., ICML 2021, equation 6).
 
     Returns:
         One gradient for each parameter, None where no loss reaches it.
@@ -35,12 +37,13 @@ def algorithm_1(
     weights = [alpha] * len(theta) if isinstance(alpha, (int, float)) else list(alpha)
 
     g1 = _gradient(unsupervised, theta)  # line 5
-    norm = _norm(g1)
+    sizes = [parameter.detach().abs() if adaptive else torch.ones_like(parameter) for parameter in theta]
+    norm = _norm([_times(size, gradient) for size, gradient in zip(sizes, g1, strict=True)])
     saved = [parameter.detach().clone() for parameter in theta]  # line 6
     with torch.no_grad():
-        for parameter, gradient, radius in zip(theta, g1, radii, strict=True):
+        for parameter, gradient, radius, size in zip(theta, g1, radii, sizes, strict=True):
             if gradient is not None and 0 < norm < float("inf"):
-                parameter += radius * gradient / norm  # line 7
+                parameter += radius * size**2 * gradient / norm  # line 7
     g2 = _gradient(unsupervised, theta)  # line 8
     g_u = [_add(first, _times(weight, second)) for first, second, weight in zip(g1, g2, weights, strict=True)]  # line 9
     with torch.no_grad():
@@ -63,7 +66,7 @@ def _norm(gradients: Sequence[Tensor | None]) -> float:
     return sum(squares) ** 0.5
 
 
-def _times(weight: float, gradient: Tensor | None) -> Tensor | None:
+def _times(weight: float | Tensor, gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else weight * gradient
 
 

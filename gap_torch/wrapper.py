@@ -13,18 +13,29 @@ Algorithm 1 of Huang et al., "GapMatch", AAAI 2025.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from . import multi_tensor
+from . import ranks
+from .accumulation import CREATE_GRAPH, Group
 from .batchnorm import frozen_running_stats
+from .perturbation import Perturbation
 from .rng import RNGState, replayed
+from .sharding import reshard
 
-_CREATE_GRAPH = "was computed with create_graph=True, whose gradients GAP can't accumulate: leave it out."
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Eps = float | Tensor | Callable[[int], float]
+
+
+# what GAP keeps in a parameter group, and what a pickle holds of the wrapper itself
+_KEYS = ("gap_eps", "gap_alpha", "gap_updates")
+_ARGUMENTS = ("base_optimizer", "eps", "alpha", "foreach", "adaptive", "interval")
+_DEFAULTS = {"adaptive": False, "interval": 1}
 
 
 class _OnBase:
@@ -59,57 +70,88 @@ class GAPWrapper(Optimizer):
     Args:
         base_optimizer: an instance of any `torch.optim.Optimizer` but LBFGS.
         eps: radius of the perturbation in the units of the parameters (>= 0, Algorithm 1, line 7). A group
-            with 0 stays where it is, though its gradient still counts in ||g1||.
+            with 0 stays where it is, though its gradient still counts in ||g1||. May be a 0-dim tensor, whose value is
+            read on the device, or a schedule: a function from the number of updates so far to the radius.
         alpha: weight of g2 (>= 0, line 9).
         foreach: multi-tensor operations (default) or, if False, one tensor after the other.
+        adaptive: ASAM's radius, in units of each weight's own size (Kwon et al., ICML 2021): theta moves by
+            eps * |theta|^2 g1 / || |theta| g1 ||, element by element.
+        interval: GAP every so many updates; `due` tells whether this one is.
+        process_group: ranks that call every `first_step` together. If given, they compare notes there first, so that
+            a mistake of one is an error on all of them rather than a hang. Not part of a pickle.
 
     Raises:
         TypeError: `base_optimizer` is a class, no optimizer, a GAPWrapper, or an LBFGS.
-        ValueError: `eps` or `alpha` is negative or not finite.
+        ValueError: `eps` or `alpha` is negative or not finite, or `interval` is less than 1.
     """
 
     def __init__(
-        self, base_optimizer: Optimizer, eps: float = 0.1, alpha: float = 1.0, *, foreach: bool = True
+        self,
+        base_optimizer: Optimizer,
+        eps: Eps = 0.1,
+        alpha: float = 1.0,
+        *,
+        foreach: bool = True,
+        adaptive: bool = False,
+        interval: int = 1,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         # Optimizer.__init__ is not called: everything that it would set up is the base optimizer's own.
         _check_base(base_optimizer)
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, got {interval}.")
         self.base_optimizer = base_optimizer
-        self._eps = _check_knob("eps", eps)
+        self._eps = eps if callable(eps) else _check_knob("eps", eps)
         self._alpha = _check_knob("alpha", alpha)
-        self.foreach = foreach
-        self._pending: _Pending | None = None
+        self.foreach, self.adaptive, self.interval, self.process_group = foreach, adaptive, interval, process_group
+        self._scheduled: set[int] = set()
+        """Indices of the groups whose eps follows the schedule."""
+        self._perturbation = Perturbation()
         self._aside: dict[Tensor, Tensor] = {}
-        self._copies: dict[Tensor, Tensor] = {}
-        self.grad_norm: Tensor | None = None
-        """||g1|| of the last `first_step` (0-dim, on the device; in a GradScaler's units if one is used)."""
         self._fill_in_knobs()
 
     # ------------------------------------------------------------------ the algorithm
 
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """||g1|| of the last `first_step` (0-dim, on the device; in a GradScaler's units if one is used). If
+        `adaptive`, || |theta| g1 ||."""
+        return self._perturbation.grad_norm
+
+    @property
+    def due(self) -> bool:
+        """Whether this update is to have a perturbed pass: every `interval`-th, the first included."""
+        return self._updates % self.interval == 0
+
     @torch.no_grad()
-    def first_step(self) -> None:
+    def first_step(self, *, separate: bool = False) -> None:
         """theta -> theta* = theta + eps * g1 / ||g1|| (Algorithm 1, lines 6-7), with g1 in `.grad`.
 
         Where ||g1|| is zero or not finite the parameters stay as they are; the host does not wait to find
         out.
 
+        Args:
+            separate: keep g1 apart until `second_step`, so that `.grad` is g2 alone once it is there, to be clipped
+                or looked at. Costs one copy of the gradients.
+
         Raises:
-            RuntimeError: called twice, no parameter has a gradient, or a gradient is sparse or a graph of its
-                own.
+            RuntimeError: called twice, or not `due`; no parameter has a gradient, or a gradient is sparse or a graph
+                of its own; with a `process_group`, any of that on any of its ranks, or other parameters there.
         """
         self._forbid_while_perturbed("first_step() a second time")
         self._fill_in_knobs()
-        g1 = {p: p.grad for p in self._params() if p.requires_grad and p.grad is not None}
-        _check_first_gradients(g1)
-        self.grad_norm = multi_tensor.global_norm(list(g1.values()), self.foreach)
-        self._pending = _Pending([_Group.snapshot(group) for group in self.param_groups], self.foreach)
+        groups = [Group.snapshot(group) for group in self.param_groups]
+        if self.process_group is None:
+            self._check_first_step(groups)
+        else:
+            ranks.check_together(self.process_group, lambda: self._check_first_step(groups), self._params())
         try:
-            self._perturb(g1)
-            self._pending.make_room_for_g2(g1)
+            self._perturbation.begin(groups, foreach=self.foreach, adaptive=self.adaptive, separate=separate)
+            self._watch_base()
         except BaseException:
             self._abandon()
             raise
-        torch.clear_autocast_cache()  # a region around both passes would go on with its copies of theta
+        self._forget_casts()
 
     @torch.no_grad()
     def second_step(self) -> None:
@@ -121,10 +163,11 @@ class GAPWrapper(Optimizer):
             RuntimeError: no `first_step` before it, or no usable gradient at theta*. Then theta is restored
                 all the same, and all gradients are dropped.
         """
-        if self._pending is None:
+        accumulation = self._perturbation.accumulation
+        if accumulation is None:
             raise RuntimeError("second_step() without first_step(): call first_step() after the backward of g1.")
         try:
-            self._pending.combine()
+            accumulation.combine()
             self._return_aside()
             self._restore()
         except BaseException:
@@ -132,20 +175,26 @@ class GAPWrapper(Optimizer):
             raise
 
     @contextmanager
-    def perturbed(self, model: nn.Module | None = None, *, rng: RNGState | None = None) -> Iterator[None]:
+    def perturbed(
+        self, model: nn.Module | None = None, *, rng: RNGState | None = None, separate: bool = False
+    ) -> Iterator[None]:
         """`first_step` on entry, `second_step` on exit; the pass of g2 belongs inside.
 
         If the pass raises, the parameters are restored, all gradients are dropped (they are half a sum), and
         the exception goes on its way.
 
         Args:
-            model: hold its batch-norm running statistics still inside (see `frozen_running_stats`).
+            model: hold its batch-norm running statistics still inside (see `frozen_running_stats`), and let FSDP2
+                gather its parameters anew after they have moved.
             rng: random state taken just before the pass of g1, so that the perturbed pass draws the same
                 dropout masks. By default it draws its own, as any other pass does.
+            separate: as for `first_step`.
         """
         self._forbid_while_perturbed("perturbed() a second time")
         try:
-            self.first_step()
+            self.first_step(separate=separate)
+            if model is not None:
+                reshard(model)
             with (
                 nullcontext() if model is None else frozen_running_stats(model),
                 nullcontext() if rng is None else replayed(rng),
@@ -155,6 +204,9 @@ class GAPWrapper(Optimizer):
         except BaseException:
             self._abandon()
             raise
+        finally:
+            if model is not None:
+                reshard(model)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -197,19 +249,21 @@ class GAPWrapper(Optimizer):
                 "step() would lose the gradients that were set aside: they return at second_step(), so run "
                 "the perturbed pass first, or leave set_aside() out of a step without GAP."
             )
-        return self.base_optimizer.step(closure) if closure is not None else self.base_optimizer.step()
+        result = self.base_optimizer.step(closure) if closure is not None else self.base_optimizer.step()
+        self._count_update()
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base optimizer's, and what was set aside goes too. While perturbed it does nothing."""
-        if self._pending is None:
-            self._aside = {}
+        if not self._perturbed:
+            self._aside.clear()
             self.base_optimizer.zero_grad(set_to_none)
 
     # ------------------------------------------------------------------ what makes it an Optimizer
 
     @property
-    def eps(self) -> float:
-        """Default radius of a group. To change it, write to `param_groups[i]["gap_eps"]`."""
+    def eps(self) -> Eps:
+        """Default radius of a group, or its schedule. To change it, write to `param_groups[i]["gap_eps"]`."""
         return self._eps
 
     @property
@@ -244,25 +298,27 @@ class GAPWrapper(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base optimizer's; `gap_eps` and `gap_alpha` default to the wrapper's."""
         self._forbid_while_perturbed("add_param_group()")
-        _check_knob("gap_eps", param_group.get("gap_eps", self.eps))
+        if "gap_eps" in param_group:
+            _check_knob("gap_eps", param_group["gap_eps"])
         _check_knob("gap_alpha", param_group.get("gap_alpha", self.alpha))
         self.base_optimizer.add_param_group(param_group)
         self._fill_in_knobs()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state; its groups carry `gap_eps` and `gap_alpha`. A bare base can load it."""
+        """The base optimizer's state; its groups carry `gap_eps` and `gap_alpha`, and `gap_updates` where a schedule or
+        an interval counts them. A bare base can load it."""
         self._forbid_while_perturbed("state_dict()")
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, or a bare base optimizer's: then the groups keep their own knobs."""
         self._forbid_while_perturbed("load_state_dict()")
-        knobs = [(group["gap_eps"], group["gap_alpha"]) for group in self.param_groups]
+        own = [{key: value for key, value in group.items() if key in _KEYS} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
-        for group, (eps, alpha) in zip(self.param_groups, knobs, strict=True):
-            group.setdefault("gap_eps", eps)
-            group.setdefault("gap_alpha", alpha)
-        self._aside = {}
+        for group, knobs in zip(self.param_groups, own, strict=True):
+            for key, value in knobs.items():
+                group.setdefault(key, value)
+        self._aside.clear()
 
     def __getattr__(self, name: str) -> Any:
         # hooks, and whatever else a base optimizer has beyond torch.optim.Optimizer
@@ -284,13 +340,16 @@ class GAPWrapper(Optimizer):
             raise RuntimeError(
                 "copying or pickling would lose the gradients that were set aside: do it after the step."
             )
-        return {key: getattr(self, key) for key in ("base_optimizer", "eps", "alpha", "foreach")}
+        return {key: getattr(self, key) for key in (*_ARGUMENTS, "_scheduled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.__init__(**{key: state[key] for key in _ARGUMENTS})  # type: ignore[misc]
+        self._scheduled = state["_scheduled"]
 
     def __repr__(self) -> str:
-        return f"GAPWrapper(eps={self.eps}, alpha={self.alpha}, base_optimizer={self.base_optimizer!r})"
+        knobs = {"eps": self.eps, "alpha": self.alpha, "adaptive": self.adaptive, "interval": self.interval}
+        shown = [f"{name}={value}" for name, value in knobs.items() if value != _DEFAULTS.get(name)]
+        return f"GAPWrapper({', '.join(shown)}, base_optimizer={self.base_optimizer!r})"
 
     # ------------------------------------------------------------------ details
 
@@ -298,160 +357,73 @@ class GAPWrapper(Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
     def _fill_in_knobs(self) -> None:
-        for group in self.param_groups:
-            _check_knob("gap_eps", group.setdefault("gap_eps", self.eps))
-            _check_knob("gap_alpha", group.setdefault("gap_alpha", self.alpha))
+        for index, group in enumerate(self.param_groups):
+            if callable(self._eps):
+                if "gap_eps" not in group:
+                    self._scheduled.add(index)
+                if index in self._scheduled:
+                    group["gap_eps"] = self._eps(self._updates)
+            _check_knob("gap_eps", group.setdefault("gap_eps", self._eps))
+            _check_knob("gap_alpha", group.setdefault("gap_alpha", self._alpha))
+
+    @property
+    def _updates(self) -> int:
+        return self.param_groups[0].get("gap_updates", 0)
+
+    def _count_update(self) -> None:
+        # in the groups, to be saved with them; a counter that nobody reads would make torch.compile trace anew
+        if self.interval > 1 or self._scheduled:
+            count = self._updates + 1
+            for group in self.param_groups:
+                group["gap_updates"] = count
+
+    def _watch_base(self) -> None:
+        """Make a step of the base optimizer, behind the wrapper's back, an error while perturbed."""
+        accumulation = self._perturbation.accumulation
+        if accumulation is not None and not torch.compiler.is_compiling():
+            hook = self.base_optimizer.register_step_pre_hook(lambda *_: self._forbid_while_perturbed("step()"))
+            accumulation.hooks.append(hook)
+
+    def _check_first_step(self, groups: list[Group]) -> None:
+        if not self.due:
+            raise RuntimeError(
+                f"first_step() in an update without GAP (interval={self.interval}): put the perturbed pass under "
+                "`if optimizer.due:`."
+            )
+        _check_first_gradients([g1 for group in groups for g1 in group.g1])
 
     def _forbid_while_perturbed(self, action: str) -> None:
-        if self._pending is not None:
+        if self._perturbed:
             raise RuntimeError(
                 f"{action} while the parameters are perturbed: call second_step() first "
                 "(or leave the `with optimizer.perturbed()` block)."
             )
 
-    def _perturb(self, g1: dict[Tensor, Tensor]) -> None:
-        assert self.grad_norm is not None
-        assert self._pending is not None
-        moving = [(group.eps, [p for p in group.params if p in g1]) for group in self._pending.groups if group.eps > 0]
-        self._back_up([p for _, params in moving for p in params])
-        for eps, params in moving:
-            multi_tensor.perturb(params, [g1[p] for p in params], self.grad_norm, eps, self.foreach)
-
-    def _back_up(self, params: list[Tensor]) -> None:
-        assert self._pending is not None
-        for p in params:
-            if p not in self._copies or not _alike(p, self._copies[p]):
-                self._copies[p] = torch.empty_like(p)
-        multi_tensor.backup(params, [self._copies[p] for p in params], self.foreach)
-        self._pending.moved = params
+    @property
+    def _perturbed(self) -> bool:
+        return self._perturbation.accumulation is not None
 
     def _restore(self) -> None:
-        assert self._pending is not None
-        moved = self._pending.moved
-        multi_tensor.restore(moved, [self._copies[p] for p in moved], self.foreach)
-        torch.clear_autocast_cache()
-        self._pending.stop_watching()
-        self._pending = None
+        self._perturbation.restore()
+        self._forget_casts()
+
+    @staticmethod
+    def _forget_casts() -> None:
+        if not torch.compiler.is_compiling():
+            # an autocast region around both passes would go on with its copies of other weights
+            torch.clear_autocast_cache()
 
     def _return_aside(self) -> None:
         for p, gradient in self._aside.items():
             p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-        self._aside = {}
+        self._aside.clear()
 
     @torch.no_grad()
     def _abandon(self) -> None:
-        if self._pending is not None:
+        if self._perturbed:
             self._restore()
-        self._aside = {}
+        self._aside.clear()
         _drop_gradients(self._params())
-
-
-class _Group(NamedTuple):
-    """A parameter group as it was at `first_step`."""
-
-    params: list[Tensor]
-    eps: float
-    alpha: float
-
-    @classmethod
-    def snapshot(cls, group: dict[str, Any]) -> "_Group":
-        return cls(list(dict.fromkeys(group["params"])), group["gap_eps"], group["gap_alpha"])
-
-
-@dataclass
-class _Pending:
-    """What lies between `first_step` and `second_step`: where g1 is, and how g2 joins it.
-
-    Autograd adds g2 into the tensors that hold g1, so that no second copy of the gradients is needed; an alpha
-    other than 1 is folded in as alpha * (g1 / alpha + g2). Where that can't be (`_can_accumulate`), g1 is kept apart.
-    """
-
-    groups: list[_Group]
-    foreach: bool
-    moved: list[Tensor] = field(default_factory=list)
-    """Parameters at theta*."""
-    in_place: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
-    """Parameter -> the tensor of g1 / alpha in its `.grad`, and that tensor's version."""
-    apart: dict[Tensor, Tensor] = field(default_factory=dict)
-    """Parameter -> g1, its `.grad` being None."""
-    hooks: list[Any] = field(default_factory=list)
-    seen_backward: bool = False
-
-    def make_room_for_g2(self, g1: dict[Tensor, Tensor]) -> None:
-        """Arrange g1 so that the perturbed pass can add to it, and watch that it does."""
-        in_place: list[Tensor] = []
-        for group in self.groups:
-            here = [p for p in group.params if p in g1 and _can_accumulate(g1[p], group.alpha)]
-            if here and group.alpha != 1:
-                multi_tensor.scale_([g1[p] for p in here], 1 / group.alpha, self.foreach)
-            in_place += here
-        # versions only now that all are scaled: gradients of one storage share theirs
-        self.in_place = {p: (g1[p], g1[p]._version) for p in in_place}
-        for p, gradient in g1.items():
-            if p not in self.in_place:
-                # a view is somebody else's memory: DDP writes the next gradient into the same bucket
-                self.apart[p] = gradient.clone() if gradient._is_view() else gradient
-                p.grad = None
-        self.hooks = [p.register_hook(self._before_accumulation) for p in g1]
-
-    def combine(self) -> None:
-        """`.grad` = g1 + alpha * g2 (Algorithm 1, line 9)."""
-        if not self.seen_backward:
-            raise RuntimeError(
-                "no gradient was computed between first_step() and second_step(): run the same loss again, forward "
-                "and backward, at the perturbed parameters."
-            )
-        if any(p.grad is not None and p.grad.requires_grad for group in self.groups for p in group.params):
-            raise RuntimeError(f"g2 {_CREATE_GRAPH}")
-        for p, (g1, _) in self.in_place.items():
-            # DDP may have taken the sum over into a bucket
-            if p.grad is not g1 and (p.grad is None or not p.grad._is_view()):
-                raise RuntimeError(
-                    "a .grad was replaced or dropped after g2 had been added to it (or create_graph=True did so): "
-                    "change gradients after second_step()."
-                )
-        for group in self.groups:
-            if group.alpha != 1:
-                live = [p for p in group.params if p.requires_grad and p not in self.apart]
-                summed = [p.grad for p in live if p.grad is not None]
-                multi_tensor.scale_(summed, group.alpha, self.foreach)
-            for p in group.params:
-                if p in self.apart:
-                    p.grad = _weighted_sum(self.apart[p], p.grad, group.alpha)
-
-    def stop_watching(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _before_accumulation(self, _: Tensor) -> None:
-        """Runs whenever g2 of a parameter is ready, before it is accumulated."""
-        if self.seen_backward:
-            return
-        self.seen_backward = True
-        for p, (g1, version) in self.in_place.items():
-            if g1._version != version:
-                raise RuntimeError(
-                    "g1 was overwritten between first_step() and the perturbed backward, as "
-                    "zero_grad(set_to_none=False) does. No zeroing is needed there: remove it, or let it set the "
-                    "gradients to None."
-                )
-            p.grad = g1  # which model.zero_grad() has detached, or DDP, when it arranged its buckets anew
-
-
-def _can_accumulate(g1: Tensor, alpha: float) -> bool:
-    """Whether the perturbed pass may add g2 to g1 / alpha where g1 lies."""
-    if g1._is_view() or alpha == 0:
-        return False
-    narrow = g1.dtype in (torch.float16, torch.bfloat16)
-    return alpha == 1 or (1e-6 < alpha < 1e6 and not narrow)  # else g1 / alpha may overflow
-
-
-def _weighted_sum(g1: Tensor, g2: Tensor | None, alpha: float) -> Tensor:
-    return g1 if g2 is None or alpha == 0 else torch.add(g1, g2, alpha=alpha, out=g2)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device
 
 
 def _drop_gradients(params: Iterable[Tensor]) -> None:
@@ -459,17 +431,19 @@ def _drop_gradients(params: Iterable[Tensor]) -> None:
         p.grad = None
 
 
-def _check_first_gradients(g1: dict[Tensor, Tensor]) -> None:
+def _check_first_gradients(g1: list[Tensor]) -> None:
     if not g1:
         raise RuntimeError(
             "first_step() found no gradient: call backward() on the consistency loss before it, on a model "
             "whose parameters this optimizer holds."
         )
-    for p, gradient in g1.items():
+    for gradient in g1:
         if gradient.layout != torch.strided:
-            raise RuntimeError(f"first_step() can't take the sparse gradient of a parameter of shape {tuple(p.shape)}.")
+            raise RuntimeError(
+                f"first_step() can't take the sparse gradient of a parameter of shape {tuple(gradient.shape)}."
+            )
         if gradient.requires_grad:
-            raise RuntimeError(f"g1 {_CREATE_GRAPH}")
+            raise RuntimeError(f"g1 {CREATE_GRAPH}")
 
 
 def _check_base(base: object) -> None:
@@ -486,7 +460,10 @@ def _check_base(base: object) -> None:
         )
 
 
-def _check_knob(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
+def _check_knob(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):  # its value stays on the device
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"{name} must be one real number, got a tensor {tuple(value.shape)} of {value.dtype}.")
+    elif not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}.")
     return value

@@ -540,10 +540,10 @@ def test_extra_memory_is_one_copy_of_the_parameters_kept_from_step_to_step():
     addresses = set()
     for _ in range(3):
         gap_step(model, optimizer, unsup)
-        addresses.add(tuple(c.data_ptr() for c in optimizer._copies.values()))
+        addresses.add(tuple(c.data_ptr() for c in optimizer._perturbation.copies.values()))
         optimizer.zero_grad()
     assert len(addresses) == 1
-    assert sum(c.numel() for c in optimizer._copies.values()) == sum(p.numel() for p in model.parameters())
+    assert sum(c.numel() for c in optimizer._perturbation.copies.values()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")

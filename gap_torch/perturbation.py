@@ -1,0 +1,103 @@
+"""theta -> theta* = theta + eps * g1 / ||g1||, and back to theta bit for bit (Algorithm 1, lines 6, 7 and 10)."""
+
+import torch
+from torch import Tensor
+
+from . import multi_tensor, sharding
+from .accumulation import Accumulation, Group
+from .rounding import HALF, warn_if_rounded_away
+from .sharding import local
+
+
+class Perturbation:
+    """Moves parameters along g1 and puts them back.
+
+    An object of its own, for torch.compile takes note of attributes that change, but not on an optimizer.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[Tensor, Tensor] = {}
+        """Parameter -> memory for its theta, kept from step to step."""
+        self.moved: list[Tensor] = []
+        """Parameters at theta*, and"""
+        self.theta: list[Tensor] = []
+        """where they come from."""
+        self.accumulation: Accumulation | None = None
+        """Of g1 and g2, while perturbed."""
+        self.grad_norm: Tensor | None = None
+        self.foreach = True
+        self.rounding_checked = False
+
+    def begin(self, groups: list[Group], *, foreach: bool, adaptive: bool, separate: bool) -> None:
+        """Move the parameters of `groups` along their g1, and make room for g2 in `.grad`."""
+        self.foreach = foreach
+        self.accumulation = Accumulation(groups, foreach, separate)
+        directions = self._directions(groups, adaptive)
+        self._back_up(groups)
+        self._move(groups, directions)
+        self.accumulation.make_room_for_g2()
+
+    def restore(self) -> None:
+        """Put everything back that `begin` moved; `.grad` is not touched."""
+        assert self.accumulation is not None
+        multi_tensor.restore([local(p) for p in self.moved], self.theta, self.foreach)
+        self.accumulation.stop_watching()
+        self.moved, self.theta, self.accumulation = [], [], None
+
+    def _directions(self, groups: list[Group], adaptive: bool) -> list[list[Tensor]]:
+        """What each group's parameters move along, by eps / `grad_norm` of it."""
+        directions = [group.g1 for group in groups]
+        if adaptive:
+            directions = [_times_size(group.params, along) for group, along in zip(groups, directions, strict=True)]
+        self.grad_norm = self._norm([gradient for along in directions for gradient in along])
+        if adaptive:
+            directions = [_times_size(group.params, along) for group, along in zip(groups, directions, strict=True)]
+        return [[local(gradient) for gradient in along] for along in directions]
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return sharding.joint_norm(gradients, lambda tensors: multi_tensor.global_norm(tensors, self.foreach))
+
+    def _back_up(self, groups: list[Group]) -> None:
+        moving = [p for group in groups if group.moves for p in group.params]
+        shards = [local(p) for p in moving]
+        for p, shard in zip(moving, shards, strict=True):
+            if p not in self.copies or not _alike(shard, self.copies[p]):
+                self.copies[p] = torch.empty_like(shard)
+        theta = [self.copies[p] for p in moving]
+        multi_tensor.backup(shards, theta, self.foreach)
+        self.moved, self.theta = moving, theta  # only now is there something to restore
+
+    def _move(self, groups: list[Group], directions: list[list[Tensor]]) -> None:
+        assert self.grad_norm is not None
+        for group, along in zip(groups, directions, strict=True):
+            if group.moves:
+                shards = [local(p) for p in group.params]
+                multi_tensor.perturb(shards, along, self.grad_norm, group.eps, self.foreach)
+        if not (self.rounding_checked or torch.compiler.is_compiling() or _capturing()):
+            self.rounding_checked = self._check_rounding(groups, directions)
+
+    def _check_rounding(self, groups: list[Group], directions: list[list[Tensor]]) -> bool:
+        """Whether that need not be done again. The host waits, if there are half-precision parameters."""
+        assert self.grad_norm is not None
+        theta, done = iter(self.theta), True
+        for group, along in zip(groups, directions, strict=True):
+            if group.moves:
+                moves = [(local(p), next(theta), g) for p, g in zip(group.params, along, strict=True)]
+                half = [move for move in moves if move[0].dtype in HALF]
+                if half:
+                    after, before, g1 = zip(*half, strict=True)
+                    done &= warn_if_rounded_away(after, before, g1, float(group.eps / self.grad_norm))
+        return done
+
+
+def _times_size(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """|theta| g, element by element, wide enough for half precision."""
+    return [g.to(torch.promote_types(g.dtype, torch.float32)) * p.abs() for p, g in zip(params, gradients, strict=True)]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
