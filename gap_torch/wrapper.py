@@ -138,7 +138,6 @@ class GAPWrapper(Optimizer):
             RuntimeError: called twice, or not `due`; no parameter has a gradient, or a gradient is sparse or a graph
                 of its own; with a `process_group`, any of that on any of its ranks, or other parameters there.
         """
-        self._forbid_while_perturbed("first_step() a second time")
         self._fill_in_knobs()
         groups = [Group.snapshot(group) for group in self.param_groups]
         if self.process_group is None:
@@ -190,9 +189,8 @@ class GAPWrapper(Optimizer):
                 dropout masks. By default it draws its own, as any other pass does.
             separate: as for `first_step`.
         """
-        self._forbid_while_perturbed("perturbed() a second time")
+        self.first_step(separate=separate)
         try:
-            self.first_step(separate=separate)
             if model is not None:
                 reshard(model)
             with (
@@ -385,6 +383,7 @@ class GAPWrapper(Optimizer):
             accumulation.hooks.append(hook)
 
     def _check_first_step(self, groups: list[Group]) -> None:
+        self._forbid_while_perturbed("first_step() a second time")
         if not self.due:
             raise RuntimeError(
                 f"first_step() in an update without GAP (interval={self.interval}): put the perturbed pass under "
