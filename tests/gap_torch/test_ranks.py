@@ -1,4 +1,4 @@
-"""A mistake on one rank is an error on every rank that says what happened, in time, with the parameters as they were."""
+"""A mistake on one rank is an error on every rank that says what happened, in time, and theta is as it was."""
 
 import time
 from collections.abc import Callable
