@@ -1,12 +1,15 @@
 """Every code block of the wrapper's page and the README runs, and leaves theta and the gradients in order."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gap_torch import GAPWrapper
 from gap_torch.consistency import FixMatch
@@ -22,6 +25,14 @@ def _blocks(page: str) -> list[str]:
 BLOCKS = [(page, i) for page in ("README.md", "docs/wrapper.md") for i in range(len(_blocks(page)))]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    rendezvous = tmp_path_factory.mktemp("docs") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture
 def names() -> dict:
     """What the pages take for granted: a model, an optimizer, a method and some data."""
@@ -34,6 +45,7 @@ def names() -> dict:
         "torch": torch,
         "GAPWrapper": GAPWrapper,
         "model": model,
+        "base": torch.optim.SGD(model.parameters(), 0.1),
         "encoder": model[:3].parameters(),
         "head": model[3:].parameters(),
         "optimizer": GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), eps=0.1, alpha=0.5),
@@ -56,6 +68,8 @@ def names() -> dict:
 
 @pytest.mark.parametrize(("page", "index"), BLOCKS)
 def test_the_block_runs(page: str, index: int, names: dict) -> None:
+    if "no_sync" in _blocks(page)[index]:
+        names["model"] = DistributedDataParallel(names["model"])
     exec(compile(_blocks(page)[index], f"{page}, block {index}", "exec"), names)
     names["optimizer"].state_dict()  # an error while perturbed
     assert all(torch.isfinite(p).all() for p in names["model"].parameters())
