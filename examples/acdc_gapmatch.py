@@ -2,6 +2,7 @@
 
     python examples/acdc_gapmatch.py                            a phantom, with and without GAP, in about 3 minutes
     python examples/acdc_gapmatch.py --data DIR --labeled 1     ACDC, GapMatch, 1 % of the labels
+    torchrun --nproc-per-node 2 examples/acdc_gapmatch.py ...   the same, the batches shared out to two processes
 
 DIR holds ACDC in the community's h5 layout (`segmentation.convert_acdc` makes it from the official download).
 """
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from segmentation import ranks
 from segmentation.data import patients_for_share
 from segmentation.errors import InputError, UserError
 from segmentation.job import Job, OldRuns, run
@@ -24,15 +26,16 @@ AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        run(job(parse(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    with ranks.joined():
+        try:
+            run(job(parse(argv)))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def job(arguments: argparse.Namespace) -> Job:
     """The job that the command line asks for. Raises InputError."""
     _refuse_contradictions(arguments)
-    device = usable_device(arguments.device)
+    device = ranks.together(lambda: usable_device(arguments.device))
     phantom = arguments.data is None
     out = arguments.out or Path("runs/phantom" if phantom else "runs/acdc")
     preset = "phantom" if phantom else arguments.preset or ("cpu" if device.type == "cpu" else "paper")
@@ -102,21 +105,24 @@ def _old_runs(arguments: argparse.Namespace) -> OldRuns:
 
 
 def _phantom(root: Path) -> Path:
-    try:
-        write_phantom(root)
-    except OSError as error:
-        raise InputError(f"{root}: can't be written ({error.strerror}); choose another --out.") from None
+    def write() -> None:
+        try:
+            write_phantom(root)
+        except OSError as error:
+            raise InputError(f"{root}: can't be written ({error.strerror}); choose another --out.") from None
+
+    ranks.on_main(write)  # the others read it
     return root
 
 
 def usable_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best one here. Raises InputError if it can't be used."""
+    """The device called `name`, or the best one here; one GPU a rank. Raises InputError if it can't be used."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps|xpu", name):
         raise InputError(f"--device {name!r}: not one of cpu, cuda, cuda:0, cuda:1 ..., mps and xpu.")
     try:
-        device = torch.device(name)
+        device = ranks.own_device(torch.device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):  # their texts run over several lines
         raise InputError(f"--device {name}: there is none here that this PyTorch can use; try --device cpu.") from None

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import ranks
 from .data import Volume, resize_nearest
 from .errors import InputError
 from .metrics import ClassScore, score
@@ -91,7 +92,7 @@ def evaluate(
     device: torch.device | str,
     with_asd: bool = True,
 ) -> Evaluation:
-    """Predict every volume and score it against its own label.
+    """Predict every volume and score it against its own label; with several ranks, each takes its share.
 
     Args:
         model: (B, 1, size, size) float32 images -> (B, num_classes, size, size) logits; left as it was found.
@@ -106,13 +107,15 @@ def evaluate(
     """
     if not volumes:
         raise InputError("volumes: nothing to evaluate")
-    scores = []
-    for volume in volumes:
+
+    def scored(volume: Volume) -> tuple[ClassScore, ...]:
         try:
             prediction, _ = predict_volume(model, volume.image, size, device)
-            scores.append(tuple(score(prediction, volume.label, num_classes, with_asd=with_asd)))
+            return tuple(score(prediction, volume.label, num_classes, with_asd=with_asd))
         except InputError as error:
             raise InputError(f"{volume.name}: {error}") from None
+
+    scores = ranks.shared_out(scored, volumes)
     return Evaluation(tuple(volume.name for volume in volumes), tuple(scores))
 
 

@@ -5,10 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from . import ranks
+
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the context a first Ctrl-C only makes the yielded function return True; a second one raises."""
+    """Within the context a first Ctrl-C only makes the yielded function return True; a second one raises.
+
+    One on any rank counts for all, so that they stop at the same place. All must call the function alike.
+    """
     presses: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
@@ -22,6 +27,6 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     try:
-        yield lambda: bool(presses)
+        yield lambda: ranks.any_rank(bool(presses))
     finally:
         signal.signal(signal.SIGINT, before)

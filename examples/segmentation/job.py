@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from . import ranks
 from .data import (
     Volume,
     check_files,
@@ -62,22 +63,29 @@ class Job:
 
 
 def run(job: Job) -> list[Row]:
-    """Everything, from the lists to the pictures. Returns the table's rows.
+    """Everything, from the lists to the pictures. Returns the table's rows. With several ranks, all call this.
 
     Raises:
         InputError: bad input, before any training.
         RunError: a loss is not finite.
     """
     recipe = job.recipes[0]
-    names = _read_lists(job.data)
+    _require_even_shares(recipe)
+    names = ranks.together(lambda: _read_lists(job.data))
     labelled_names, unlabelled_names = split_by_patients(names["train_slices"], job.patients)
-    folders = [_prepare_folder(job.out / r.method, r, job.old_runs) for r in job.recipes]
+    folders = [job.out / r.method for r in job.recipes]
+    ranks.on_main(lambda: _prepare_folders(folders, job))
 
     print(f"reading {job.data}", flush=True)
-    labelled = load_slices(job.data, labelled_names, recipe.size, recipe.num_classes).to(job.device)
-    unlabelled = load_slices(job.data, unlabelled_names, recipe.size, recipe.num_classes).to(job.device)
-    validation = load_volumes(job.data, names["val"], recipe.num_classes)
-    test = load_volumes(job.data, names["test"], recipe.num_classes)
+    labelled, unlabelled = ranks.together(
+        lambda: [
+            load_slices(job.data, part, recipe.size, recipe.num_classes).to(job.device)
+            for part in (labelled_names, unlabelled_names)
+        ]
+    )
+    validation, test = ranks.together(
+        lambda: [load_volumes(job.data, names[split], recipe.num_classes) for split in ("val", "test")]
+    )
     print(
         f"{len(labelled)} labelled slices of {job.patients} patient(s), {len(unlabelled)} unlabelled slices, "
         f"{len(validation)} validation and {len(test)} test volumes",
@@ -88,18 +96,32 @@ def run(job: Job) -> list[Row]:
     patients = list(dict.fromkeys(map(patient_of, labelled_names)))
     identities = [identity(r, patients, job.amp, names) for r in job.recipes]
     trainers = [Trainer(r, labelled, unlabelled, job.device, job.amp) for r in job.recipes]
-    found = [_resume(*of_run, job.old_runs) for of_run in zip(trainers, folders, identities, strict=True)]
+    found = ranks.together(
+        lambda: [_resume(*of_run, job.old_runs) for of_run in zip(trainers, folders, identities, strict=True)]
+    )
 
     rows, models = [], {}
     for trainer, folder, run_identity, progress in zip(trainers, folders, identities, found, strict=True):
         recipe = trainer.recipe
         result = fit(trainer, validation, folder, run_identity, progress)
         evaluation = _evaluate(result.model, test, job, recipe)
-        write_json(folder / "result.json", _record(job, recipe, result.progress, evaluation))
+        if ranks.is_main():
+            write_json(folder / "result.json", _record(job, recipe, result.progress, evaluation))
         rows.append(_row(recipe, result.progress, evaluation))
         models[LABELS[recipe.method]] = result.model
-    _report(job, rows, models, test, folders)
+    if ranks.is_main():
+        _report(job, rows, models, test, folders)
     return rows
+
+
+def _require_even_shares(recipe: Recipe) -> None:
+    for name in ("labelled_batch", "unlabelled_batch"):
+        batch = getattr(recipe, name)
+        if batch % ranks.world():
+            raise InputError(
+                f"{name}: {batch} samples can't be shared out evenly to {ranks.world()} processes; "
+                f"start a number of them that divides {batch}."
+            )
 
 
 def _read_lists(root: Path) -> dict[str, list[str]]:
@@ -111,7 +133,12 @@ def _read_lists(root: Path) -> dict[str, list[str]]:
     return names
 
 
-def _prepare_folder(folder: Path, recipe: Recipe, old_runs: OldRuns) -> Path:
+def _prepare_folders(folders: Sequence[Path], job: Job) -> None:
+    for folder, recipe in zip(folders, job.recipes, strict=True):
+        _prepare_folder(folder, recipe, job.old_runs)
+
+
+def _prepare_folder(folder: Path, recipe: Recipe, old_runs: OldRuns) -> None:
     try:
         if old_runs == "replace" and folder.is_dir():
             shutil.rmtree(folder)
@@ -123,7 +150,6 @@ def _prepare_folder(folder: Path, recipe: Recipe, old_runs: OldRuns) -> Path:
         raise InputError(f"{folder}: can't be written ({error.strerror}); choose another --out.") from None
     if (folder / "last.pt").exists() and old_runs == "refuse":
         raise InputError(f"{folder}: holds a {recipe.method} run already; add --resume, or choose another --out.")
-    return folder
 
 
 def _resume(trainer: Trainer, folder: Path, run_identity: Identity, old_runs: OldRuns) -> Progress | None:
@@ -149,6 +175,7 @@ def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation
         "device": _device_name(job.device),
         "amp": str(job.amp) if job.amp else None,
         "torch": torch.__version__,
+        "processes": ranks.world(),
         "threads": torch.get_num_threads(),
         "seconds_per_iteration": progress.seconds / progress.iteration,
         "chosen_iteration": progress.best_iteration,

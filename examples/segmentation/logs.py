@@ -46,7 +46,23 @@ class CsvLog:
         self.file.close()
 
 
-class RunLog:
+class Log:
+    """What `RunLog` can be told, and nothing done about it: the log of all ranks but the first."""
+
+    def step(self, iteration: int, values: dict[str, float]) -> None:
+        """Values of one iteration, already on the host; `it_per_s` among them."""
+
+    def validated(self, iteration: int, dice: float, best: float) -> None:
+        """Validation Dice in percent."""
+
+    def say(self, text: str) -> None:
+        """A line that stays on the screen."""
+
+    def close(self) -> None:
+        """Nothing comes after this."""
+
+
+class RunLog(Log):
     """CSV files, TensorBoard events and a live line for one run in `folder`, from `iteration` on."""
 
     def __init__(self, folder: Path, title: str, iteration: int, total: int, console: Console | None = None) -> None:
@@ -68,7 +84,6 @@ class RunLog:
         self.progress.start()
 
     def step(self, iteration: int, values: dict[str, float]) -> None:
-        """Values of one iteration, already on the host; `it_per_s` among them."""
         self.train.write({"iteration": iteration, **values})
         for name, value in values.items():
             self.board.add_scalar(f"train/{name}", value, iteration)
@@ -79,13 +94,11 @@ class RunLog:
             self.console.print(f"{self.title} {iteration}/{self.total}  {text}  left {left:.0f} s", soft_wrap=True)
 
     def validated(self, iteration: int, dice: float, best: float) -> None:
-        """Validation Dice in percent."""
         self.validation.write({"iteration": iteration, "dice": dice})
         self.board.add_scalar("validation/dice", dice, iteration)
         self.say(f"{self.title} {iteration}/{self.total}  validation Dice {dice:.1f} % (best {best:.1f} %)")
 
     def say(self, text: str) -> None:
-        """A line that stays on the screen."""
         self.progress.console.print(text, soft_wrap=True, highlight=False)
 
     def close(self) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, ranks
 from .data import Volume
 from .errors import InputError, RunError
 from .evaluate import evaluate
 from .identity import Identity, require_same
 from .interrupt import interruptible
-from .logs import RunLog
+from .logs import Log, RunLog
 from .trainer import Trainer
 
 
@@ -48,7 +48,8 @@ def fit(
 
     Writes `last.pt` (all that resuming needs), `best.pt` (the best weights, for use elsewhere), `train.csv`,
     `validation.csv` and TensorBoard events into `folder`. Ctrl-C finishes the iteration, or the validation, writes
-    `last.pt` and raises KeyboardInterrupt; a second one doesn't wait.
+    `last.pt` and raises KeyboardInterrupt; a second one doesn't wait. With several ranks, all call this and rank 0
+    writes.
 
     Args:
         trainer: a fresh one, or one that `resume` has filled.
@@ -61,7 +62,7 @@ def fit(
         RunError: a loss is not finite.
     """
     recipe, progress = trainer.recipe, progress or Progress()
-    log = RunLog(folder, recipe.method, progress.iteration, recipe.iterations)
+    log = RunLog(folder, recipe.method, progress.iteration, recipe.iterations) if ranks.is_main() else Log()
     if progress.validated:
         _export_best(folder, trainer, progress)  # `last.pt` is right where the two differ
     try:
@@ -104,7 +105,7 @@ def resume(trainer: Trainer, folder: Path, identity: Identity) -> Progress | Non
     return progress
 
 
-def _train_until(stop: int, trainer: Trainer, progress: Progress, log: RunLog, interrupted: Callable[[], bool]) -> None:
+def _train_until(stop: int, trainer: Trainer, progress: Progress, log: Log, interrupted: Callable[[], bool]) -> None:
     every = trainer.recipe.log_every
     while progress.iteration < stop and not interrupted():
         first, started = progress.iteration, time.perf_counter()
@@ -128,7 +129,7 @@ def _require_finite(numbers: dict[str, float], iteration: int) -> None:
             raise RunError(f"{name} is {numbers[name]} at iteration {iteration}; lower lr or --eps, or try --amp none.")
 
 
-def _validate(trainer: Trainer, validation: list[Volume], progress: Progress, log: RunLog, folder: Path) -> None:
+def _validate(trainer: Trainer, validation: list[Volume], progress: Progress, log: Log, folder: Path) -> None:
     recipe, model = trainer.recipe, trainer.scored_model()
     dice = evaluate(
         model,
@@ -148,7 +149,8 @@ def _validate(trainer: Trainer, validation: list[Volume], progress: Progress, lo
 
 def _save_last(folder: Path, trainer: Trainer, progress: Progress, identity: Identity) -> None:
     content = {"identity": identity, "progress": vars(progress), "state": trainer.state_dict()}
-    checkpoint.save(folder / "last.pt", content)
+    # the others wait: where one ends after an interruption, torchrun ends all
+    ranks.on_main(lambda: checkpoint.save(folder / "last.pt", content))
 
 
 def _export_best(folder: Path, trainer: Trainer, progress: Progress) -> None:
@@ -158,4 +160,4 @@ def _export_best(folder: Path, trainer: Trainer, progress: Progress) -> None:
         "iteration": progress.best_iteration,
         "dice": progress.best_dice,
     }
-    checkpoint.save(folder / "best.pt", content)
+    ranks.on_main(lambda: checkpoint.save(folder / "best.pt", content))

@@ -13,6 +13,7 @@ from .augment import Strong, Weak
 from .average import Average, with_statistics_of
 from .batches import ShuffledStream, mix
 from .data import Slices
+from .joint import joint
 from .networks import UNet
 from .recipe import Recipe
 
@@ -32,7 +33,7 @@ class Autocast(nn.Module):
 
 
 class Trainer:
-    """Model, optimizer and data of one run.
+    """Model, optimizer and data of one run, the same on every rank.
 
     Iteration t draws all its random numbers from (seed, t). A run that was interrupted therefore goes on as if it
     had not been, and runs of different methods see the same batches in the same order.
@@ -63,6 +64,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         network = UNet(num_classes=recipe.num_classes, width=recipe.width)
         self.model = Autocast(network.to(device).to(memory_format=torch.channels_last), amp)
+        self.joint = joint(self.model)
         base = torch.optim.SGD(
             self.model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
@@ -87,7 +89,7 @@ class Trainer:
         images, labels = self.weak.with_labels(self.images[index], self.labels[index])
         values = {} if self.recipe.method == "supervised" else self._consistency(iteration)
 
-        loss = ce_dice_loss(self.model(images), labels.long())
+        loss = ce_dice_loss(self.joint(images), labels.long())
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -104,7 +106,7 @@ class Trainer:
 
     def _consistency(self, iteration: int) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
-        model, method, optimizer = self.model, self.method, self.optimizer
+        model, method, optimizer = self.joint, self.method, self.optimizer
         views = method.prepare(model, self.unlabelled[self.unlabelled_stream[iteration]])
         loss = method.loss(model, views)
         self.scaler.scale(loss).backward()
