@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gap_torch import GAPWrapper
 from gap_torch.reference import algorithm_1
@@ -58,13 +60,21 @@ def _full(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.full_tensor().detach().clone() if hasattr(t, "full_tensor") else t.detach().clone() for t in tensors]
 
 
-def _train(model: nn.Module, mine: Callable[[Tensor], Tensor], between: str = "", **knobs: Any) -> dict[str, Any]:
+def _train(
+    model: nn.Module, mine: Callable[[Tensor], Tensor], between: str = "", folder: str = "", **knobs: Any
+) -> dict[str, Any]:
     optimizer = GAPWrapper(torch.optim.AdamW(model.parameters(), lr=0.01), eps=EPS, **knobs)
     gradients, radii, exact = [], [], True
     for step in range(STEPS):
+        if folder and step == STEPS - 1:
+            dcp.save(_state(model, optimizer), checkpoint_id=folder)
         x = mine(_data(step))
         before = _full(model.parameters())
         _loss(model, x).backward()
+        if not optimizer.due:
+            optimizer.step()
+            optimizer.zero_grad()
+            continue
         with optimizer.perturbed(model):
             moved = _full(model.parameters())
             if between == "model.zero_grad":
@@ -84,6 +94,11 @@ def _train(model: nn.Module, mine: Callable[[Tensor], Tensor], between: str = ""
         optimizer.step()
         optimizer.zero_grad()
     return {"gradients": gradients, "theta": _full(model.parameters()), "radii": radii, "exact": exact}
+
+
+def _state(model: nn.Module, optimizer: GAPWrapper) -> dict[str, Any]:
+    weights, state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": state}
 
 
 def _sharded(mesh: Any, **options: Any) -> nn.Module:
@@ -122,7 +137,7 @@ def _parallel_model() -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def _worker(rank: int) -> dict[str, Any]:
+def _worker(rank: int, folder: str) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
@@ -136,6 +151,7 @@ def _worker(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {f"alpha {alpha}": _train(_sharded(mesh), mine, alpha=alpha) for alpha in ALPHAS}
     for between in ("model.zero_grad", "zeroing in place", "forward"):
         results[between] = _train(_sharded(mesh), mine, between)
+    results["checkpoint"] = _train(_sharded(mesh), mine, folder=folder, interval=STEPS - 1, adaptive=True)
     results["foreach=False"] = _train(_sharded(mesh), mine, foreach=False)
     results["adaptive"] = _train(_sharded(mesh), mine, adaptive=True)
     results["shard within replicas"] = _train(_sharded(nested), mine)
@@ -149,8 +165,13 @@ def _worker(rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(on_two_ranks: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return on_two_ranks(_worker)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def ranks(on_two_ranks: Callable[..., list[dict[str, Any]]], folder: str) -> list[dict[str, Any]]:
+    return on_two_ranks(_worker, folder)
 
 
 PLAIN = ["model.zero_grad", "zeroing in place", "forward", "foreach=False", "shard within replicas", "replicas"]
@@ -181,6 +202,23 @@ def test_mixed_precision(ranks: list[dict]) -> None:
         assert ours["radii"] == pytest.approx([EPS] * STEPS, rel=1e-5)
         for a, b in zip(ours["theta"], ranks[0]["mixed precision"]["theta"], strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_sharded_checkpoint_goes_on_in_one_process(ranks: list[dict], folder: str) -> None:
+    model = _model()
+    optimizer = GAPWrapper(torch.optim.AdamW(model.parameters(), lr=0.01), eps=EPS, interval=STEPS - 1, adaptive=True)
+    state = _state(model, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    assert optimizer.due
+    x = _data(STEPS - 1)
+    _loss(model, x).backward()
+    with optimizer.perturbed(model):
+        _loss(model, x).backward()
+    _loss(model, x + 1).backward()
+    optimizer.step()
+    for a, b in zip(model.parameters(), ranks[0]["checkpoint"]["theta"], strict=True):
+        torch.testing.assert_close(a.detach(), b)
 
 
 def _compare(ranks: list[dict], case: str, expected: dict[str, Any], radius: bool = True) -> None:
