@@ -1,4 +1,4 @@
-"""SyncBatchNorm under DDP: the joint batch's statistics in every pass, and running ones that the perturbed pass leaves."""
+"""SyncBatchNorm under DDP: the joint batch's statistics in every pass; the perturbed pass leaves the running ones."""
 
 from collections.abc import Callable
 from typing import Any
