@@ -116,13 +116,14 @@ def _wait() -> dict[str, Any]:
     return {}
 
 
+FSDP2_ON_CPU = not torch.__version__.startswith("2.6.")
 CASES = [
     _no_mistake,
     _different_parameters,
     _one_without_gradient,
     _one_perturbed_already,
     _one_alone,
-    _one_alone_sharded,
+    *([_one_alone_sharded] if FSDP2_ON_CPU else []),
     _exception_in_one_perturbed_pass,
 ]
 
@@ -167,6 +168,8 @@ def test_a_rank_that_is_perturbed_already(notes: dict) -> None:
 
 @pytest.mark.parametrize("case", ["_one_alone", "_one_alone_sharded"])
 def test_a_first_step_on_one_rank_alone_ends_with_the_time_out(notes: dict, case: str) -> None:
+    if case not in notes:
+        pytest.skip("torch 2.6 has no FSDP2 on the CPU")
     note = notes[case][0]
     assert "every" in note["error"]
     assert "must call first_step() in the same iterations" in note["error"]
