@@ -1,0 +1,107 @@
+"""Every script runs by itself, learns, and arrives at the plain loop's weights, on one process or on two."""
+
+import importlib.util
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import plain_pytorch
+import pytest
+import torch
+
+from .conftest import SCRIPTS
+
+NEEDS = {"lightning_module": "lightning", "accelerate_loop": "accelerate", "monai_engine": "ignite"}
+ON_ONE = ["plain_pytorch", *NEEDS]
+UNDER_DDP = ["ddp", "accelerate_loop", "lightning_module"]
+
+
+def _installed(script: str) -> bool:
+    return script not in NEEDS or importlib.util.find_spec(NEEDS[script]) is not None
+
+
+def _import(script: str) -> object:
+    pytest.importorskip(NEEDS[script])
+    return importlib.import_module(script)
+
+
+@pytest.mark.parametrize("script", ON_ONE)
+def test_the_script_runs_and_learns(script: str, capsys: pytest.CaptureFixture) -> None:
+    if script in NEEDS:
+        pytest.importorskip(NEEDS[script])
+    runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    before, after = map(float, re.findall(r"loss ([\d.]+)", capsys.readouterr().out.splitlines()[-1]))
+    assert after < before / 2
+
+
+def test_gap_makes_a_difference(trained: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the comparisons below would be worth little."""
+    with_gap = trained(plain_pytorch.train)
+    monkeypatch.setattr(plain_pytorch, "EPS", 0.0)
+    without = trained(plain_pytorch.train)
+    assert max((with_gap[name] - without[name]).abs().max() for name in with_gap) > 1e-3
+
+
+@pytest.mark.parametrize("script", ["lightning_module", "monai_engine"])
+def test_the_weights_are_those_of_the_plain_loop(script: str, trained: Callable) -> None:
+    ours = trained(_import(script).train)
+    torch.testing.assert_close(ours, trained(plain_pytorch.train))
+
+
+def test_micro_batches_give_the_weights_of_the_whole_batch(trained: Callable) -> None:
+    """Without batch norm, whose statistics are those of a micro-batch."""
+    ours = trained(_import("accelerate_loop").train, batch_norm=False)
+    torch.testing.assert_close(ours, trained(plain_pytorch.train, batch_norm=False))
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], tuple[str, Path]]:
+    """`on_two_ranks(scripts)`: what torchrun prints, and the folder with the weights of each script on each rank."""
+    if not torch.distributed.is_available():
+        pytest.skip("needs torch.distributed")
+    out = tmp_path_factory.mktemp("weights")
+
+    def run(scripts: list[str]) -> tuple[str, Path]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        files = [str(SCRIPTS / f"{script}.py") for script in scripts]
+        command = [*launcher, str(Path(__file__).with_name("on_ranks.py")), str(out), *files]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def under_ddp(on_two_ranks: Callable) -> tuple[str, Path]:
+    return on_two_ranks([script for script in UNDER_DDP if _installed(script)])
+
+
+@pytest.fixture(scope="module")
+def under_fsdp2(on_two_ranks: Callable) -> tuple[str, Path]:
+    return on_two_ranks(["fsdp2"])
+
+
+def test_ddp_says_that_its_ranks_agree(under_ddp: tuple[str, Path]) -> None:
+    assert "2 ranks agree" in under_ddp[0]
+
+
+@pytest.mark.parametrize("script", UNDER_DDP)
+def test_ddp_gives_the_weights_of_one_process(script: str, under_ddp: tuple[str, Path], trained: Callable) -> None:
+    if not _installed(script):
+        pytest.skip(f"needs {NEEDS[script]}")
+    _assert_as_on_one_process(script, under_ddp[1], trained)
+
+
+def test_fsdp2_gives_the_weights_of_one_process(under_fsdp2: tuple[str, Path], trained: Callable) -> None:
+    assert "FSDP2: loss" in under_fsdp2[0]
+    _assert_as_on_one_process("fsdp2", under_fsdp2[1], trained)
+
+
+def _assert_as_on_one_process(script: str, folder: Path, trained: Callable) -> None:
+    expected = trained(plain_pytorch.train, batch_norm=False)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(folder / f"{script}_{rank}.pt"), expected)
