@@ -11,6 +11,7 @@ Algorithm 1 of Huang et al., "GapMatch", AAAI 2025.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,10 @@ class GAPWrapper(Optimizer):
         """Indices of the groups whose eps follows the schedule."""
         self._perturbation = Perturbation()
         self._aside: dict[Tensor, Tensor] = {}
+        self._unused_sum: list[Tensor] = []
+        """One of the gradients that `second_step` made, until `step` or `zero_grad`."""
+        # From here on attributes are changed in place only: Lightning runs these methods on an object of its own,
+        # which reads this one's attributes and keeps what is assigned to itself.
         self._fill_in_knobs()
 
     # ------------------------------------------------------------------ the algorithm
@@ -144,6 +149,7 @@ class GAPWrapper(Optimizer):
             self._check_first_step(groups)
         else:
             ranks.check_together(self.process_group, lambda: self._check_first_step(groups), self._params())
+        self._warn_of_unused_sum(groups)
         try:
             self._perturbation.begin(groups, foreach=self.foreach, adaptive=self.adaptive, separate=separate)
             self._watch_base()
@@ -169,6 +175,7 @@ class GAPWrapper(Optimizer):
             accumulation.combine()
             self._return_aside()
             self._restore()
+            self._note_sum()
         except BaseException:
             self._abandon()
             raise
@@ -249,12 +256,14 @@ class GAPWrapper(Optimizer):
             )
         result = self.base_optimizer.step(closure) if closure is not None else self.base_optimizer.step()
         self._count_update()
+        self._unused_sum.clear()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base optimizer's, and what was set aside goes too. While perturbed it does nothing."""
         if not self._perturbed:
             self._aside.clear()
+            self._unused_sum.clear()
             self.base_optimizer.zero_grad(set_to_none)
 
     # ------------------------------------------------------------------ what makes it an Optimizer
@@ -381,6 +390,23 @@ class GAPWrapper(Optimizer):
         if accumulation is not None and not torch.compiler.is_compiling():
             hook = self.base_optimizer.register_step_pre_hook(lambda *_: self._forbid_while_perturbed("step()"))
             accumulation.hooks.append(hook)
+
+    def _note_sum(self) -> None:
+        if not torch.compiler.is_compiling():
+            sums = [p.grad for p in self._params() if p.grad is not None]
+            self._unused_sum[:] = [min(sums, key=Tensor.numel)]
+
+    def _warn_of_unused_sum(self, groups: list[Group]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if any(g1 is old for old in self._unused_sum for group in groups for g1 in group.g1):
+            warnings.warn(
+                "GAP: first_step() takes as g1 what it finds in .grad, where the last second_step() left its sum, "
+                "with no step() or zero_grad() since. To accumulate micro-batches, let each of the three passes go "
+                "over all of them.",
+                stacklevel=4,
+            )
+        self._unused_sum.clear()
 
     def _check_first_step(self, groups: list[Group]) -> None:
         self._forbid_while_perturbed("first_step() a second time")

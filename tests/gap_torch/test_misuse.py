@@ -416,3 +416,31 @@ def test_an_extreme_alpha_does_not_overflow(alpha):
     with optimizer.perturbed():
         (1e-3 * p).sum().backward()
     torch.testing.assert_close(p.grad, torch.full_like(p, 1e-3 * (1 + alpha)))
+
+
+def test_a_second_perturbation_on_top_of_an_old_sum_is_told() -> None:
+    """GAP for each micro-batch on its own, as with Accelerate's `accumulate` around a whole step."""
+    model = nn.Linear(3, 2)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1))
+
+    def gap() -> None:
+        model(torch.ones(1, 3)).square().mean().backward()
+        with optimizer.perturbed(model):
+            model(torch.ones(1, 3)).square().mean().backward()
+
+    gap()
+    with pytest.warns(UserWarning, match="with no step\\(\\) or zero_grad\\(\\) since"):
+        gap()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("end", ["step", "zero_grad", "model.zero_grad"])
+def test_a_step_that_ended_is_not_told(end: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1))
+    for _ in range(3):
+        model(torch.ones(1, 3)).square().mean().backward()
+        with optimizer.perturbed(model):
+            model(torch.ones(1, 3)).square().mean().backward()
+        model(torch.ones(1, 3)).square().mean().backward()
+        {"step": optimizer.step, "zero_grad": optimizer.zero_grad, "model.zero_grad": model.zero_grad}[end]()
