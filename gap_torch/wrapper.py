@@ -372,14 +372,21 @@ class GAPWrapper(Optimizer):
                     group["gap_eps"] = self._eps(self._updates)
             _check_knob("gap_eps", group.setdefault("gap_eps", self._eps))
             _check_knob("gap_alpha", group.setdefault("gap_alpha", self._alpha))
+            if self._counts:
+                group.setdefault("gap_updates", self._updates)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether updates are counted: a number that nobody reads would make torch.compile trace the step anew."""
+        return self.interval > 1 or callable(self._eps)
 
     @property
     def _updates(self) -> int:
+        # in the groups, to be saved with them
         return self.param_groups[0].get("gap_updates", 0)
 
     def _count_update(self) -> None:
-        # in the groups, to be saved with them; a counter that nobody reads would make torch.compile trace anew
-        if self.interval > 1 or self._scheduled:
+        if self._counts and not self._only_initialises():
             count = self._updates + 1
             for group in self.param_groups:
                 group["gap_updates"] = count
@@ -407,6 +414,13 @@ class GAPWrapper(Optimizer):
                 stacklevel=4,
             )
         self._unused_sum.clear()
+
+    def _only_initialises(self) -> bool:
+        """Whether this step has a learning rate of 0 everywhere, as that by which torch makes an optimizer's state."""
+        rates = [group.get("lr", 1.0) for group in self.param_groups]
+        if torch.compiler.is_compiling() or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
+            return False  # that step's are on the CPU
+        return all(lr == 0 for lr in rates)
 
     def _check_first_step(self, groups: list[Group]) -> None:
         self._forbid_while_perturbed("first_step() a second time")
