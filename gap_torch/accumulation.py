@@ -35,7 +35,7 @@ class Group(NamedTuple):
         params = list(dict.fromkeys(group["params"]))
         live = [p for p in params if p.requires_grad and p.grad is not None]
         others = [p for p in params if not p.requires_grad or p.grad is None]
-        g1 = [laid_out_as(p, p.grad) for p in live if p.grad is not None]
+        g1 = [p.grad for p in live if p.grad is not None]
         return cls(group["gap_eps"], group["gap_alpha"], live, g1, others)
 
     @property
@@ -96,7 +96,8 @@ class Accumulation:
             return
         # versions only now that all are scaled: gradients of one storage share theirs
         self.in_place = {p: (gradient, gradient._version) for p, gradient in in_place.items()}
-        self.hooks = [p.register_hook(self._before_accumulation) for group in self.groups for p in group.params]
+        watched = [p for group in self.groups for p in group.params + group.others if p.requires_grad]
+        self.hooks = [p.register_hook(self._before_accumulation) for p in watched]
 
     def combine(self) -> None:
         """`.grad` = g1 + alpha * g2 (Algorithm 1, line 9)."""
@@ -120,7 +121,8 @@ class Accumulation:
                 )
         for total in self.sums:
             if total.alpha != 1:
-                summed = [local(p.grad) for p in total.collecting if p.requires_grad and p.grad is not None]
+                live = [p for p in total.collecting if p.requires_grad or p in self.in_place]
+                summed = [local(p.grad) for p in live if p.grad is not None]
                 multi_tensor.scale_(summed, total.alpha, self.foreach)
             for p, first in zip(total.apart, total.g1, strict=True):
                 p.grad = _weighted_sum(p, first, p.grad, total.alpha)

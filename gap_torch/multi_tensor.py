@@ -123,7 +123,7 @@ def _fusable(param: Tensor, grad: Tensor) -> bool:
         and param.dtype == grad.dtype
         and param.stride() == grad.stride()
         and type(param) in (Tensor, torch.nn.Parameter)
-        and _dense(param)
+        and is_dense(param)
     )
 
 
@@ -137,7 +137,7 @@ def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
     return grad.as_strided(param.shape, param.stride()) if same and grad.stride() != param.stride() else grad
 
 
-def _dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, in whatever order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -162,7 +162,7 @@ def _tensor_norms(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> T
 def _chunks(tensor: Tensor) -> Sequence[Tensor]:
     if tensor.numel() <= CHUNK:
         return [tensor]
-    flat = tensor.as_strided((tensor.numel(),), (1,)) if _dense(tensor) else tensor.reshape(-1)
+    flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
     return flat.split(CHUNK)
 
 

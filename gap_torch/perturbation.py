@@ -1,5 +1,7 @@
 """theta -> theta* = theta + eps * g1 / ||g1||, and back to theta bit for bit (Algorithm 1, lines 6, 7 and 10)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ class Perturbation:
     def begin(self, groups: list[Group], *, foreach: bool, adaptive: bool, separate: bool) -> None:
         """Move the parameters of `groups` along their g1, and make room for g2 in `.grad`."""
         self.foreach = foreach
+        groups = [group._replace(g1=[*map(sharding.laid_out_as, group.params, group.g1)]) for group in groups]
         self.accumulation = Accumulation(groups, foreach, separate)
         directions = self._directions(groups, adaptive)
         self._back_up(groups)
@@ -60,6 +63,8 @@ class Perturbation:
     def _back_up(self, groups: list[Group]) -> None:
         moving = [p for group in groups if group.moves for p in group.params]
         shards = [local(p) for p in moving]
+        if len(self.copies) > sum(len(group.params) + len(group.others) for group in groups):
+            self.copies.clear()  # some belong to parameters that have left
         for p, shard in zip(moving, shards, strict=True):
             if p not in self.copies or not _alike(shard, self.copies[p]):
                 self.copies[p] = torch.empty_like(shard)
@@ -79,15 +84,18 @@ class Perturbation:
     def _check_rounding(self, groups: list[Group], directions: list[list[Tensor]]) -> bool:
         """Whether that need not be done again. The host waits, if there are half-precision parameters."""
         assert self.grad_norm is not None
-        theta, done = iter(self.theta), True
+        theta, half = iter(self.theta), []
         for group, along in zip(groups, directions, strict=True):
-            if group.moves:
-                moves = [(local(p), next(theta), g) for p, g in zip(group.params, along, strict=True)]
-                half = [move for move in moves if move[0].dtype in HALF]
-                if half:
-                    after, before, g1 = zip(*half, strict=True)
-                    done &= warn_if_rounded_away(after, before, g1, float(group.eps / self.grad_norm))
-        return done
+            moved = zip(group.params, along, strict=True) if group.moves else ()
+            half += [(group.eps, local(p), t, g) for (p, g), t in zip(moved, theta, strict=False) if p.dtype in HALF]
+        if not half:
+            return True
+        norm = self.grad_norm.item()
+        if not 0 < norm < math.inf:
+            return False
+        eps, after, before, g1 = zip(*half, strict=True)
+        warn_if_rounded_away(eps, after, before, g1, norm)
+        return True
 
 
 def _times_size(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
@@ -96,7 +104,8 @@ def _times_size(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device
+    same_layout = a.stride() == b.stride() or not multi_tensor.is_dense(a)  # of which there is no like
+    return a.shape == b.shape and same_layout and a.dtype == b.dtype and a.device == b.device
 
 
 def _capturing() -> bool:

@@ -5,35 +5,42 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+
+from .knobs import KEYS
 
 
-def check_together(group: "dist.ProcessGroup", check: Callable[[], None], params: Iterable[Tensor]) -> None:
-    """Run `check` on every rank of `group`, and compare their parameters. One small gather.
+def check_together(
+    group: "dist.ProcessGroup", check: Callable[[], None], param_groups: Iterable[dict[str, Any]]
+) -> None:
+    """Run `check` on every rank of `group`, and compare what they are to optimize. One small gather.
 
     Args:
         group: all of its ranks call this.
-        check: raises RuntimeError where something is wrong.
-        params: parameters, of which number, shapes and dtypes are compared.
+        check: raises where something is wrong.
+        param_groups: of which number, shapes and dtypes of the parameters and GAP's knobs are compared.
 
     Raises:
-        RuntimeError: on every rank, where `check` failed on any or the parameters differ; and where a rank does not
+        RuntimeError: on every rank, where `check` failed on any or the groups differ; and where a rank does not
             come within the group's time-out.
+        Exception: what `check` raised here.
     """
-    problem: RuntimeError | None = None
+    problem: Exception | None = None
     try:
         check()
-    except RuntimeError as error:
+    except Exception as error:
         problem = error
-    notes = _gather(group, (problem and str(problem), _fingerprint(params)))
+    try:
+        notes = _gather(group, (problem and str(problem), _fingerprint(param_groups)))
+    except RuntimeError as error:
+        raise error from (problem or error.__cause__)
     if problem is not None:
         raise problem
     for rank, (theirs, _) in enumerate(notes):
         if theirs is not None:
             raise RuntimeError(f"first_step() failed on rank {rank} of the process group, where it said: {theirs}")
     if len({fingerprint for _, fingerprint in notes}) > 1:
-        found = ", ".join(f"rank {rank} {fingerprint}" for rank, (_, fingerprint) in enumerate(notes))
-        raise RuntimeError(f"first_step(): the ranks' optimizers hold different parameters: {found}.")
+        found = "; ".join(f"rank {rank}: {fingerprint}" for rank, (_, fingerprint) in enumerate(notes))
+        raise RuntimeError(f"first_step(): the ranks' optimizers differ. {found}.")
 
 
 def _gather(group: "dist.ProcessGroup", note: Any) -> list[Any]:
@@ -42,13 +49,15 @@ def _gather(group: "dist.ProcessGroup", note: Any) -> list[Any]:
         dist.all_gather_object(notes, note, group)
     except RuntimeError as error:
         raise RuntimeError(
-            "first_step(): another rank of the process group did not come within the group's time-out, or has "
-            "stopped: every rank must call first_step() in the same iterations."
+            f"first_step(): the ranks of the process group could not compare notes ({error}). Every rank must call "
+            "first_step() in the same iterations."
         ) from error
     return notes
 
 
-def _fingerprint(params: Iterable[Tensor]) -> str:
-    """The same text for the same shapes and dtypes in the same order."""
-    looks = [(tuple(p.shape), str(p.dtype)) for p in params]
-    return f"{len(looks)} tensors (shapes and dtypes: {zlib.crc32(repr(looks).encode()):08x})"
+def _fingerprint(param_groups: Iterable[dict[str, Any]]) -> str:
+    """The same text for the same knobs, and the same shapes and dtypes in the same order."""
+    groups = list(param_groups)
+    looks = [(tuple(p.shape), str(p.dtype)) for group in groups for p in group["params"]]
+    knobs = [[group[key] for key in KEYS if isinstance(group.get(key), (int, float))] for group in groups]
+    return f"{len(looks)} tensors (shapes and dtypes {zlib.crc32(repr(looks).encode()):08x}), eps, alpha ... {knobs}"

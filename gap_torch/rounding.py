@@ -12,32 +12,31 @@ ENOUGH = 0.5
 
 
 def warn_if_rounded_away(
-    theta_star: Sequence[Tensor], theta: Sequence[Tensor], directions: Sequence[Tensor], scale: float
-) -> bool:
-    """Warn if theta* - theta is less than half as long as scale * direction. Waits for the device.
+    eps: Sequence[float | Tensor],
+    theta_star: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    norm: float,
+) -> None:
+    """Warn if theta* - theta is less than half as long as eps / norm * direction. Waits for the device.
 
     Args:
-        theta_star: the parameters after the perturbation, at least one, in half precision.
+        eps: radius, one for each parameter.
+        theta_star: the parameters after the perturbation, in half precision.
         theta: the same before.
         directions: what they were moved along: g1.
-        scale: eps / ||g1||, possibly not finite, or infinite for a zero gradient.
-
-    Returns:
-        Whether there was a perturbation to judge by.
+        norm: ||g1||, finite and not zero.
     """
-    wanted = scale * _norm(directions)
-    if not (math.isfinite(wanted) and wanted > 0):
-        return False
-    share = _norm([(after.float() - before.float()) for after, before in zip(theta_star, theta, strict=True)]) / wanted
-    if share < ENOUGH:
+    wanted = math.hypot(*(float(e) / norm * _norm(g) for e, g in zip(eps, directions, strict=True)))
+    found = math.hypot(*(_norm(a.float() - b.float()) for a, b in zip(theta_star, theta, strict=True)))
+    if found < ENOUGH * wanted:
         dtype = str(theta[0].dtype).removeprefix("torch.")
         warnings.warn(
-            f"GAP: only {share:.0%} of the perturbation is left after rounding to {dtype}. Keep the parameters in "
-            f"float32 (autocast still computes in {dtype}), or raise eps.",
-            stacklevel=3,
+            f"GAP: only {found / wanted:.0%} of the perturbation is left after rounding to {dtype}. Keep parameters "
+            f"in float32 (autocast still computes in {dtype}), or raise eps.",
+            stacklevel=2,
         )
-    return True
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.hypot(*(torch.linalg.vector_norm(t, dtype=torch.float32).item() for t in tensors))
+def _norm(tensor: Tensor) -> float:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32).item()

@@ -47,7 +47,7 @@ def joint_norm(tensors: Sequence[Tensor], norm: Callable[[list[Tensor]], Tensor]
         norm: L2 norm of a list of plain tensors.
 
     Raises:
-        RuntimeError: the other processes don't come within the group's time-out.
+        RuntimeError: the other processes don't come within the group's time-out, or the group can't reduce.
     """
     shards: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
@@ -84,6 +84,6 @@ def _all_reduce(square: Tensor, group: "dist.ProcessGroup") -> None:
         dist.all_reduce(square, group=group)
     except RuntimeError as error:
         raise RuntimeError(
-            "first_step() needs ||g1|| over all shards, and another process did not come within the process group's "
-            "time-out, or has stopped: every process must call first_step() in the same iterations."
+            f"first_step() needs ||g1|| over all shards, which failed ({error}). Every process must call "
+            "first_step() in the same iterations, and gradients on the CPU (offloading) need a process group with gloo."
         ) from error

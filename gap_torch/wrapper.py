@@ -10,7 +10,6 @@
 Algorithm 1 of Huang et al., "GapMatch", AAAI 2025.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,18 +22,16 @@ from torch.optim import LBFGS, Optimizer
 from . import ranks
 from .accumulation import CREATE_GRAPH, Group
 from .batchnorm import frozen_running_stats
+from .knobs import Eps, Knobs, check_alpha, check_eps
 from .perturbation import Perturbation
 from .rng import RNGState, replayed
-from .sharding import reshard
+from .sharding import is_sharded, local, reshard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Eps = float | Tensor | Callable[[int], float]
 
-
-# what GAP keeps in a parameter group, and what a pickle holds of the wrapper itself
-_KEYS = ("gap_eps", "gap_alpha", "gap_updates")
+# what a pickle holds of the wrapper itself
 _ARGUMENTS = ("base_optimizer", "eps", "alpha", "foreach", "adaptive", "interval")
 _DEFAULTS = {"adaptive": False, "interval": 1}
 
@@ -99,21 +96,17 @@ class GAPWrapper(Optimizer):
     ) -> None:
         # Optimizer.__init__ is not called: everything that it would set up is the base optimizer's own.
         _check_base(base_optimizer)
-        if interval < 1:
-            raise ValueError(f"interval must be at least 1, got {interval}.")
         self.base_optimizer = base_optimizer
-        self._eps = eps if callable(eps) else _check_knob("eps", eps)
-        self._alpha = _check_knob("alpha", alpha)
-        self.foreach, self.adaptive, self.interval, self.process_group = foreach, adaptive, interval, process_group
-        self._scheduled: set[int] = set()
-        """Indices of the groups whose eps follows the schedule."""
+        self.foreach, self.adaptive, self.process_group = foreach, adaptive, process_group
+        self._knobs = Knobs(base_optimizer, eps, alpha, interval)
         self._perturbation = Perturbation()
         self._aside: dict[Tensor, Tensor] = {}
         self._unused_sum: list[Tensor] = []
         """One of the gradients that `second_step` made, until `step` or `zero_grad`."""
         # From here on attributes are changed in place only: Lightning runs these methods on an object of its own,
         # which reads this one's attributes and keeps what is assigned to itself.
-        self._fill_in_knobs()
+        self._knobs.warn_if_useless()
+        self._knobs.fill_in()
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -126,7 +119,7 @@ class GAPWrapper(Optimizer):
     @property
     def due(self) -> bool:
         """Whether this update is to have a perturbed pass: every `interval`-th, the first included."""
-        return self._updates % self.interval == 0
+        return self._knobs.updates % self.interval == 0
 
     @torch.no_grad()
     def first_step(self, *, separate: bool = False) -> None:
@@ -143,20 +136,19 @@ class GAPWrapper(Optimizer):
             RuntimeError: called twice, or not `due`; no parameter has a gradient, or a gradient is sparse or a graph
                 of its own; with a `process_group`, any of that on any of its ranks, or other parameters there.
         """
-        self._fill_in_knobs()
-        groups = [Group.snapshot(group) for group in self.param_groups]
         if self.process_group is None:
-            self._check_first_step(groups)
+            self._check_first_step()
         else:
-            ranks.check_together(self.process_group, lambda: self._check_first_step(groups), self._params())
-        self._warn_of_unused_sum(groups)
+            ranks.check_together(self.process_group, self._check_first_step, self.param_groups)
         try:
+            groups = [Group.snapshot(group) for group in self.param_groups]
+            self._warn_of_unused_sum(groups)
             self._perturbation.begin(groups, foreach=self.foreach, adaptive=self.adaptive, separate=separate)
             self._watch_base()
+            self._forget_casts()
         except BaseException:
             self._abandon()
             raise
-        self._forget_casts()
 
     @torch.no_grad()
     def second_step(self) -> None:
@@ -196,8 +188,9 @@ class GAPWrapper(Optimizer):
                 dropout masks. By default it draws its own, as any other pass does.
             separate: as for `first_step`.
         """
-        self.first_step(separate=separate)
+        outer = self._perturbation.accumulation
         try:
+            self.first_step(separate=separate)
             if model is not None:
                 reshard(model)
             with (
@@ -207,7 +200,8 @@ class GAPWrapper(Optimizer):
                 yield
             self.second_step()
         except BaseException:
-            self._abandon()
+            if self._perturbation.accumulation is not outer:  # else nothing has been moved here, or it is back
+                self._abandon()
             raise
         finally:
             if model is not None:
@@ -249,13 +243,17 @@ class GAPWrapper(Optimizer):
             RuntimeError: the parameters are perturbed, or a set-aside gradient has not come back.
         """
         self._forbid_while_perturbed("step()")
+        if self._aside and not self.due:
+            self._return_aside()
         if self._aside:
             raise RuntimeError(
                 "step() would lose the gradients that were set aside: they return at second_step(), so run "
                 "the perturbed pass first, or leave set_aside() out of a step without GAP."
             )
+        initialises = self._only_initialises()
         result = self.base_optimizer.step(closure) if closure is not None else self.base_optimizer.step()
-        self._count_update()
+        if not initialises:
+            self._knobs.count_update()
         self._unused_sum.clear()
         return result
 
@@ -270,13 +268,19 @@ class GAPWrapper(Optimizer):
 
     @property
     def eps(self) -> Eps:
-        """Default radius of a group, or its schedule. To change it, write to `param_groups[i]["gap_eps"]`."""
-        return self._eps
+        """Default radius of a group, or its schedule. To change it, write to `param_groups[i]["gap_eps"]`, which a
+        schedule overwrites in groups without one of their own."""
+        return self._knobs.eps
 
     @property
     def alpha(self) -> float:
         """Default weight of g2 of a group. To change it, write to `param_groups[i]["gap_alpha"]`."""
-        return self._alpha
+        return self._knobs.alpha
+
+    @property
+    def interval(self) -> int:
+        """GAP every so many updates."""
+        return self._knobs.interval
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -286,7 +290,7 @@ class GAPWrapper(Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base_optimizer.param_groups = groups
-        self._fill_in_knobs()
+        self._knobs.fill_in()
 
     @property
     def state(self) -> Any:
@@ -306,10 +310,10 @@ class GAPWrapper(Optimizer):
         """As the base optimizer's; `gap_eps` and `gap_alpha` default to the wrapper's."""
         self._forbid_while_perturbed("add_param_group()")
         if "gap_eps" in param_group:
-            _check_knob("gap_eps", param_group["gap_eps"])
-        _check_knob("gap_alpha", param_group.get("gap_alpha", self.alpha))
+            check_eps("gap_eps", param_group["gap_eps"])
+        check_alpha("gap_alpha", param_group.get("gap_alpha", self.alpha))
         self.base_optimizer.add_param_group(param_group)
-        self._fill_in_knobs()
+        self._knobs.fill_in()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; its groups carry `gap_eps` and `gap_alpha`, and `gap_updates` where a schedule or
@@ -320,11 +324,9 @@ class GAPWrapper(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, or a bare base optimizer's: then the groups keep their own knobs."""
         self._forbid_while_perturbed("load_state_dict()")
-        own = [{key: value for key, value in group.items() if key in _KEYS} for group in self.param_groups]
+        before = [dict(group) for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
-        for group, knobs in zip(self.param_groups, own, strict=True):
-            for key, value in knobs.items():
-                group.setdefault(key, value)
+        self._knobs.loaded(before)
         self._aside.clear()
 
     def __getattr__(self, name: str) -> Any:
@@ -347,11 +349,13 @@ class GAPWrapper(Optimizer):
             raise RuntimeError(
                 "copying or pickling would lose the gradients that were set aside: do it after the step."
             )
-        return {key: getattr(self, key) for key in (*_ARGUMENTS, "_scheduled")}
+        return {**{key: getattr(self, key) for key in _ARGUMENTS}, "scheduled": self._knobs.scheduled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**{key: state[key] for key in _ARGUMENTS})  # type: ignore[misc]
-        self._scheduled = state["_scheduled"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the groups have their knobs already, and keep them
+            self.__init__(**{key: state[key] for key in _ARGUMENTS})  # type: ignore[misc]
+        self._knobs.scheduled.update(state["scheduled"])
 
     def __repr__(self) -> str:
         knobs = {"eps": self.eps, "alpha": self.alpha, "adaptive": self.adaptive, "interval": self.interval}
@@ -363,34 +367,6 @@ class GAPWrapper(Optimizer):
     def _params(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
-    def _fill_in_knobs(self) -> None:
-        for index, group in enumerate(self.param_groups):
-            if callable(self._eps):
-                if "gap_eps" not in group:
-                    self._scheduled.add(index)
-                if index in self._scheduled:
-                    group["gap_eps"] = self._eps(self._updates)
-            _check_knob("gap_eps", group.setdefault("gap_eps", self._eps))
-            _check_knob("gap_alpha", group.setdefault("gap_alpha", self._alpha))
-            if self._counts:
-                group.setdefault("gap_updates", self._updates)
-
-    @property
-    def _counts(self) -> bool:
-        """Whether updates are counted: a number that nobody reads would make torch.compile trace the step anew."""
-        return self.interval > 1 or callable(self._eps)
-
-    @property
-    def _updates(self) -> int:
-        # in the groups, to be saved with them
-        return self.param_groups[0].get("gap_updates", 0)
-
-    def _count_update(self) -> None:
-        if self._counts and not self._only_initialises():
-            count = self._updates + 1
-            for group in self.param_groups:
-                group["gap_updates"] = count
-
     def _watch_base(self) -> None:
         """Make a step of the base optimizer, behind the wrapper's back, an error while perturbed."""
         accumulation = self._perturbation.accumulation
@@ -400,36 +376,40 @@ class GAPWrapper(Optimizer):
 
     def _note_sum(self) -> None:
         if not torch.compiler.is_compiling():
-            sums = [p.grad for p in self._params() if p.grad is not None]
-            self._unused_sum[:] = [min(sums, key=Tensor.numel)]
+            # DDP hands the same views out again and again
+            sums = [p.grad for p in self._params() if p.grad is not None and not (is_sharded(p) or p.grad._is_view())]
+            self._unused_sum[:] = sorted(sums, key=Tensor.numel)[:1]
 
     def _warn_of_unused_sum(self, groups: list[Group]) -> None:
         if torch.compiler.is_compiling():
             return
         if any(g1 is old for old in self._unused_sum for group in groups for g1 in group.g1):
             warnings.warn(
-                "GAP: first_step() takes as g1 what it finds in .grad, where the last second_step() left its sum, "
-                "with no step() or zero_grad() since. To accumulate micro-batches, let each of the three passes go "
-                "over all of them.",
+                "GAP: first_step() takes as g1 what it finds in .grad, where the last second_step() left its sum, and "
+                "the wrapper has seen no step() or zero_grad() since. To accumulate micro-batches, let each of the "
+                "three passes go over all of them.",
                 stacklevel=4,
             )
         self._unused_sum.clear()
 
     def _only_initialises(self) -> bool:
-        """Whether this step has a learning rate of 0 everywhere, as that by which torch makes an optimizer's state."""
+        """Whether this is torch's own step that makes an optimizer's state: learning rate and gradients are zero."""
+        if torch.compiler.is_compiling() or self.state:
+            return False
         rates = [group.get("lr", 1.0) for group in self.param_groups]
-        if torch.compiler.is_compiling() or any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
+        if any(isinstance(lr, Tensor) and lr.is_cuda for lr in rates) or any(lr != 0 for lr in rates):
             return False  # that step's are on the CPU
-        return all(lr == 0 for lr in rates)
+        return not any(p.grad is not None and local(p.grad).any() for p in self._params())
 
-    def _check_first_step(self, groups: list[Group]) -> None:
+    def _check_first_step(self) -> None:
         self._forbid_while_perturbed("first_step() a second time")
+        self._knobs.fill_in()
         if not self.due:
             raise RuntimeError(
                 f"first_step() in an update without GAP (interval={self.interval}): put the perturbed pass under "
                 "`if optimizer.due:`."
             )
-        _check_first_gradients([g1 for group in groups for g1 in group.g1])
+        _check_first_gradients([p.grad for p in self._params() if p.requires_grad and p.grad is not None])
 
     def _forbid_while_perturbed(self, action: str) -> None:
         if self._perturbed:
@@ -497,12 +477,3 @@ def _check_base(base: object) -> None:
             "LBFGS can't be wrapped: its step evaluates the loss at several points along a line and needs "
             "the plain gradient of that loss at each, not one sum g1 + alpha * g2 + g_l."
         )
-
-
-def _check_knob(name: str, value: Any) -> Any:
-    if isinstance(value, Tensor):  # its value stays on the device
-        if value.numel() != 1 or value.is_complex():
-            raise ValueError(f"{name} must be one real number, got a tensor {tuple(value.shape)} of {value.dtype}.")
-    elif not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}.")
-    return value

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
@@ -402,3 +404,23 @@ def test_what_two_ranks_saved_goes_on_in_one_process(ranks: Ranks, name: str) ->
     assert_close(tensors(model, optimizer), tensors(twin, base))
     for result in results:
         assert_close(result[name, "uninterrupted"], tensors(twin, base))
+
+
+def test_a_distributed_checkpoint_that_lacks_the_knobs(tmp_path: Path) -> None:
+    """Of a bare base optimizer: loaded in part, the wrapper keeps its own knobs."""
+    model = make_model(seed=0)
+    base = torch.optim.AdamW(model.parameters(), 0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    base.step()
+    dcp.save({"optimizer": get_optimizer_state_dict(model, base)}, checkpoint_id=tmp_path)
+
+    other = make_model(seed=1)
+    optimizer = GAPWrapper(torch.optim.AdamW(other.parameters(), 0.2), eps=0.3, interval=2)
+    state = {"optimizer": get_optimizer_state_dict(other, optimizer)}
+    dcp.load(state, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(other, optimizer, state["optimizer"])
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["gap_eps"]) == (0.1, 0.3)
+    assert optimizer.due
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(base.state[p]["exp_avg"], optimizer.state[q]["exp_avg"])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gap_torch import GAPWrapper
+from gap_torch import GAPWrapper, perturbation
 from gap_torch.reference import algorithm_1
 
 
@@ -137,6 +137,46 @@ def test_interval_below_one(interval: int) -> None:
         GAPWrapper(torch.optim.SGD(_model().parameters(), 0.1), interval=interval)
 
 
+def test_a_warm_up_from_zero_counts() -> None:
+    model = _model()
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), interval=2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 3)
+    due = []
+    for _ in range(4):
+        due.append(optimizer.due)
+        _update(model, optimizer)
+        scheduler.step()
+    assert due == [True, False, True, False]
+
+
+def test_an_update_that_a_grad_scaler_skips_does_not_count() -> None:
+    model, scaler = _model(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), interval=2)
+    for bad in (True, False):
+        scaler.scale(_loss(model) * (float("inf") if bad else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert optimizer.due == bad
+
+
+def test_what_is_set_aside_comes_back_in_updates_without_gap() -> None:
+    model = _model()
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), interval=2)
+    _update(model, optimizer)
+    expected = [p - 0.1 * g for p, g in zip(model.parameters(), _sum_of_gradients(model), strict=True)]
+    with optimizer.set_aside():
+        _loss(model, 1.0).backward()
+    _loss(model).backward()
+    optimizer.step()
+    for p, e in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p, e)
+
+
+def _sum_of_gradients(model: nn.Module) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(_loss(model) + _loss(model, 1.0), [*model.parameters()])
+
+
 # ---------------------------------------------------------------------- schedules and tensors
 
 
@@ -219,6 +259,39 @@ def test_eps_as_a_tensor_of_several_numbers() -> None:
         GAPWrapper(torch.optim.SGD(_model().parameters(), 0.1), eps=torch.ones(2))
 
 
+def test_the_users_tensor_stays_connected_after_loading() -> None:
+    model, eps = _model(), torch.tensor(0.1)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), eps=eps)
+    state = copy.deepcopy(optimizer.state_dict())
+    eps.fill_(0.3)
+    optimizer.load_state_dict(state)
+    assert eps.item() == pytest.approx(0.1)
+    eps.fill_(0.25)
+    assert _radius(model, optimizer) == pytest.approx(0.25)
+
+
+def test_alpha_as_a_tensor() -> None:
+    with pytest.raises(ValueError, match="plain number"):
+        GAPWrapper(torch.optim.SGD(_model().parameters(), 0.1), alpha=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("eps", [0.5, _ramp])
+def test_an_eps_without_effect_is_told(eps) -> None:
+    base = torch.optim.SGD(_model().parameters(), 0.1)
+    GAPWrapper(base, eps=0.1)
+    with pytest.warns(UserWarning, match="has no effect"):
+        GAPWrapper(base, eps=eps)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_eps_for_some_groups_is_not() -> None:
+    model = _model()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "gap_eps": 0.0}]
+    optimizer = GAPWrapper(torch.optim.SGD(groups, 0.1), eps=0.5)
+    copy.deepcopy(optimizer)
+    GAPWrapper(optimizer.base_optimizer, eps=0.5)
+
+
 # ---------------------------------------------------------------------- g2 alone
 
 
@@ -274,6 +347,45 @@ def test_enough_of_it_left_is_not_told() -> None:
     optimizer = GAPWrapper(torch.optim.SGD([p, q], 0.1), eps=1.0)
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
     optimizer.first_step()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_host_looks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
+    optimizer = GAPWrapper(torch.optim.SGD([p], 0.1), eps=1e-3)
+    looks = []
+    monkeypatch.setattr(perturbation, "warn_if_rounded_away", lambda *_: looks.append(1))
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.first_step()
+        p.sum().backward()
+        optimizer.second_step()
+        optimizer.zero_grad()
+    assert looks == [1]
+
+
+# ---------------------------------------------------------------------- changes inside the block
+
+
+def test_a_parameter_that_is_frozen_inside_keeps_its_g1() -> None:
+    model = _model()
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), alpha=0.5)
+    _loss(model).backward()
+    g1 = model[0].bias.grad.clone()
+    with optimizer.perturbed(model):
+        model[0].bias.requires_grad_(False)
+        _loss(model).backward()
+    torch.testing.assert_close(model[0].bias.grad, g1)
+
+
+def test_g2_of_parameters_without_g1_counts_as_a_backward() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = GAPWrapper(torch.optim.SGD([p, q], 0.1))
+    p.sum().backward()
+    with optimizer.perturbed():
+        q.sum().backward()
+    assert torch.equal(p.grad, torch.ones(2))
+    assert torch.equal(q.grad, torch.ones(2))
 
 
 # ---------------------------------------------------------------------- behind the wrapper's back

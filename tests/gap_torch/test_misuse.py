@@ -429,7 +429,7 @@ def test_a_second_perturbation_on_top_of_an_old_sum_is_told() -> None:
             model(torch.ones(1, 3)).square().mean().backward()
 
     gap()
-    with pytest.warns(UserWarning, match="with no step\\(\\) or zero_grad\\(\\) since"):
+    with pytest.warns(UserWarning, match=r"seen no step\(\) or zero_grad\(\) since"):
         gap()
 
 

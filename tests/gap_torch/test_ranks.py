@@ -31,7 +31,7 @@ def _note(action: Callable[[], Any], model: nn.Module) -> dict[str, Any]:
     started, message = time.monotonic(), ""
     try:
         action()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         message = str(error)
     intact = all(torch.equal(a, _whole(b)) for a, b in zip(before, model.parameters(), strict=True))
     return {"error": message, "seconds": time.monotonic() - started, "intact": intact}
@@ -72,6 +72,22 @@ def _one_perturbed_already(rank: int) -> dict[str, Any]:
         optimizer.process_group = None
         optimizer.first_step()
         optimizer.process_group = dist.group.WORLD
+    return _note(optimizer.first_step, model)
+
+
+def _one_bad_knob(rank: int) -> dict[str, Any]:
+    model = _model()
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), process_group=dist.group.WORLD)
+    _backward(model)
+    if rank == 0:
+        optimizer.param_groups[0]["gap_eps"] = -1.0
+    return _note(optimizer.first_step, model)
+
+
+def _different_knobs(rank: int) -> dict[str, Any]:
+    model = _model()
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), 0.1 + rank, process_group=dist.group.WORLD)
+    _backward(model)
     return _note(optimizer.first_step, model)
 
 
@@ -122,6 +138,8 @@ CASES = [
     _different_parameters,
     _one_without_gradient,
     _one_perturbed_already,
+    _one_bad_knob,
+    _different_knobs,
     _one_alone,
     *([_one_alone_sharded] if FSDP2_ON_CPU else []),
     _exception_in_one_perturbed_pass,
@@ -145,9 +163,23 @@ def test_without_a_mistake_nothing_is_said(notes: dict) -> None:
 
 def test_different_parameters(notes: dict) -> None:
     for note in notes["_different_parameters"]:
-        assert "different parameters: rank 0 4 tensors" in note["error"]
-        assert "rank 1 3 tensors" in note["error"]
+        assert "differ. rank 0: 4 tensors" in note["error"]
+        assert "rank 1: 3 tensors" in note["error"]
         assert note["intact"]
+
+
+def test_different_knobs(notes: dict) -> None:
+    for note in notes["_different_knobs"]:
+        assert "differ" in note["error"]
+        assert note["intact"]
+
+
+def test_a_bad_knob_on_one_rank(notes: dict) -> None:
+    bad, other = notes["_one_bad_knob"]
+    assert bad["error"].startswith("gap_eps must be finite and not negative")
+    assert "rank 0" in other["error"]
+    assert "gap_eps" in other["error"]
+    assert other["intact"]
 
 
 def test_a_rank_without_a_gradient(notes: dict) -> None:
@@ -171,8 +203,7 @@ def test_a_first_step_on_one_rank_alone_ends_with_the_time_out(notes: dict, case
     if case not in notes:
         pytest.skip("torch 2.6 has no FSDP2 on the CPU")
     note = notes[case][0]
-    assert "every" in note["error"]
-    assert "must call first_step() in the same iterations" in note["error"]
+    assert "must call first_step() in the same iterations" in note["error"].replace("\n", " ")
     assert note["seconds"] < TIMEOUT.total_seconds() + 10
     assert note["intact"]
 

@@ -82,6 +82,8 @@ def under_ddp(on_two_ranks: Callable) -> tuple[str, Path]:
 
 @pytest.fixture(scope="module")
 def under_fsdp2(on_two_ranks: Callable) -> tuple[str, Path]:
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 has no FSDP2 on the CPU")
     return on_two_ranks(["fsdp2"])
 
 
