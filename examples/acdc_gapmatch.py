@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(job(parse(argv)))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            ranks.gathered(None)  # torchrun ends all when the first one ends, which must not be before this is out
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

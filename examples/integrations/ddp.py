@@ -48,7 +48,7 @@ def ranks_agree(network: nn.Module) -> bool:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")  # "nccl" on GPUs
+    dist.init_process_group("gloo")  # GPUs: "nccl", set_device, model and batches to the GPU, device_ids
     model = network()
     before = score(model)
     train(model)

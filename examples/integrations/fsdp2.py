@@ -49,7 +49,7 @@ def train(model: nn.Module) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")  # "nccl" on GPUs
+    dist.init_process_group("gloo")  # GPUs: "nccl", set_device, mesh, batches to the GPU
     model = network()
     before = score(model)
     train(model)

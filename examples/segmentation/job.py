@@ -99,6 +99,8 @@ def run(job: Job) -> list[Row]:
     found = ranks.together(
         lambda: [_resume(*of_run, job.old_runs) for of_run in zip(trainers, folders, identities, strict=True)]
     )
+    if not ranks.same([progress and (progress.iteration, progress.best_iteration) for progress in found]):
+        raise InputError(f"{job.out}: the processes found different runs there; --out must be a folder that all share.")
 
     rows, models = [], {}
     for trainer, folder, run_identity, progress in zip(trainers, folders, identities, found, strict=True):

@@ -26,12 +26,12 @@ def joined() -> Iterator[None]:
         yield
         return
     # Objects and flags go over gloo even where gradients go over NCCL, so that asking for one does not wait for a GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        with _silent_but_for_main():
-            yield
-    finally:
-        dist.destroy_process_group()
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    with _silent_but_for_main():
+        yield
+    # Not after an exception: NCCL would wait for the other ranks, and nobody would see what has happened.
+    dist.destroy_process_group()
 
 
 def world() -> int:
@@ -83,6 +83,12 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def same(value: object) -> bool:
+    """Is `value` equal on all of them?"""
+    values = gathered(value)
+    return all(theirs == values[0] for theirs in values)
 
 
 def any_rank(flag: bool) -> bool:

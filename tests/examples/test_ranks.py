@@ -34,7 +34,7 @@ step = Trainer.step
 def press_ctrl_c(self, iteration):
     if iteration == 2 and self.recipe.method == "gapmatch" and ranks.rank() == 1:
         os.kill(os.getppid(), signal.SIGINT)
-        time.sleep(2)
+        time.sleep(5)
     return step(self, iteration)
 Trainer.step = press_ctrl_c
 sys.exit(acdc_gapmatch.main())
