@@ -14,8 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import COLOURS, ROOT, equal, interleaved, make, new_plot, numel, print_table, resnet50, save_plot
-from common import Shapes, unet, vit_b16, vnet, write_json
+from common import (
+    COLOURS,
+    ROOT,
+    Shapes,
+    equal,
+    interleaved,
+    make,
+    new_plot,
+    numel,
+    print_table,
+    resnet50,
+    save_plot,
+    unet,
+    vit_b16,
+    vnet,
+    write_json,
+)
 from methods import METHODS
 
 QUESTION = "Seconds of first_step + second_step, and over the floor of 7 parameter-sized transfers"
@@ -88,9 +103,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--shrink", type=int, default=1, help="divide every tensor's first dimension (for a trial)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
 
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
@@ -115,7 +132,9 @@ def main() -> None:
                         "times ours": seconds[method]["median"] / seconds["gap-torch"]["median"],
                     }
                 )
-            shown = [{k: v for k, v in row.items() if k not in ("parameters", "dtype")} for row in rows[-len(METHODS) :]]
+            shown = [
+                {k: v for k, v in row.items() if k not in ("parameters", "dtype")} for row in rows[-len(METHODS) :]
+            ]
             print_table(f"{name}, {dtype}", shown)
     kind = "cuda" if arguments.device.startswith("cuda") else "cpu"
     write_json(arguments.results / f"overhead_{kind}.json", QUESTION, arguments.device, rows)

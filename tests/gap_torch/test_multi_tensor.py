@@ -213,7 +213,11 @@ def test_a_large_float32_tensor_loses_no_digits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 def test_gradients_that_differ_in_strides_of_size_one_take_the_fused_path(monkeypatch):
     param = torch.zeros(4, 8, 1, 1, device="cuda")
-    grad = torch.randn(4, 8, 1, 1, device="cuda").to(memory_format=torch.channels_last).as_strided((4, 8, 1, 1), (8, 1, 8, 8))
+    grad = (
+        torch.randn(4, 8, 1, 1, device="cuda")
+        .to(memory_format=torch.channels_last)
+        .as_strided((4, 8, 1, 1), (8, 1, 8, 8))
+    )
     assert param.stride() != grad.stride()
     seen = []
     fused = multi_tensor._perturb_fused
@@ -240,7 +244,9 @@ def test_every_element_moves_as_in_float32(dtype, size, foreach):
 @pytest.mark.parametrize("change", [lambda t: t, lambda t: t.t(), lambda t: t[::2]], ids=["as it is", "t", "spread"])
 def test_norm_of_tensors_of_several_chunks(dtype, size, change):
     tensors = [change(torch.randn(size, 2).to(dtype)), torch.ones(3, dtype=dtype)]
-    assert multi_tensor.global_norm(tensors).item() == pytest.approx(exact_norm(tensors), rel=1e-6)
+    # sums of numbers on a grid as coarse as half precision's are rounded one way more often than the other
+    rel = 1e-6 if dtype == torch.float32 else 1e-5
+    assert multi_tensor.global_norm(tensors).item() == pytest.approx(exact_norm(tensors), rel=rel)
 
 
 @pytest.mark.parametrize("small", [0.0, 1e-30, 1e-16])
