@@ -72,7 +72,7 @@ def measure(shapes: Shapes, device: str, dtype: torch.dtype, repetitions: int) -
             method.second()
             end = clock()
             method.after()
-            restored(params, theta)
+            check_restored(params, theta)
             return between - start + end - resume
 
         return run
@@ -90,8 +90,8 @@ def second_gradient(params: list[torch.nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def restored(params: list[torch.nn.Parameter], theta: list[torch.Tensor]) -> None:
-    """Everybody starts at the same place, in memory of torch's own choice."""
+def check_restored(params: list[torch.nn.Parameter], theta: list[torch.Tensor]) -> None:
+    """The cheapest look at whether a method came back."""
     if not all(torch.equal(p[:1], t[:1]) for p, t in zip(params, theta, strict=True)):
         raise RuntimeError("a method did not come back to theta.")
 

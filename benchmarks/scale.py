@@ -174,10 +174,12 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=10**8, help="parameters; 1,000,000,000 needs 24 GB")
     parser.add_argument("--total", type=int, default=10**7, help="parameters to spread over tensors")
     parser.add_argument("--width", type=int, default=1024, help="of the four linear layers on ranks")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     device, repetitions = arguments.device, arguments.repetitions
     results = {
         "parameters": over_parameters(arguments.largest, device, repetitions),
