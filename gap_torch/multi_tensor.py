@@ -1,7 +1,12 @@
 """Norm, perturbation and restoration over lists of tensors.
 
 Three ways through the same arithmetic, as in `torch.optim`: one tensor after the other (`foreach=False`), the
-`_foreach_` operations, and, for the perturbation alone, torch's fused SGD kernel. None copies to the host.
+`_foreach_` operations, and, for the perturbation on CUDA, torch's fused SGD kernel. None copies from a device to the
+host.
+
+On the CPU threads are the price: torch's elementwise operations share out a tensor of more than 2^15 elements and
+leave smaller ones to the caller, which is right. What shares out every tensor (fused SGD) or works block by block, to
+find theta in the cache, is many times slower as soon as another process wants a core (docs/performance.md).
 """
 
 from collections import defaultdict
@@ -10,12 +15,17 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# On the CPU, torch 2.6's fused kernel goes wrong for half precision beyond the length of a vector register.
-FUSED_DTYPES = {"cpu": {torch.float32}, "cuda": {torch.float32, torch.float16, torch.bfloat16}}
+from .sharding import PLAIN
+
+FUSED_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 # Summing more squares than this in float32 loses digits.
 CHUNK = 2**16
-# Squares of float32 numbers are exact enough in float32 as long as their sum stays well inside its range.
-SAFE_NORM = (1e-15, 1e18)
+# Chunks that are widened at a time.
+PART = 32
+# Squares are exact enough in float32 if the largest norm of a chunk lies in here: nothing overflows, and what
+# underflows (elements below 1e-19) does not count beside it.
+SAFE_NORM = (1e-8, 1e18)
+LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 def global_norm(tensors: Sequence[Tensor], foreach: bool = True) -> Tensor:
@@ -33,7 +43,7 @@ def global_norm(tensors: Sequence[Tensor], foreach: bool = True) -> Tensor:
     """
     norms = []
     for (device, _), indices in _by_device_and_dtype(tensors).items():
-        group = [_as_real(tensors[i].resolve_conj()) for i in indices]
+        group = [_unconjugated(tensors[i]) for i in indices]
         norms.append(_tensor_norms(group, _wide(device), foreach))
     home = tensors[0].device
     return torch.linalg.vector_norm(torch.cat([_to(n.to(_wide(n.device)), home) for n in norms]))
@@ -62,13 +72,17 @@ def perturb(
         grads: g1, of the same shapes and devices; of the same dtypes, or wider.
         norm: ||g1||, 0-dim.
         eps: radius of the perturbation in the units of theta; a 0-dim tensor is read on the device.
-        foreach: use the fused kernel where there is one for these tensors.
+        foreach: use multi-tensor operations, or the fused kernel where there is one for these tensors.
     """
     for (device, dtype), indices in _by_device_and_dtype(params).items():
-        pairs = [(_as_real(params[i]), _in_order_of(params[i], grads[i])) for i in indices]
         radius = _to(eps, device) if isinstance(eps, Tensor) else eps
-        scale = (radius / _to(norm, device)).to(_wide_arithmetic(dtype))
+        scale = radius / _to(norm, device)
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            _perturb_on_cpu([params[i] for i in indices], [grads[i] for i in indices], float(scale), foreach)
+            continue
+        scale = scale.to(_wide_arithmetic(dtype))
         moves = (scale > 0) & torch.isfinite(scale.float())
+        pairs = [(_as_real(params[i]), _in_order_of(params[i], grads[i])) for i in indices]
         fusable: list[tuple[Tensor, Tensor]] = []
         rest: list[tuple[Tensor, Tensor]] = []
         for pair in pairs:
@@ -91,6 +105,20 @@ def scale_(tensors: Sequence[Tensor], factor: float, foreach: bool = True) -> No
         else:
             for tensor in group:
                 tensor.mul_(factor)
+
+
+def _perturb_on_cpu(params: list[Tensor], grads: list[Tensor], scale: float, foreach: bool) -> None:
+    # nothing to wait for here, so that the number may be looked at
+    if not 0 < scale <= LARGEST_SCALE:
+        return
+    params, grads = [_as_real(p) for p in params], [_unconjugated(g) for g in grads]
+    # theta + scale * g * 1: addcmul computes that in float32 for half precision, where add rounds `scale` first
+    ones = {dtype: torch.ones((), dtype=dtype) for dtype in {g.dtype for g in grads}}
+    if foreach:
+        torch._foreach_addcmul_(params, grads, [ones[g.dtype] for g in grads], value=scale)
+    else:
+        for param, grad in zip(params, grads, strict=True):
+            param.addcmul_(grad, ones[grad.dtype], value=scale)
 
 
 def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor, moves: Tensor) -> None:
@@ -119,10 +147,11 @@ def _fusable(param: Tensor, grad: Tensor) -> bool:
     """Whether the fused kernel can take these: it walks memory, and reads its learning rate as float32."""
     return (
         not torch.compiler.is_compiling()  # which fuses by itself
-        and param.dtype in FUSED_DTYPES.get(param.device.type, ())
+        and param.device.type == "cuda"
+        and param.dtype in FUSED_DTYPES
         and param.dtype == grad.dtype
         and param.stride() == grad.stride()
-        and type(param) in (Tensor, torch.nn.Parameter)
+        and type(param) in PLAIN
         and is_dense(param)
     )
 
@@ -132,7 +161,7 @@ def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
 
     Convolutions under channels_last give such gradients, whose memory is in the same order all the same.
     """
-    param, grad = _as_real(param), _as_real(grad.resolve_conj())
+    param, grad = _as_real(param), _unconjugated(grad)
     same = all(p == g or size == 1 for p, g, size in zip(param.stride(), grad.stride(), param.shape, strict=True))
     return grad.as_strided(param.shape, param.stride()) if same and grad.stride() != param.stride() else grad
 
@@ -148,22 +177,39 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def _tensor_norms(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> Tensor:
+    """Norms of `tensors` or of parts of them, in one tensor."""
     if not foreach:
         return torch.stack([torch.linalg.vector_norm(t, dtype=dtype) for t in tensors])
     # On the CPU a wider accumulator costs a copy of every tensor, a look at the result costs nothing.
     # (A compiled step can't look.)
-    if tensors[0].device.type == "cpu" and tensors[0].dtype == torch.float32 and not torch.compiler.is_compiling():
-        norms = torch.stack(torch._foreach_norm([chunk for t in tensors for chunk in _chunks(t)], 2.0))
-        if SAFE_NORM[0] < norms.min() and norms.max() < SAFE_NORM[1]:
-            return norms
-    return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
+    narrow = tensors[0].device.type == "cpu" and tensors[0].dtype != dtype and not torch.compiler.is_compiling()
+    if not narrow:
+        return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
+    norms = _chunk_norms(tensors, torch.float32)
+    return norms if SAFE_NORM[0] < norms.max() < SAFE_NORM[1] else _chunk_norms(tensors, dtype)
 
 
-def _chunks(tensor: Tensor) -> Sequence[Tensor]:
-    if tensor.numel() <= CHUNK:
-        return [tensor]
-    flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
-    return flat.split(CHUNK)
+def _chunk_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Norms of `tensors`, and of the chunks of large ones."""
+    small, norms = [], []
+    for tensor in tensors:
+        if tensor.numel() <= CHUNK:
+            small.append(tensor)
+            continue
+        flat = _flat(tensor)
+        whole = flat.numel() // CHUNK * CHUNK
+        small.append(flat[whole:])
+        rows = flat[:whole].view(-1, CHUNK)
+        # one operation, whose threads take some rows each; but what is to be widened is copied, so a part at a time
+        for part in [rows] if tensor.dtype == dtype else rows.split(PART):
+            norms.append(torch.linalg.vector_norm(part, dim=1, dtype=dtype))
+    norms.append(torch.stack(torch._foreach_norm(small, 2.0, dtype=dtype)))
+    return torch.cat(norms)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements in any order, without a copy where they fill one block of memory."""
+    return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor], foreach: bool) -> None:
@@ -198,3 +244,7 @@ def _wide_arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _unconjugated(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -14,25 +14,29 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+PLAIN = {Tensor, nn.Parameter}
+
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether `tensor` is a DTensor."""
-    if type(tensor) in (Tensor, nn.Parameter) or not dist.is_available():
+    if type(tensor) in PLAIN or not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor  # slow to import, and few need it
 
     return isinstance(tensor, DTensor)
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor, in the same memory; any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def laid_out_as(param: Tensor, gradient: Tensor) -> Tensor:
     """`gradient` spread over the processes as `param` is; tensor parallelism may leave sums unfinished (`Partial`)."""
-    if is_sharded(param) and is_sharded(gradient) and gradient.placements != param.placements:
+    if is_sharded(gradient) and is_sharded(param) and gradient.placements != param.placements:
         return gradient.redistribute(placements=param.placements)
     return gradient
 

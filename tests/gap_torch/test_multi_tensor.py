@@ -210,9 +210,14 @@ def test_a_large_float32_tensor_loses_no_digits():
     assert abs(multi_tensor.global_norm([large]).item() / expected - 1) < 1e-4
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 def test_gradients_that_differ_in_strides_of_size_one_take_the_fused_path(monkeypatch):
-    param = torch.zeros(4, 8, 1, 1)
-    grad = torch.randn(4, 8, 1, 1).to(memory_format=torch.channels_last).as_strided((4, 8, 1, 1), (8, 1, 8, 8))
+    param = torch.zeros(4, 8, 1, 1, device="cuda")
+    grad = (
+        torch.randn(4, 8, 1, 1, device="cuda")
+        .to(memory_format=torch.channels_last)
+        .as_strided((4, 8, 1, 1), (8, 1, 8, 8))
+    )
     assert param.stride() != grad.stride()
     seen = []
     fused = multi_tensor._perturb_fused
@@ -224,10 +229,38 @@ def test_gradients_that_differ_in_strides_of_size_one_take_the_fused_path(monkey
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [3, 24, 100, 1000])
-def test_the_fused_path_moves_every_element(dtype, size):
-    """Sizes beyond a vector register: torch 2.6's fused kernel goes wrong there in half precision on the CPU."""
+@FOREACH
+def test_every_element_moves_as_in_float32(dtype, size, foreach):
+    """Sizes beyond a vector register: torch's `add` rounds eps / ||g1|| to half precision there, on the CPU."""
     param, grad = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
     norm = multi_tensor.global_norm([grad])
     expected = (param.float() + 0.5 * grad.float() / norm.float()).to(dtype)
-    multi_tensor.perturb([param], [grad], norm, 0.5)
+    multi_tensor.perturb([param], [grad], norm, 0.5, foreach)
     torch.testing.assert_close(param, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 5 * 2**16 + 7, 70 * 2**16])
+@pytest.mark.parametrize("change", [lambda t: t, lambda t: t.t(), lambda t: t[::2]], ids=["as it is", "t", "spread"])
+def test_norm_of_tensors_of_several_chunks(dtype, size, change):
+    tensors = [change(torch.randn(size, 2).to(dtype)), torch.ones(3, dtype=dtype)]
+    # float32 sums of 2^16 squares; those on half precision's coarse grid are rounded one way more often than the other
+    assert multi_tensor.global_norm(tensors).item() == pytest.approx(exact_norm(tensors), rel=1e-5)
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-30, 1e-16])
+def test_tensors_of_tiny_gradients_beside_others_do_not_take_the_slow_way(monkeypatch, small):
+    """As of a bias before batch norm, or of a layer that nothing reaches."""
+    tensors = [torch.full((1000,), small), torch.randn(1000)]
+    monkeypatch.setattr(multi_tensor, "_chunk_norms", calls := Counting(multi_tensor._chunk_norms))
+    assert multi_tensor.global_norm(tensors).item() == pytest.approx(exact_norm(tensors), rel=1e-6)
+    assert calls.count == 1
+
+
+class Counting:
+    def __init__(self, function):
+        self.function, self.count = function, 0
+
+    def __call__(self, *args):
+        self.count += 1
+        return self.function(*args)

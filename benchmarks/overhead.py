@@ -1,0 +1,164 @@
+"""How long does the wrapper's own work take, against the least that memory allows?
+
+    python benchmarks/overhead.py --device cpu
+
+The floor is 7 transfers of the parameters' size: the norm reads g1; the perturbation reads theta and g1 and writes the
+copy and theta*; the restoration reads the copy and writes theta. A transfer costs half of a `copy_` between buffers of
+that size, measured in the same turns. g2's accumulation is autograd's own work and is not timed; where a method asks
+for a sum of two gradients of its own making (naive Algorithm 1), that is.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    COLOURS,
+    ROOT,
+    Shapes,
+    equal,
+    interleaved,
+    make,
+    new_plot,
+    numel,
+    print_table,
+    resnet50,
+    save_plot,
+    unet,
+    vit_b16,
+    vnet,
+    write_json,
+)
+from methods import METHODS
+
+QUESTION = "Seconds of first_step + second_step, and over the floor of 7 parameter-sized transfers"
+TRANSFERS = 7
+SETS: dict[str, Callable[[], Shapes]] = {
+    "UNet": unet,
+    "V-Net": vnet,
+    "ResNet-50": resnet50,
+    "ViT-B/16": vit_b16,
+    "100 M in 10 tensors": lambda: equal(100_000_000, 10),
+    "10 M in 1,000 tensors": lambda: equal(10_000_000, 1000),
+    "1 B in 20 tensors": lambda: equal(1_000_000_000, 20),
+}
+OPT_IN = "1 B in 20 tensors"
+
+
+def measure(shapes: Shapes, device: str, dtype: torch.dtype, repetitions: int) -> dict[str, dict[str, float]]:
+    """Median and least seconds by method, and of a copy under "copy"."""
+    params = make(shapes, device, dtype)
+    theta = [p.detach().clone() for p in params]
+    flat = torch.randn(numel(shapes), device=device).to(dtype)
+    other = torch.empty_like(flat)
+
+    def copy(clock: Callable[[], float]) -> float:
+        start = clock()
+        other.copy_(flat)
+        return clock() - start
+
+    def task(method: Any) -> Callable[[Callable[[], float]], float]:
+        def run(clock: Callable[[], float]) -> float:
+            for p in params:
+                assert p.grad is not None
+                p.grad.normal_()
+            start = clock()
+            method.first()
+            between = clock()
+            second_gradient(params)
+            resume = clock()
+            method.second()
+            end = clock()
+            method.after()
+            check_restored(params, theta)
+            return between - start + end - resume
+
+        return run
+
+    return interleaved(
+        {"copy": copy, **{name: task(make_method(params)) for name, make_method in METHODS.items()}},
+        repetitions,
+        device,
+    )
+
+
+def second_gradient(params: list[torch.nn.Parameter]) -> None:
+    """A backward that gives every parameter a g2 of ones."""
+    torch.autograd.backward(list(params), [torch.ones_like(p) for p in params])
+
+
+@torch.no_grad()
+def check_restored(params: list[torch.nn.Parameter], theta: list[torch.Tensor]) -> None:
+    """The cheapest look at whether a method came back."""
+    if not all(torch.equal(p[:1], t[:1]) for p, t in zip(params, theta, strict=True)):
+        raise RuntimeError("a method did not come back to theta.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=[name for name in SETS if name != OPT_IN])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--shrink", type=int, default=1, help="divide every tensor's first dimension (for a trial)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    rows: list[dict[str, Any]] = []
+    for dtype in arguments.dtypes:
+        for name in arguments.sets:
+            shapes: Shapes = [(-(-s[0] // arguments.shrink), *s[1:]) for s in SETS[name]()]
+            seconds = measure(shapes, arguments.device, getattr(torch, dtype), arguments.repetitions)
+            for method in METHODS:
+                taken = {
+                    f"{kind} / floor": seconds[method][kind] / (TRANSFERS / 2 * seconds["copy"][kind])
+                    for kind in ("median", "min")
+                }
+                rows.append(
+                    {
+                        "parameters": name,
+                        "dtype": dtype,
+                        "method": method,
+                        "millions": numel(shapes) / 1e6,
+                        "tensors": len(shapes),
+                        "ms": seconds[method]["median"] * 1e3,
+                        "copy ms": seconds["copy"]["median"] * 1e3,
+                        **taken,
+                        "times ours": seconds[method]["median"] / seconds["gap-torch"]["median"],
+                    }
+                )
+            shown = [
+                {k: v for k, v in row.items() if k not in ("parameters", "dtype")} for row in rows[-len(METHODS) :]
+            ]
+            print_table(f"{name}, {dtype}", shown)
+    kind = "cuda" if arguments.device.startswith("cuda") else "cpu"
+    write_json(arguments.results / f"overhead_{kind}.json", QUESTION, arguments.device, rows)
+    draw(rows, arguments.figures / f"overhead_{kind}.png")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time over floor, a group of bars a set, float32."""
+    shown = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
+    names = list(dict.fromkeys(row["parameters"] for row in shown))
+    figure, axes = new_plot()
+    width = 0.8 / len(METHODS)
+    for index, (method, colour) in enumerate(zip(METHODS, COLOURS, strict=False)):
+        heights = [row["median / floor"] for row in shown if row["method"] == method]
+        places = [place + (index - (len(METHODS) - 1) / 2) * width for place in range(len(names))]
+        bars = axes.bar(places, heights, width, color=colour, label=method)
+        axes.bar_label(bars, fmt="%.2g", fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(names)), names, fontsize=9)
+    axes.set_ylabel(f"time / floor ({shown[0]['dtype']})")
+    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    save_plot(figure, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Every benchmark runs at a small size, and what it counts rather than times is right."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    pytest.importorskip("pytorch_optimizer")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def _run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ModuleType:
+    module = importlib.import_module(name)
+    to = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
+    monkeypatch.setattr(sys, "argv", [name, *arguments, *to])
+    module.main()
+    assert list((tmp_path / "figures").glob("*.png"))
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:GAP. only")
+def test_overhead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--sets", "UNet", "V-Net", "--shrink", "16", "--repetitions", "2"]
+    _run("overhead", tmp_path, monkeypatch, *arguments)
+    record = json.loads((tmp_path / "results/overhead_cpu.json").read_text())
+    assert {"device", "torch", "commit", "threads", "load", "date"} < set(record)
+    assert len(record["results"]) == 2 * 2 * 4
+    assert all(row["ms"] > 0 for row in record["results"])
+
+
+def test_parameter_sets_have_the_size_they_are_named_for(tmp_path: Path) -> None:
+    common = importlib.import_module("common")
+    millions = {name: common.numel(getattr(common, name)()) / 1e6 for name in ("unet", "vnet", "resnet50", "vit_b16")}
+    assert millions == pytest.approx({"unet": 1.8, "vnet": 9.4, "resnet50": 25.6, "vit_b16": 86.6}, rel=0.02)
+
+
+def test_memory_is_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _run("memory", tmp_path, monkeypatch, "--sets", "ResNet-50")
+    rows = json.loads((tmp_path / "results/memory_cpu.json").read_text())["results"]
+    copies = {row["method"]: row["extra copies"] for row in rows}
+    assert copies["gap-torch"] == pytest.approx(1, abs=0.002)
+    assert copies["naive Algorithm 1"] >= 3
+
+
+def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = importlib.import_module("scale")
+    ranks = [{"way": "DDP", "ranks": 1, "without GAP ms": 2.0, "with GAP ms": 3.0, "ratio": 1.5}]
+    monkeypatch.setattr(scale, "on_ranks", lambda *_: ranks)  # two processes take seconds; test_fsdp2 has them
+    _run("scale", tmp_path, monkeypatch, "--largest", "1000000", "--total", "10000", "--repetitions", "2")
+    results = json.loads((tmp_path / "results/scale_cpu.json").read_text())["results"]
+    assert [row["tensors"] for row in results["tensors"]] == [10, 100, 1000, 10_000]
+
+
+def test_bytes_on_the_wire() -> None:
+    sent = importlib.import_module("scale").bytes_on_the_wire(8, 800)
+    assert sent["DDP with GAP"] == 3 * 2 * 700
+    assert sent["DDP with GAP"] / sent["DDP without GAP"] == 1.5
