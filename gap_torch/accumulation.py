@@ -69,14 +69,14 @@ class Accumulation:
     def __init__(self, groups: list[Group], foreach: bool, separate: bool) -> None:
         self.groups, self.foreach, self.separate = groups, foreach, separate
         self.sums: list[_Sum] = []
-        self.in_place: dict[Tensor, tuple[Tensor, int]] = {}
-        """Parameter -> the tensor of g1 / alpha in its `.grad`, and that tensor's version."""
+        self.in_place: list[tuple[Tensor, Tensor, int]] = []
+        """Parameter, the tensor of g1 / alpha in its `.grad`, and that tensor's version."""
         self.hooks: list[Any] = []
         self.seen_backward = False
 
     def make_room_for_g2(self) -> None:
         """Arrange g1 so that the perturbed pass can add to it, and watch that it does."""
-        in_place: dict[Tensor, Tensor] = {}
+        in_place: list[tuple[Tensor, Tensor]] = []
         for group in self.groups:
             total, here = _Sum(group.alpha, list(group.others)), []
             for p, g1 in zip(group.params, group.g1, strict=True):
@@ -88,14 +88,16 @@ class Accumulation:
                 else:
                     total.collecting.append(p)
                     here.append(gradient)
-                    in_place[p] = p.grad = gradient
+                    if gradient is not g1:
+                        p.grad = gradient
+                    in_place.append((p, gradient))
             if here and group.alpha != 1:
                 multi_tensor.scale_(here, 1 / group.alpha, self.foreach)
             self.sums.append(total)
         if torch.compiler.is_compiling():  # there all of g1 is apart, and there is nothing to put back
             return
         # versions only now that all are scaled: gradients of one storage share theirs
-        self.in_place = {p: (gradient, gradient._version) for p, gradient in in_place.items()}
+        self.in_place = [(p, gradient, gradient._version) for p, gradient in in_place]
         watched = [p for group in self.groups for p in group.params + group.others if p.requires_grad]
         self.hooks = [p.register_hook(self._before_accumulation) for p in watched]
 
@@ -112,16 +114,17 @@ class Accumulation:
             p.grad is not None and p.grad.requires_grad for total in self.sums for p in total.collecting + total.apart
         ):
             raise RuntimeError(f"g2 {CREATE_GRAPH}")
-        for p, (g1, _) in self.in_place.items():
+        for p, g1, _ in self.in_place:
             # DDP may have taken the sum over into a bucket
             if p.grad is not g1 and (p.grad is None or not p.grad._is_view()):
                 raise RuntimeError(
                     "a .grad was replaced or dropped after g2 had been added to it (or create_graph=True did so): "
                     "change gradients after second_step()."
                 )
+        held = {p for p, _, _ in self.in_place}
         for total in self.sums:
             if total.alpha != 1:
-                live = [p for p in total.collecting if p.requires_grad or p in self.in_place]
+                live = [p for p in total.collecting if p.requires_grad or p in held]
                 summed = [local(p.grad) for p in live if p.grad is not None]
                 multi_tensor.scale_(summed, total.alpha, self.foreach)
             for p, first in zip(total.apart, total.g1, strict=True):
@@ -137,7 +140,7 @@ class Accumulation:
         if self.seen_backward:
             return
         self.seen_backward = True
-        for p, (g1, version) in self.in_place.items():
+        for p, g1, version in self.in_place:
             if g1._version != version:
                 raise RuntimeError(
                     "g1 was overwritten between first_step() and the perturbed backward, as "

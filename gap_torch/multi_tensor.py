@@ -10,7 +10,7 @@ find theta in the cache, is many times slower as soon as another process wants a
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,8 +42,10 @@ def global_norm(tensors: Sequence[Tensor], foreach: bool = True) -> Tensor:
         0-dim tensor on the first tensor's device; float64 where the device has it, else float32.
     """
     norms = []
-    for (device, _), indices in _by_device_and_dtype(tensors).items():
-        group = [_unconjugated(tensors[i]) for i in indices]
+    for (device, dtype), indices in _by_device_and_dtype(tensors).items():
+        group = [tensors[i] for i in indices]
+        if dtype.is_complex:
+            group = [_unconjugated(tensor) for tensor in group]
         norms.append(_tensor_norms(group, _wide(device), foreach))
     home = tensors[0].device
     return torch.linalg.vector_norm(torch.cat([_to(n.to(_wide(n.device)), home) for n in norms]))
@@ -111,7 +113,8 @@ def _perturb_on_cpu(params: list[Tensor], grads: list[Tensor], scale: float, for
     # nothing to wait for here, so that the number may be looked at
     if not 0 < scale <= LARGEST_SCALE:
         return
-    params, grads = [_as_real(p) for p in params], [_unconjugated(g) for g in grads]
+    if params[0].is_complex():
+        params, grads = [_as_real(p) for p in params], [_unconjugated(g) for g in grads]
     # theta + scale * g * 1: addcmul computes that in float32 for half precision, where add rounds `scale` first
     ones = {dtype: torch.ones((), dtype=dtype) for dtype in {g.dtype for g in grads}}
     if foreach:
@@ -221,7 +224,10 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor], foreach: bool) -
             target.copy_(source)
 
 
-def _by_device_and_dtype(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+def _by_device_and_dtype(tensors: Sequence[Tensor]) -> Mapping[tuple[torch.device, torch.dtype], Sequence[int]]:
+    kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
+    if len(kinds) == 1:
+        return {kinds.pop(): range(len(tensors))}
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         groups[tensor.device, tensor.dtype].append(index)

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import multi_tensor, sharding
 from .accumulation import Accumulation, Group
 from .rounding import HALF, warn_if_rounded_away
-from .sharding import local
+from .sharding import all_local, local
 
 
 class Perturbation:
@@ -43,7 +43,7 @@ class Perturbation:
     def restore(self) -> None:
         """Put everything back that `begin` moved; `.grad` is not touched."""
         assert self.accumulation is not None
-        multi_tensor.restore([local(p) for p in self.moved], self.theta, self.foreach)
+        multi_tensor.restore(all_local(self.moved), self.theta, self.foreach)
         self.accumulation.stop_watching()
         self.moved, self.theta, self.accumulation = [], [], None
 
@@ -55,20 +55,21 @@ class Perturbation:
         self.grad_norm = self._norm([gradient for along in directions for gradient in along])
         if adaptive:
             directions = [_times_size(group.params, along) for group, along in zip(groups, directions, strict=True)]
-        return [[local(gradient) for gradient in along] for along in directions]
+        return [all_local(along) for along in directions]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         return sharding.joint_norm(gradients, lambda tensors: multi_tensor.global_norm(tensors, self.foreach))
 
     def _back_up(self, groups: list[Group]) -> None:
         moving = [p for group in groups if group.moves for p in group.params]
-        shards = [local(p) for p in moving]
+        shards, theta = all_local(moving), []
         if len(self.copies) > sum(len(group.params) + len(group.others) for group in groups):
             self.copies.clear()  # some belong to parameters that have left
         for p, shard in zip(moving, shards, strict=True):
-            if p not in self.copies or not _alike(shard, self.copies[p]):
-                self.copies[p] = torch.empty_like(shard)
-        theta = [self.copies[p] for p in moving]
+            copy = self.copies.get(p)
+            if copy is None or not _alike(shard, copy):
+                copy = self.copies[p] = torch.empty_like(shard)
+            theta.append(copy)
         multi_tensor.backup(shards, theta, self.foreach)
         self.moved, self.theta = moving, theta  # only now is there something to restore
 
@@ -76,8 +77,7 @@ class Perturbation:
         assert self.grad_norm is not None
         for group, along in zip(groups, directions, strict=True):
             if group.moves:
-                shards = [local(p) for p in group.params]
-                multi_tensor.perturb(shards, along, self.grad_norm, group.eps, self.foreach)
+                multi_tensor.perturb(all_local(group.params), along, self.grad_norm, group.eps, self.foreach)
         if not (self.rounding_checked or torch.compiler.is_compiling() or _capturing()):
             self.rounding_checked = self._check_rounding(groups, directions)
 

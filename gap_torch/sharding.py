@@ -34,6 +34,11 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
+def all_local(tensors: list[Tensor]) -> list[Tensor]:
+    """`local` of each."""
+    return tensors if PLAIN.issuperset(map(type, tensors)) else [local(t) for t in tensors]
+
+
 def laid_out_as(param: Tensor, gradient: Tensor) -> Tensor:
     """`gradient` spread over the processes as `param` is; tensor parallelism may leave sums unfinished (`Partial`)."""
     if is_sharded(gradient) and is_sharded(param) and gradient.placements != param.placements:
@@ -53,6 +58,8 @@ def joint_norm(tensors: Sequence[Tensor], norm: Callable[[list[Tensor]], Tensor]
     Raises:
         RuntimeError: the other processes don't come within the group's time-out, or the group can't reduce.
     """
+    if PLAIN.issuperset(map(type, tensors)):
+        return norm(list(tensors))
     shards: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         shards[_groups_of_shards(tensor)].append(local(tensor))
