@@ -13,7 +13,6 @@ L = U that makes GapMatch 10 / 6 = 1.67 of the UNet, whatever the batch.
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,11 +23,12 @@ import common
 import torch
 from rich.console import Console
 from segmentation.data import Slices, Volume, load_volumes, read_list
-from segmentation.evaluate import evaluate, predict_volume
+from segmentation.evaluate import evaluate, segment_volume
 from segmentation.logs import RunLog
+from segmentation.networks import Dropout
 from segmentation.recipe import PRESETS, Recipe
 from segmentation.trainer import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from gap_torch.consistency.fixmatch import _in_mode
 from gap_torch.losses import ce_dice_loss, wide
@@ -67,13 +67,12 @@ def main() -> None:
     recipe = Recipe(**{**preset, "size": arguments.size, "width": arguments.width})
     recipe = replace(recipe, labelled_batch=arguments.batch, unlabelled_batch=arguments.batch)
     record: dict[str, Any] = {"environment": common.environment(device), "recipe": recipe.to_dict()}
-    record["iteration"] = {
-        name: iteration(recipe, device, amp, arguments.compile, arguments.rounds) for name, amp in AMP.items()
-    }
-    record["table_4"] = table_4(recipe, device, arguments.compile, arguments.rounds)
+    record["iteration"] = {name: iteration(recipe, device, amp, arguments.rounds) for name, amp in AMP.items()}
+    record["table_4"] = table_4(recipe, device, arguments.rounds)
+    record["choices"] = choices(recipe, device, arguments.compile, arguments.rounds)
     if arguments.data:
         record["scoring"] = scoring(recipe, device, arguments.data)
-    name = f"step_time_{device.type}_{arguments.size}{'_compiled' if arguments.compile else ''}"
+    name = f"step_time_{device.type}_{arguments.size}"
     common.write_json(arguments.results / f"{name}.json", record)
     draw(record, arguments.figures / f"{name}.png")
 
@@ -86,14 +85,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=12, help="labelled samples, and unlabelled ones")
     parser.add_argument("--rounds", type=int, default=10, help="how often everything takes its turn")
     parser.add_argument("--threads", type=int, help="on the CPU (default: torch's)")
-    parser.add_argument("--compile", action="store_true", help="with the networks compiled")
+    parser.add_argument("--compile", action="store_true", help="try compiled passes too, and what compiling costs")
     parser.add_argument("--data", type=Path, help="ACDC in the h5 layout, to score its test volumes")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--figures", type=Path, default=common.FIGURES)
     return parser.parse_args()
 
 
-def trainer(recipe: Recipe, device: torch.device, amp: torch.dtype | None, compiled: bool) -> Trainer:
+def trainer(recipe: Recipe, device: torch.device, amp: torch.dtype | None, compiled: bool = False) -> Trainer:
     """One with random slices."""
     generator = torch.Generator().manual_seed(0)
 
@@ -117,20 +116,16 @@ class Steps:
         return self.trainer.step(self.done)
 
 
-def iteration(
-    recipe: Recipe, device: torch.device, amp: torch.dtype | None, compiled: bool, rounds: int
-) -> dict[str, Any]:
+def iteration(recipe: Recipe, device: torch.device, amp: torch.dtype | None, rounds: int) -> dict[str, Any]:
     """A whole iteration against its bare passes, and against what else it does."""
-    subject = trainer(replace(recipe, method="gapmatch"), device, amp, compiled)
-    step = Steps(subject)
-    started = time.perf_counter()
-    step(), step()  # compiles, or fills caches
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    first_two = time.perf_counter() - started
+    subject = trainer(replace(recipe, method="gapmatch"), device, amp)
     with tempfile.TemporaryDirectory() as folder:
         log = RunLog(Path(folder), "benchmark", 0, recipe.iterations, Console(quiet=True))
-        calls: dict[str, Callable[[], object]] = {"whole": step, **bare_passes(subject), **other_parts(subject, log)}
+        calls: dict[str, Callable[[], object]] = {
+            "whole": Steps(subject),
+            **bare_passes(subject),
+            **other_parts(subject, log),
+        }
         taken = common.interleaved(calls, device, rounds)
         log.close()
     median = common.medians(taken)
@@ -149,7 +144,7 @@ def iteration(
         ("", "ms", "of the bare passes"),
         [(name, f"{1e3 * value:.1f}", f"{value / bare:.3f}") for name, value in rows],
     )
-    return {"seconds": dict(rows), "ratio": whole / bare, "first_two_iterations": first_two, "taken": taken}
+    return {"seconds": dict(rows), "ratio": whole / bare, "taken": taken}
 
 
 def bare_passes(subject: Trainer) -> dict[str, Callable[[], object]]:
@@ -241,7 +236,7 @@ def other_parts(subject: Trainer, log: RunLog) -> dict[str, Callable[[], object]
     }
 
 
-def table_4(recipe: Recipe, device: torch.device, compiled: bool, rounds: int) -> dict[str, Any]:
+def table_4(recipe: Recipe, device: torch.device, rounds: int) -> dict[str, Any]:
     """Seconds an iteration and a case for every method, in both precisions, side by side."""
     calls: dict[str, Callable[[], object]] = {}
     volume = torch.rand(VOLUME).numpy()
@@ -249,9 +244,9 @@ def table_4(recipe: Recipe, device: torch.device, compiled: bool, rounds: int) -
         for label, entry in TABLE_4.items():
             batch = recipe.labelled_batch + (recipe.unlabelled_batch if entry.all_labelled else 0)
             changed = replace(recipe, method=entry.method, labelled_batch=batch)  # type: ignore[arg-type]
-            subject = trainer(changed, device, amp, compiled and amp is not None)
+            subject = trainer(changed, device, amp)
             calls[f"{label} {precision} iteration"] = Steps(subject)
-            calls[f"{label} {precision} case"] = partial(predict_volume, subject.model, volume, recipe.size, device)
+            calls[f"{label} {precision} case"] = partial(segment_volume, subject.model, volume, recipe.size, device)
     taken = common.interleaved(calls, device, rounds)
     median = common.medians(taken)
     plain = median["UNet float32 iteration"]
@@ -269,12 +264,49 @@ def table_4(recipe: Recipe, device: torch.device, compiled: bool, rounds: int) -
     return {"seconds": median, "columns": columns, "rows": rows, "taken": taken}
 
 
+def choices(recipe: Recipe, device: torch.device, compiled: bool, rounds: int) -> dict[str, Any]:
+    """A GapMatch iteration as the example runs it, and with one choice at a time undone."""
+    recipe, bfloat16 = replace(recipe, method="gapmatch"), torch.bfloat16
+    subjects = {
+        "as the example runs it": trainer(recipe, device, bfloat16),
+        "float32": trainer(recipe, device, None),
+        "not channels_last": contiguous(trainer(recipe, device, bfloat16)),
+        "PyTorch's dropout masks": with_usual_dropout(trainer(recipe, device, bfloat16)),
+    }
+    result: dict[str, Any] = {}
+    if compiled:
+        subjects["compiled"] = trainer(recipe, device, bfloat16, compiled=True)
+        result["seconds to compile"] = common.seconds(Steps(subjects["compiled"]), device)
+    taken = common.interleaved({name: Steps(subject) for name, subject in subjects.items()}, device, rounds)
+    median = common.medians(taken)
+    usual = median["as the example runs it"]
+    rows = [(name, f"{value:.4f}", f"{value / usual:.2f}") for name, value in median.items()]
+    common.show(f"One choice at a time, {recipe.size} x {recipe.size}", ("", "s / it", "ratio"), rows)
+    return {**result, "seconds": median, "taken": taken}
+
+
+def contiguous(subject: Trainer) -> Trainer:
+    """`subject`, whose network gets no channels_last tensor."""
+    network = subject.model.network.to(memory_format=torch.contiguous_format)
+    # with one channel an image is contiguous either way, and only a copy has the usual strides
+    network.register_forward_pre_hook(lambda _, images: images[0].clone(memory_format=torch.contiguous_format))
+    return subject
+
+
+def with_usual_dropout(subject: Trainer) -> Trainer:
+    """`subject` with PyTorch's dropout."""
+    for layer in subject.model.modules():
+        if isinstance(layer, Dropout):
+            layer.forward = partial(nn.Dropout.forward, layer)  # type: ignore[method-assign]
+    return subject
+
+
 def scoring(recipe: Recipe, device: torch.device, root: Path) -> dict[str, float]:
     """Seconds to score ACDC's test volumes: with an untrained network, whose ragged surfaces cost most."""
     volumes: list[Volume] = load_volumes(root, read_list(root / "test.list"), recipe.num_classes)
     result = {"volumes": float(len(volumes))}
     for precision, amp in AMP.items():
-        model = trainer(recipe, device, amp, False).model
+        model = trainer(recipe, device, amp).model
         score = partial(evaluate, model, volumes, size=recipe.size, num_classes=recipe.num_classes, device=device)
         result[f"{precision} seconds"] = common.seconds(score, device)
         predicted = common.seconds(partial(score, with_asd=False), device)
