@@ -3,6 +3,7 @@
     PYTHONPATH=examples python benchmarks/step_time.py                        the sizes of --preset cpu
     PYTHONPATH=examples python benchmarks/step_time.py --size 256             the sizes of --preset paper
     PYTHONPATH=examples python benchmarks/step_time.py --data DIR --size 256  and scoring ACDC's test volumes
+    PYTHONPATH=examples python benchmarks/step_time.py --threads 1            on a busy machine: in processor time
 
 Images are random: no pass looks at what it is given. Everything takes turns, so ratios hold on a busy machine too.
 
@@ -34,6 +35,7 @@ from gap_torch.consistency.fixmatch import _in_mode
 from gap_torch.losses import ce_dice_loss, wide
 
 AMP = {"bfloat16": torch.bfloat16, "float32": None}
+SECTIONS = ("iteration", "table_4", "choices", "scoring")
 PARTS = ("data", "augmentation", "targets and losses", "wrapper", "base optimizer", "average", "logging")
 VOLUME = (10, 256, 216)  # a usual shape in ACDC
 
@@ -67,14 +69,20 @@ def main() -> None:
     recipe = Recipe(**{**preset, "size": arguments.size, "width": arguments.width})
     recipe = replace(recipe, labelled_batch=arguments.batch, unlabelled_batch=arguments.batch)
     record: dict[str, Any] = {"environment": common.environment(device), "recipe": recipe.to_dict()}
-    record["iteration"] = {name: iteration(recipe, device, amp, arguments.rounds) for name, amp in AMP.items()}
-    record["table_4"] = table_4(recipe, device, arguments.rounds)
-    record["choices"] = choices(recipe, device, arguments.compile, arguments.rounds)
-    if arguments.data:
-        record["scoring"] = scoring(recipe, device, arguments.data)
-    name = f"step_time_{device.type}_{arguments.size}"
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "iteration": lambda: {name: iteration(recipe, device, amp, arguments.rounds) for name, amp in AMP.items()},
+        "table_4": lambda: table_4(recipe, device, arguments.rounds),
+        "choices": lambda: choices(recipe, device, arguments.compile, arguments.rounds),
+        "scoring": lambda: scoring(recipe, device, arguments.data),
+    }
+    for name in arguments.only or (*sections,):
+        if name != "scoring" or arguments.data:
+            record[name] = sections[name]()
+    threads = f"_{arguments.threads}_threads" if arguments.threads else ""
+    name = "_".join(["step_time", device.type, str(arguments.size), *(arguments.only or ())]) + threads
     common.write_json(arguments.results / f"{name}.json", record)
-    draw(record, arguments.figures / f"{name}.png")
+    if "iteration" in record and "table_4" in record:
+        draw(record, arguments.figures / f"{name}.png")
 
 
 def parse() -> argparse.Namespace:
@@ -87,6 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="on the CPU (default: torch's)")
     parser.add_argument("--compile", action="store_true", help="try compiled passes too, and what compiling costs")
     parser.add_argument("--data", type=Path, help="ACDC in the h5 layout, to score its test volumes")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some of the sections")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--figures", type=Path, default=common.FIGURES)
     return parser.parse_args()
