@@ -314,7 +314,7 @@ def with_usual_dropout(subject: Trainer) -> Trainer:
 
 
 def scoring(recipe: Recipe, device: torch.device, root: Path) -> dict[str, float]:
-    """Seconds to score ACDC's test volumes: with an untrained network, whose ragged surfaces cost most."""
+    """Seconds to score ACDC's test volumes, with an untrained network."""
     volumes: list[Volume] = load_volumes(root, read_list(root / "test.list"), recipe.num_classes)
     result = {"volumes": float(len(volumes))}
     for precision, amp in AMP.items():
