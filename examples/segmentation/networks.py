@@ -83,8 +83,8 @@ class Dropout(nn.Dropout):
 def dropout_mask(like: Tensor, p: float) -> Tensor:
     """0 with probability `p`, else 1 / (1 - p), in shape, dtype and memory format of `like`.
 
-    PyTorch's own on a CPU draws 64 random bits an element, in one thread however many there are, which made an iteration
-    in bfloat16 9 % longer with one thread. Activations of 16 bits get 16 here: `p` is rounded to a multiple of 2**-16.
+    PyTorch's own on a CPU draws 64 random bits an element, in one thread however many there are. In bfloat16 that made
+    an iteration 9 % longer with one thread. Activations of 16 bits get 16 here: `p` becomes a multiple of 2**-16.
     """
     if p in (0, 1) or not _cheaply_masked(like):
         return F.dropout(torch.ones_like(like), p)
