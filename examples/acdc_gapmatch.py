@@ -22,7 +22,10 @@ from segmentation.job import Job, OldRuns, run
 from segmentation.phantom import write_phantom
 from segmentation.recipe import METHODS, PRESETS, Method, Recipe
 
-AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None}
+AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
+COMPILE_PAYS: frozenset[str] = frozenset()
+"""Kinds of device where compiled passes were measured to be faster. On a CPU they are slower; a GPU has yet to be tried
+(docs/performance_iteration.md)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +55,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps or xpu (default: cuda if there is one)")
-    parser.add_argument("--amp", choices=AMP, default="bfloat16", help="autocast dtype")
+    parser.add_argument("--amp", choices=AMP, default="bfloat16", help="autocast dtype; none or off: float32")
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the passes (auto: if it pays)"
+    )
     parser.add_argument("--out", type=Path, help="folder for the results (default: runs/acdc, or runs/phantom)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     return parser.parse_args(argv)
@@ -78,6 +84,7 @@ def job(arguments: argparse.Namespace) -> Job:
         recipes=[replace(recipe, method=method) for method in methods],
         device=device,
         amp=AMP[arguments.amp],
+        compiled=_compiled(arguments.compile, device),
         out=out,
         old_runs=_old_runs(arguments),
         title=f"{'Phantom' if phantom else 'ACDC'} test set, labelled patients: {patients}, preset {preset}, "
@@ -96,6 +103,13 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     methods = arguments.method or []
     if len(set(methods)) < len(methods):
         raise InputError(f"--method {' '.join(methods)}: names a method twice.")
+
+
+def _compiled(choice: str, device: torch.device) -> bool:
+    """Whether to compile. Raises InputError where that can't be had."""
+    if choice == "on" and ranks.world() > 1:
+        raise InputError("--compile on: works in one process alone; leave it out.")  # layers talk to other ranks
+    return choice == "on" or (choice == "auto" and ranks.world() == 1 and device.type in COMPILE_PAYS)
 
 
 def _old_runs(arguments: argparse.Namespace) -> OldRuns:

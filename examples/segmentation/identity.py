@@ -12,9 +12,16 @@ from .recipe import Recipe
 
 Identity = dict[str, Any]
 
+BEFORE = {"compiled": False}
+"""What checkpoints mean that are older than a key."""
+
 
 def identity(
-    recipe: Recipe, patients: Sequence[str], amp: torch.dtype | None, lists: Mapping[str, Sequence[str]]
+    recipe: Recipe,
+    patients: Sequence[str],
+    amp: torch.dtype | None,
+    lists: Mapping[str, Sequence[str]],
+    compiled: bool = False,
 ) -> Identity:
     """Everything that decides a run's result but the hardware, as plain values for a checkpoint.
 
@@ -23,9 +30,11 @@ def identity(
         patients: the labelled ones.
         amp: autocast dtype.
         lists: the names in each list file, in order.
+        compiled: whether `torch.compile` makes the training passes: it rounds and draws dropout masks in its own way.
     """
     digests = {f"{name}.list": _digest(names) for name, names in lists.items()}
-    return {**recipe.to_dict(), "labelled patients": list(patients), "amp": str(amp), **digests}
+    arithmetic = {"amp": str(amp), "compiled": compiled}
+    return {**recipe.to_dict(), "labelled patients": list(patients), **arithmetic, **digests}
 
 
 def require_same(path: Path, theirs: Any, ours: Identity) -> None:
@@ -33,9 +42,10 @@ def require_same(path: Path, theirs: Any, ours: Identity) -> None:
     if not isinstance(theirs, Mapping):
         raise InputError(f"{path}: does not say which run it is of; choose another --out.")
     for key, value in ours.items():
-        if theirs.get(key) != value:
+        found = theirs.get(key, BEFORE.get(key))
+        if found != value:
             raise InputError(
-                f"{path}: was made with {key}={theirs.get(key)}, this run has {key}={value}; "
+                f"{path}: was made with {key}={found}, this run has {key}={value}; "
                 f"run it as before, or choose another --out."
             )
 

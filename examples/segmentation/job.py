@@ -48,6 +48,7 @@ class Job:
         out: folder for one folder a run, and the table and pictures of all.
         old_runs: what to do about runs found in `out`.
         title: above the table.
+        compiled: whether `torch.compile` makes the training passes; one process alone.
         paper_share: labelled share whose published rows go below ours, or None.
     """
 
@@ -59,6 +60,7 @@ class Job:
     out: Path
     old_runs: OldRuns
     title: str
+    compiled: bool = False
     paper_share: int | None = None
 
 
@@ -94,8 +96,8 @@ def run(job: Job) -> list[Row]:
 
     torch.backends.cudnn.benchmark = job.device.type == "cuda"  # every batch has the same shape
     patients = list(dict.fromkeys(map(patient_of, labelled_names)))
-    identities = [identity(r, patients, job.amp, names) for r in job.recipes]
-    trainers = [Trainer(r, labelled, unlabelled, job.device, job.amp) for r in job.recipes]
+    identities = [identity(r, patients, job.amp, names, job.compiled) for r in job.recipes]
+    trainers = [Trainer(r, labelled, unlabelled, job.device, job.amp, job.compiled) for r in job.recipes]
     found = ranks.together(
         lambda: [_resume(*of_run, job.old_runs) for of_run in zip(trainers, folders, identities, strict=True)]
     )
@@ -176,6 +178,7 @@ def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation
         "labelled_patients": job.patients,
         "device": _device_name(job.device),
         "amp": str(job.amp) if job.amp else None,
+        "compiled": job.compiled,
         "torch": torch.__version__,
         "processes": ranks.world(),
         "threads": torch.get_num_threads(),

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gap_torch.losses import wide
 
 from . import ranks
+from .networks import dropout_mask
 
 
 def joint(model: nn.Module) -> nn.Module:
@@ -86,8 +87,8 @@ class JointDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return input
-        batch = torch.ones_like(torch.cat([input.detach()] * ranks.world()))  # in the memory format of `input`
-        return input * F.dropout(batch, self.p).unflatten(0, (ranks.world(), -1))[ranks.rank()]
+        batch = torch.cat([input.detach()] * ranks.world())  # in the memory format of `input`
+        return input * dropout_mask(batch, self.p).unflatten(0, (ranks.world(), -1))[ranks.rank()]
 
 
 class JointBatchNorm(_BatchNorm):

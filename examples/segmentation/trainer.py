@@ -1,6 +1,6 @@
 """One training run's model, optimizer and data, and its step: Algorithm 1."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Trainer:
         unlabelled: slices whose labels are never looked at.
         device: where to train.
         amp: autocast dtype (bfloat16 or float16), or None for float32.
+        compiled: whether `torch.compile` makes the training passes. One process alone; scoring stays eager, since
+            volumes come in all numbers of slices.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Trainer:
         unlabelled: Slices,
         device: torch.device,
         amp: torch.dtype | None,
+        compiled: bool = False,
     ) -> None:
         self.recipe, self.device = recipe, device
         self.images, self.labels = labelled.images.to(device), labelled.labels.to(device)
@@ -65,6 +68,9 @@ class Trainer:
         network = UNet(num_classes=recipe.num_classes, width=recipe.width)
         self.model = Autocast(network.to(device).to(memory_format=torch.channels_last), amp)
         self.joint = joint(self.model)
+        """What the training passes go through; shares its parameters with `model`."""
+        if compiled:
+            self.joint = cast(nn.Module, torch.compile(self.joint, dynamic=False))
         base = torch.optim.SGD(
             self.model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from segmentation import job
 from segmentation import recipe as recipes
+from segmentation.errors import InputError
 from segmentation.evaluate import Evaluation
 from segmentation.metrics import ClassScore
 
@@ -238,6 +239,7 @@ def test_the_phantom_starts_anew_in_its_own_folder_alone(
     ("change", "telling"),
     [
         (["--amp", "none"], "amp=torch.bfloat16, this run has amp=None"),
+        (["--compile", "on"], "compiled=False, this run has compiled=True"),
         (["--patients", "2"], "labelled patients=['patient001'], this run has labelled patients="),
         (["--eps", "0.5"], "eps=0.1, this run has eps=0.5"),
     ],
@@ -336,3 +338,28 @@ def test_it_runs_as_a_script() -> None:
 @pytest.mark.parametrize("amp", ["bfloat16", "float16", "none"])
 def test_end_to_end_on_cuda(data: Path, tmp_path: Path, amp: str) -> None:
     assert _run(data, tmp_path / "out", "--device", "cuda", "--amp", amp) == 0
+
+
+def test_amp_off_is_another_name_for_none(data: Path, tmp_path: Path) -> None:
+    assert _run(data, tmp_path / "out", "--iterations", "1", "--amp", "none") == 0
+    assert _run(data, tmp_path / "out", "--iterations", "1", "--amp", "off", "--resume") == 0
+
+
+@pytest.mark.parametrize(("choice", "pays", "expected"), [("on", False, True), ("off", True, False)])
+def test_compile_is_as_asked(choice: str, pays: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acdc_gapmatch, "COMPILE_PAYS", {"cpu"} if pays else set())
+    assert acdc_gapmatch._compiled(choice, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_compile_auto_is_on_where_it_pays(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acdc_gapmatch, "COMPILE_PAYS", {"cpu"} if pays else set())
+    assert acdc_gapmatch._compiled("auto", torch.device("cpu")) == pays
+
+
+def test_several_processes_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acdc_gapmatch, "COMPILE_PAYS", {"cpu"})
+    monkeypatch.setattr(acdc_gapmatch.ranks, "world", lambda: 2)
+    assert not acdc_gapmatch._compiled("auto", torch.device("cpu"))
+    with pytest.raises(InputError, match="--compile on"):
+        acdc_gapmatch._compiled("on", torch.device("cpu"))

@@ -24,6 +24,7 @@ from segmentation.evaluate import evaluate
 from segmentation.identity import identity
 from segmentation.job import _require_even_shares
 from segmentation.joint import JointBatchNorm, JointDropout, _Gather
+from segmentation.networks import Dropout
 from segmentation.recipe import Recipe
 from segmentation.train import fit
 from segmentation.trainer import Trainer
@@ -159,7 +160,7 @@ def _masked(name: str) -> dict[str, Tensor]:
     shape, memory_format, dtype = MASKED[name]
     torch.manual_seed(0)
     batch = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
-    dropout: nn.Module = nn.Dropout(0.3) if ranks.world() == 1 else JointDropout(0.3)
+    dropout: nn.Module = Dropout(0.3) if ranks.world() == 1 else JointDropout(0.3)
     own = _rows(batch).detach().requires_grad_()
     output = dropout(dropout(own))
     output.sum().backward()

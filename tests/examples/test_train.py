@@ -94,6 +94,21 @@ def test_a_gapmatch_step_is_algorithm_1(slices, tiny_recipe: Recipe, monkeypatch
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-6)
 
 
+def test_compiled_passes_give_the_same_weights_and_are_not_for_scoring(
+    slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
+    torch._dynamo.reset()
+    compiled, eager = Trainer(tiny_recipe, *slices, CPU, None, compiled=True), _trainer(tiny_recipe, slices)
+    for t in range(2):
+        compiled.step(t), eager.step(t)
+    assert list(compiled.state_dict()["model"]) == list(eager.state_dict()["model"])
+    for ours, theirs in zip(_weights(compiled), _weights(eager), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert not any("OptimizedModule" in type(m).__name__ for m in compiled.scored_model().modules())
+
+
 def test_methods_differ_in_the_consistency_alone(slices, tiny_recipe: Recipe) -> None:
     values = {method: _trainer(replace(tiny_recipe, method=method), slices).step(0) for method in METHODS}
     assert "loss_unlabelled" not in values["supervised"]

@@ -1,0 +1,353 @@
+"""What a GapMatch iteration of the ACDC example costs beyond its passes, beside supervised training, and scoring.
+
+    PYTHONPATH=examples python benchmarks/step_time.py                        the sizes of --preset cpu
+    PYTHONPATH=examples python benchmarks/step_time.py --size 256             the sizes of --preset paper
+    PYTHONPATH=examples python benchmarks/step_time.py --data DIR --size 256  and scoring ACDC's test volumes
+    PYTHONPATH=examples python benchmarks/step_time.py --threads 1            on a busy machine: in processor time
+
+Images are random: no pass looks at what it is given. Everything takes turns, so ratios hold on a busy machine too.
+
+Passes of one iteration, in units of one sample's forward pass (a backward pass counts 2), for L labelled and U
+unlabelled samples: UNet 3 (L + U), with labels for all; FixMatch 3 L + U + 3 U; GapMatch 3 L + U + 3 U + 3 U. For
+L = U that makes GapMatch 10 / 6 = 1.67 of the UNet, whatever the batch.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timing
+import torch
+from rich.console import Console
+from segmentation.data import Slices, Volume, load_volumes, read_list
+from segmentation.evaluate import evaluate, segment_volume
+from segmentation.logs import RunLog
+from segmentation.networks import Dropout
+from segmentation.recipe import PRESETS, Recipe
+from segmentation.trainer import Trainer
+from torch import Tensor, nn
+
+from gap_torch.consistency.fixmatch import _in_mode
+from gap_torch.losses import ce_dice_loss, wide
+
+AMP = {"bfloat16": torch.bfloat16, "float32": None}
+SECTIONS = ("iteration", "table_4", "choices", "scoring")
+PARTS = ("data", "augmentation", "targets and losses", "wrapper", "base optimizer", "average", "logging")
+VOLUME = (10, 256, 216)  # a usual shape in ACDC
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the paper's table 4, and how to run it here."""
+
+    method: str
+    all_labelled: bool
+    """Is the whole batch labelled, as it is for the paper's UNet?"""
+    paper: tuple[float, float]
+    """Seconds an iteration and a case."""
+    passes: float
+    """Of one iteration, in those of the UNet (see above)."""
+
+
+# Mean teacher, URPC and CCT may join: 0.1999 and 0.6363, 0.2745 and 0.6322, 0.5597 and 0.9728 in the paper.
+TABLE_4 = {
+    "UNet": Entry("supervised", True, (0.1679, 0.6354), 1.0),
+    "GapMatch": Entry("gapmatch", False, (0.3972, 0.6303), 10 / 6),
+}
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    preset = PRESETS["paper" if arguments.size > 128 else "cpu"]
+    recipe = Recipe(**{**preset, "size": arguments.size, "width": arguments.width})
+    recipe = replace(recipe, labelled_batch=arguments.batch, unlabelled_batch=arguments.batch)
+    record: dict[str, Any] = {"environment": timing.environment(device), "recipe": recipe.to_dict()}
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "iteration": lambda: {name: iteration(recipe, device, amp, arguments.rounds) for name, amp in AMP.items()},
+        "table_4": lambda: table_4(recipe, device, arguments.rounds),
+        "choices": lambda: choices(recipe, device, arguments.compile, arguments.rounds),
+        "scoring": lambda: scoring(recipe, device, arguments.data),
+    }
+    for name in arguments.only or (*sections,):
+        if name != "scoring" or arguments.data:
+            record[name] = sections[name]()
+    threads = f"_{arguments.threads}_threads" if arguments.threads else ""
+    name = "_".join(["step_time", device.type, str(arguments.size), *(arguments.only or ())]) + threads
+    timing.write_json(arguments.results / f"{name}.json", record)
+    if "iteration" in record and "table_4" in record:
+        draw(record, arguments.figures / f"{name}.png")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    parser.add_argument("--width", type=int, default=16, help="channels of the UNet's first level")
+    parser.add_argument("--batch", type=int, default=12, help="labelled samples, and unlabelled ones")
+    parser.add_argument("--rounds", type=int, default=10, help="how often everything takes its turn")
+    parser.add_argument("--threads", type=int, help="on the CPU (default: torch's)")
+    parser.add_argument("--compile", action="store_true", help="try compiled passes too, and what compiling costs")
+    parser.add_argument("--data", type=Path, help="ACDC in the h5 layout, to score its test volumes")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some of the sections")
+    parser.add_argument("--results", type=Path, default=timing.RESULTS)
+    parser.add_argument("--figures", type=Path, default=timing.FIGURES)
+    return parser.parse_args()
+
+
+def trainer(recipe: Recipe, device: torch.device, amp: torch.dtype | None, compiled: bool = False) -> Trainer:
+    """One with random slices."""
+    generator = torch.Generator().manual_seed(0)
+
+    def slices(count: int) -> Slices:
+        shape = (count, recipe.size, recipe.size)
+        images = torch.rand(shape, generator=generator).unsqueeze(1)
+        labels = torch.randint(recipe.num_classes, shape, dtype=torch.uint8, generator=generator)
+        return Slices([str(i) for i in range(count)], images, labels)
+
+    return Trainer(recipe, slices(32), slices(128), device, amp, compiled)
+
+
+class Steps:
+    """The iterations of a trainer, one a call."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.done = trainer, 0
+
+    def __call__(self) -> dict[str, Tensor]:
+        self.done += 1
+        return self.trainer.step(self.done)
+
+
+def iteration(recipe: Recipe, device: torch.device, amp: torch.dtype | None, rounds: int) -> dict[str, Any]:
+    """A whole iteration against its bare passes, and against what else it does."""
+    subject = trainer(replace(recipe, method="gapmatch"), device, amp)
+    with tempfile.TemporaryDirectory() as folder:
+        log = RunLog(Path(folder), "benchmark", 0, recipe.iterations, Console(quiet=True))
+        calls: dict[str, Callable[[], object]] = {
+            "whole": Steps(subject),
+            **bare_passes(subject),
+            **other_parts(subject, log),
+        }
+        taken = timing.interleaved(calls, device, rounds)
+        log.close()
+    median = timing.medians(taken)
+    bare = median["weak"] + 2 * median["strong"] + median["labelled"]
+    whole = median["whole"] + median["logging"] / recipe.log_every
+    parts = {name: median[name] / (recipe.log_every if name == "logging" else 1) for name in PARTS}
+    passes = {
+        "weak forward": median["weak"],
+        "strong forward + backward, twice": 2 * median["strong"],
+        "labelled forward + backward": median["labelled"],
+    }
+    rest = {"not told apart": whole - bare - sum(parts.values())}
+    rows = [("whole iteration", whole), ("bare passes", bare), *{**passes, **parts, **rest}.items()]
+    timing.show(
+        f"One GapMatch iteration, {recipe.size} x {recipe.size}, {amp or torch.float32}",
+        ("", "ms", "of the bare passes"),
+        [(name, f"{1e3 * value:.1f}", f"{value / bare:.3f}") for name, value in rows],
+    )
+    return {"seconds": dict(rows), "ratio": whole / bare, "taken": taken}
+
+
+def bare_passes(subject: Trainer) -> dict[str, Callable[[], object]]:
+    """The passes through the network that an iteration consists of, with nothing around them."""
+    recipe, device = subject.recipe, subject.device
+    network = subject.joint
+
+    def images(batch: int) -> Tensor:
+        return torch.rand(batch, 1, recipe.size, recipe.size, device=device)
+
+    @torch.no_grad()
+    def forward(batch: Tensor) -> None:
+        with _in_mode(network, recipe.targets):
+            network(batch)
+
+    def forward_backward(batch: Tensor) -> None:
+        logits = network(batch)
+        logits.backward(torch.ones_like(logits))
+        for parameter in network.parameters():
+            parameter.grad = None
+
+    weak = images(recipe.unlabelled_batch)
+    return {
+        "weak": partial(forward, weak),
+        "strong": partial(forward_backward, images(recipe.unlabelled_batch)),
+        "labelled": partial(forward_backward, images(recipe.labelled_batch)),
+    }
+
+
+def other_parts(subject: Trainer, log: RunLog) -> dict[str, Callable[[], object]]:
+    """What an iteration does beside its passes, each piece alone."""
+    recipe, method, optimizer = subject.recipe, subject.method, subject.optimizer
+    logits = torch.randn(recipe.unlabelled_batch, recipe.num_classes, recipe.size, recipe.size, device=subject.device)
+    if subject.model.dtype is not None:
+        logits = logits.to(subject.model.dtype)
+    logits = logits.to(memory_format=torch.channels_last).requires_grad_()
+    target, confident = logits.argmax(1), logits[:, 0] > 0
+    values = subject.step(0)
+
+    def data() -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(0)
+        index = subject.labelled_stream[1]
+        return subject.images[index], subject.labels[index], subject.unlabelled[subject.unlabelled_stream[1]]
+
+    images, labels, unlabelled = data()
+
+    @torch.no_grad()
+    def augmentation() -> None:
+        subject.weak.with_labels(images, labels)
+        strong = method.strong(method.weak(unlabelled))
+        assert method.cutmix is not None
+        method.cutmix(strong, target, confident)
+
+    def targets_and_losses() -> None:
+        with torch.no_grad():
+            confidence, _ = wide(logits).softmax(1).max(1)
+            (confidence >= recipe.tau).float().mean()
+        for _ in range(2):
+            method.criterion(logits, target, confident).backward()
+        ce_dice_loss(logits, target).backward()
+        logits.grad = None
+
+    parameters = [*subject.model.parameters()]
+    g1, g2 = ([scale * torch.randn_like(p) for p in parameters] for scale in (1e-4, 1e-8))  # too small to do harm
+
+    def set_g1() -> None:
+        for parameter, gradient in zip(parameters, g1, strict=True):
+            parameter.grad = gradient
+
+    def wrapper() -> None:
+        set_g1()
+        with optimizer.perturbed(subject.joint):
+            torch.autograd.backward(parameters, g2)  # the end of a backward pass alone
+        optimizer.zero_grad()
+
+    def base_optimizer() -> None:
+        set_g1()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {
+        "data": data,
+        "augmentation": augmentation,
+        "targets and losses": targets_and_losses,
+        "wrapper": wrapper,
+        "base optimizer": base_optimizer,
+        "average": (lambda: subject.average.update(subject.model)) if recipe.average_decay else lambda: None,
+        "logging": lambda: log.step(recipe.log_every, {**subject.to_host(values), "it_per_s": 1.0}),
+    }
+
+
+def table_4(recipe: Recipe, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Seconds an iteration and a case for every method, in both precisions, side by side."""
+    calls: dict[str, Callable[[], object]] = {}
+    volume = torch.rand(VOLUME).numpy()
+    for precision, amp in AMP.items():
+        for label, entry in TABLE_4.items():
+            batch = recipe.labelled_batch + (recipe.unlabelled_batch if entry.all_labelled else 0)
+            changed = replace(recipe, method=entry.method, labelled_batch=batch)  # type: ignore[arg-type]
+            subject = trainer(changed, device, amp)
+            calls[f"{label} {precision} iteration"] = Steps(subject)
+            calls[f"{label} {precision} case"] = partial(segment_volume, subject.model, volume, recipe.size, device)
+    taken = timing.interleaved(calls, device, rounds)
+    median = timing.medians(taken)
+    plain = median["UNet float32 iteration"]
+    rows = []
+    for precision in AMP:
+        unet, case = median[f"UNet {precision} iteration"], median[f"UNet {precision} case"]
+        for label, entry in TABLE_4.items():
+            ours = median[f"{label} {precision} iteration"], median[f"{label} {precision} case"]
+            paper = entry.paper[0] / TABLE_4["UNet"].paper[0]
+            ratios = [f"{ratio:.2f}" for ratio in (ours[0] / unet, entry.passes, paper, ours[0] / plain)]
+            inference = f"{ours[1]:.4f}", f"{ours[1] / case:.2f}"
+            rows.append((f"{label}, {precision}", f"{ours[0]:.4f}", *ratios, *inference))
+    columns = ("", "s / it", "/ UNet", "passes", "paper", "/ plain", "s / case", "/ UNet")
+    timing.show(f"Table 4, {recipe.size} x {recipe.size}", columns, rows)
+    return {"seconds": median, "columns": columns, "rows": rows, "taken": taken}
+
+
+def choices(recipe: Recipe, device: torch.device, compiled: bool, rounds: int) -> dict[str, Any]:
+    """A GapMatch iteration as the example runs it, and with one choice at a time undone."""
+    recipe, bfloat16 = replace(recipe, method="gapmatch"), torch.bfloat16
+    subjects = {
+        "as the example runs it": trainer(recipe, device, bfloat16),
+        "float32": trainer(recipe, device, None),
+        "not channels_last": contiguous(trainer(recipe, device, bfloat16)),
+        "PyTorch's dropout masks": with_usual_dropout(trainer(recipe, device, bfloat16)),
+    }
+    result: dict[str, Any] = {}
+    if compiled:
+        subjects["compiled"] = trainer(recipe, device, bfloat16, compiled=True)
+        started = time.perf_counter()  # the C++ compiler is another process
+        subjects["compiled"].step(0)
+        result["first compiled iteration"] = time.perf_counter() - started
+    taken = timing.interleaved({name: Steps(subject) for name, subject in subjects.items()}, device, rounds)
+    median = timing.medians(taken)
+    usual = median["as the example runs it"]
+    rows = [(name, f"{value:.4f}", f"{value / usual:.2f}") for name, value in median.items()]
+    timing.show(f"One choice at a time, {recipe.size} x {recipe.size}", ("", "s / it", "ratio"), rows)
+    return {**result, "seconds": median, "taken": taken}
+
+
+def contiguous(subject: Trainer) -> Trainer:
+    """`subject`, whose network gets no channels_last tensor."""
+    network = subject.model.network.to(memory_format=torch.contiguous_format)
+    # with one channel an image is contiguous either way, and only a copy has the usual strides
+    network.register_forward_pre_hook(lambda _, images: images[0].clone(memory_format=torch.contiguous_format))
+    return subject
+
+
+def with_usual_dropout(subject: Trainer) -> Trainer:
+    """`subject` with PyTorch's dropout."""
+    for layer in subject.model.modules():
+        if isinstance(layer, Dropout):
+            layer.forward = partial(nn.Dropout.forward, layer)  # type: ignore[method-assign]
+    return subject
+
+
+def scoring(recipe: Recipe, device: torch.device, root: Path) -> dict[str, float]:
+    """Seconds to score ACDC's test volumes, with an untrained network."""
+    volumes: list[Volume] = load_volumes(root, read_list(root / "test.list"), recipe.num_classes)
+    result = {"volumes": float(len(volumes))}
+    for precision, amp in AMP.items():
+        model = trainer(recipe, device, amp).model
+        score = partial(evaluate, model, volumes, size=recipe.size, num_classes=recipe.num_classes, device=device)
+        result[f"{precision} seconds"] = timing.seconds(score, device)
+        predicted = timing.seconds(partial(score, with_asd=False), device)
+        result[f"{precision} seconds without ASD"] = predicted
+    timing.show("Scoring the test volumes", ("", "s"), [(name, f"{value:.1f}") for name, value in result.items()])
+    return result
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Where an iteration's time goes, and table 4, as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    seconds = record["iteration"]["bfloat16"]["seconds"]
+    names = [name for name in seconds if name not in ("whole iteration", "bare passes")]
+    left.barh(names[::-1], [1e3 * seconds[name] for name in names[::-1]], color="#4878a8")
+    left.set(xlabel="ms of one GapMatch iteration, bfloat16", title="Where the time goes")
+    measured = {name: s for name, s in record["table_4"]["seconds"].items() if name.endswith("iteration")}
+    labels = [name.removesuffix(" iteration") for name in measured]
+    right.barh(labels[::-1], list(measured.values())[::-1], color="#c8803c")
+    right.axvline(measured["UNet float32 iteration"], color="black", linewidth=0.8, linestyle="--")
+    right.set(xlabel=f"seconds an iteration, {record['environment']['device']}", title="Beside the plain UNet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
