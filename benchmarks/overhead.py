@@ -154,7 +154,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.bar_label(bars, fmt="%.2g", fontsize=8)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set_yscale("log")
-    axes.set_xticks(range(len(names)), names, fontsize=9)
+    axes.set_xticks(range(len(names)), [name.replace(" in ", "\nin ") for name in names], fontsize=9)
     axes.set_ylabel(f"time / floor ({shown[0]['dtype']})")
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     save_plot(figure, path)

@@ -157,8 +157,8 @@ def bytes_on_the_wire(gpus: int, size: int) -> dict[str, float]:
 def draw_bytes(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = new_plot()
     for index, name in enumerate(bytes_on_the_wire(2, 1)):
-        style = "--" if "without" in name else "-"
-        axes.plot(GPUS, [row[name] for row in rows], "o" + style, color=COLOURS[index], label=name)
+        style = {"ls": ":", "marker": "x", "lw": 3.0} if "without" in name else {"ls": "-", "marker": "o", "lw": 1.5}
+        axes.plot(GPUS, [row[name] for row in rows], color=COLOURS[index], label=name, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(GPUS, [str(n) for n in GPUS])
     axes.set_ylim(bottom=0)
