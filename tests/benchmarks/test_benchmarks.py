@@ -50,7 +50,7 @@ def test_parameter_sets_have_the_size_they_are_named_for(tmp_path: Path) -> None
 
 
 def test_memory_is_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _run("memory", tmp_path, monkeypatch, "--sets", "ResNet-50")
+    _run("memory", tmp_path, monkeypatch, "--sets", "UNet")
     rows = json.loads((tmp_path / "results/memory_cpu.json").read_text())["results"]
     copies = {row["method"]: row["extra copies"] for row in rows}
     assert copies["gap-torch"] == pytest.approx(1, abs=0.002)
@@ -61,9 +61,9 @@ def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scale = importlib.import_module("scale")
     ranks = [{"way": "DDP", "ranks": 1, "without GAP ms": 2.0, "with GAP ms": 3.0, "ratio": 1.5}]
     monkeypatch.setattr(scale, "on_ranks", lambda *_: ranks)  # two processes take seconds; test_fsdp2 has them
-    _run("scale", tmp_path, monkeypatch, "--largest", "1000000", "--total", "10000", "--repetitions", "2")
+    _run("scale", tmp_path, monkeypatch, "--largest", "1000000", "--total", "1000", "--repetitions", "2")
     results = json.loads((tmp_path / "results/scale_cpu.json").read_text())["results"]
-    assert [row["tensors"] for row in results["tensors"]] == [10, 100, 1000, 10_000]
+    assert [row["tensors"] for row in results["tensors"]] == [10, 100, 1000]
 
 
 def test_bytes_on_the_wire() -> None:
