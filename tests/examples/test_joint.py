@@ -110,7 +110,7 @@ def both(on_two_ranks, slices, volumes, half_done, tmp_path_factory: pytest.Temp
     return on_two_ranks(_worker, slices, volumes, half_done, folder)
 
 
-def _worker(slices, volumes: list[Volume], half_done: Path, folder: Path) -> dict[str, Any]:
+def _worker(rank: int, slices, volumes: list[Volume], half_done: Path, folder: Path) -> dict[str, Any]:
     torch.set_default_dtype(torch.float64)
     return {
         "norms": {name: _norm(name) for name in NORMS},

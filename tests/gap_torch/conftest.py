@@ -1,12 +1,7 @@
-"""Fixtures of the library's tests: devices, seeds, and two gloo processes."""
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+"""Fixtures of the library's tests: devices and seeds."""
 
 import pytest
 import torch
-import torch.distributed as dist
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
@@ -19,30 +14,3 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """`on_two_ranks(worker, *args)` runs `worker(rank, *args)` in two gloo processes.
-
-    `worker` is a function of a test module; what it returns (tensors, numbers, strings, in dicts and lists) comes back
-    as a list, one entry a rank. Starting two processes takes seconds: gather a module's cases into one worker.
-    """
-    if not dist.is_available():
-        pytest.skip("needs torch.distributed")
-
-    def run(worker: Callable[..., Any], *args: Any) -> list[Any]:
-        folder = tmp_path_factory.mktemp("ranks")
-        torch.multiprocessing.spawn(_rank, args=(worker, args, str(folder)), nprocs=2)
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-    return run
-
-
-def _rank(rank: int, worker: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        torch.save(worker(rank, *args), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
