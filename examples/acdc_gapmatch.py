@@ -7,141 +7,53 @@
 DIR holds ACDC in the community's h5 layout (`segmentation.convert_acdc` makes it from the official download).
 """
 
-import argparse
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
-import torch
-from segmentation import ranks
-from segmentation.data import patients_for_share
-from segmentation.errors import InputError, UserError
-from segmentation.job import Job, OldRuns, run
+from segmentation import cli
 from segmentation.phantom import write_phantom
-from segmentation.recipe import METHODS, PRESETS, Method, Recipe
+from segmentation.recipe import REDUCED
+from segmentation.slicewise import SliceTask
 
-AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
-COMPILE_PAYS: frozenset[str] = frozenset()
-"""Kinds of device where compiled passes were measured to be faster. On a CPU they are slower; a GPU has yet to be tried
-(docs/performance_iteration.md)."""
+# Table 1 of the GapMatch paper (Huang et al., AAAI 2025), rows LS, FS (as 100 %) and GapMatch. It prints no row for
+# FixMatch alone.
+PUBLISHED = {
+    1: {"Supervised": (27.7, 32.6), "GapMatch": (86.8, 0.81)},
+    5: {"Supervised": (56.6, 6.15), "GapMatch": (88.8, 0.64)},
+    10: {"Supervised": (83.8, 2.84), "GapMatch": (90.1, 0.39)},
+    100: {"Supervised": (91.5, 0.57)},
+}
+
+ACDC = SliceTask(
+    name="ACDC",
+    classes=("RV", "Myo", "LV"),
+    presets={
+        "paper": {},
+        "cpu": {**REDUCED, "size": (128, 128), "iterations": 1_500, "validate_every": 100},
+        "phantom": {
+            **REDUCED,
+            "size": (64, 64),
+            "width": 8,
+            "iterations": 400,
+            "labelled_batch": 6,
+            "unlabelled_batch": 6,
+            "lr": 0.03,
+            "eps": 0.05,  # of 0.02, 0.05 and 0.1 the best on the phantom's validation volumes
+            "average_decay": 0.95,
+            "validate_every": 50,
+        },
+    },
+    training_list="train_slices",
+    validation_list="val",
+    test_list="test",
+    training_patients=70,
+    published=PUBLISHED,
+    write_phantom=write_phantom,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with ranks.joined():
-        try:
-            run(job(parse(argv)))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            ranks.gathered(None)  # torchrun ends all when the first one ends, which must not be before this is out
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-        return 0
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="ACDC in the h5 layout; without it a phantom is made")
-    parser.add_argument("--labeled", type=int, choices=(1, 5, 10), help="labelled share in percent (default: 1)")
-    parser.add_argument("--patients", type=int, help="labelled patients, instead of --labeled")
-    parser.add_argument("--method", nargs="+", choices=METHODS, help="one or more, run in this order")
-    parser.add_argument("--preset", choices=("paper", "cpu"), help="recipe (default: paper on a GPU, cpu else)")
-    parser.add_argument("--eps", type=float, help="radius of the perturbation")
-    parser.add_argument("--alpha", type=float, help="weight of g2")
-    parser.add_argument("--tau", type=float, help="confidence threshold of the pseudo-labels")
-    parser.add_argument("--iterations", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps or xpu (default: cuda if there is one)")
-    parser.add_argument("--amp", choices=AMP, default="bfloat16", help="autocast dtype; none or off: float32")
-    parser.add_argument(
-        "--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the passes (auto: if it pays)"
-    )
-    parser.add_argument("--out", type=Path, help="folder for the results (default: runs/acdc, or runs/phantom)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
-    return parser.parse_args(argv)
-
-
-def job(arguments: argparse.Namespace) -> Job:
-    """The job that the command line asks for. Raises InputError."""
-    _refuse_contradictions(arguments)
-    device = ranks.together(lambda: usable_device(arguments.device))
-    phantom = arguments.data is None
-    out = arguments.out or Path("runs/phantom" if phantom else "runs/acdc")
-    preset = "phantom" if phantom else arguments.preset or ("cpu" if device.type == "cpu" else "paper")
-    knobs = {name: getattr(arguments, name) for name in ("eps", "alpha", "tau", "iterations")}
-    knobs = {name: value for name, value in knobs.items() if value is not None}
-    recipe = Recipe(seed=arguments.seed, **{**PRESETS[preset], **knobs})
-    methods: Sequence[Method] = arguments.method or (("fixmatch", "gapmatch") if phantom else ("gapmatch",))
-    patients = arguments.patients
-    if patients is None:
-        patients = patients_for_share(arguments.labeled or 1)
-    return Job(
-        data=_phantom(out / "phantom") if phantom else arguments.data,
-        patients=patients,
-        recipes=[replace(recipe, method=method) for method in methods],
-        device=device,
-        amp=AMP[arguments.amp],
-        compiled=_compiled(arguments.compile, device),
-        out=out,
-        old_runs=_old_runs(arguments),
-        title=f"{'Phantom' if phantom else 'ACDC'} test set, labelled patients: {patients}, preset {preset}, "
-        f"seed {arguments.seed}",
-        paper_share=None if phantom or arguments.patients is not None else arguments.labeled or 1,
-    )
-
-
-def _refuse_contradictions(arguments: argparse.Namespace) -> None:
-    """Raise InputError for options that would have no effect."""
-    for option in ("labeled", "preset"):
-        if arguments.data is None and getattr(arguments, option) is not None:
-            raise InputError(f"--{option}: means nothing on the phantom; give --data, or leave it out.")
-    if arguments.labeled is not None and arguments.patients is not None:
-        raise InputError("--labeled and --patients: both say how much is labelled; give one of them.")
-    methods = arguments.method or []
-    if len(set(methods)) < len(methods):
-        raise InputError(f"--method {' '.join(methods)}: names a method twice.")
-
-
-def _compiled(choice: str, device: torch.device) -> bool:
-    """Whether to compile. Raises InputError where that can't be had."""
-    if choice == "on" and ranks.world() > 1:
-        raise InputError("--compile on: works in one process alone; leave it out.")  # layers talk to other ranks
-    return choice == "on" or (choice == "auto" and ranks.world() == 1 and device.type in COMPILE_PAYS)
-
-
-def _old_runs(arguments: argparse.Namespace) -> OldRuns:
-    """The phantom's own default folder may be started anew; elsewhere may lie a day's work."""
-    if arguments.resume:
-        return "resume"
-    return "replace" if arguments.data is None and arguments.out is None else "refuse"
-
-
-def _phantom(root: Path) -> Path:
-    def write() -> None:
-        try:
-            write_phantom(root)
-        except OSError as error:
-            raise InputError(f"{root}: can't be written ({error.strerror}); choose another --out.") from None
-
-    ranks.on_main(write)  # the others read it
-    return root
-
-
-def usable_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best one here; one GPU a rank. Raises InputError if it can't be used."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps|xpu", name):
-        raise InputError(f"--device {name!r}: not one of cpu, cuda, cuda:0, cuda:1 ..., mps and xpu.")
-    try:
-        device = ranks.own_device(torch.device(name))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):  # their texts run over several lines
-        raise InputError(f"--device {name}: there is none here that this PyTorch can use; try --device cpu.") from None
-    return device
+    return cli.main(ACDC, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ class ShuffledStream:
     Args:
         n: number of samples, at least 1.
         batch: indices a batch; may exceed `n`.
-        seed: decides every order, the same one for every device.
-        device: where the indices are wanted.
+        seed: decides every order.
     """
 
-    def __init__(self, n: int, batch: int, seed: int, device: torch.device | str = "cpu") -> None:
-        self.n, self.batch, self.seed, self.device = n, batch, seed, torch.device(device)
+    def __init__(self, n: int, batch: int, seed: int) -> None:
+        self.n, self.batch, self.seed = n, batch, seed
         self.orders: dict[int, Tensor] = {}
-        """Of the epochs that the last batch came from: each is made and copied to the device once."""
+        """Of the epochs that the last batch came from: each is made once."""
 
     def __getitem__(self, iteration: int) -> Tensor:
-        """The batch of `iteration`, int64."""
+        """The batch of `iteration`, int64, on the CPU."""
         start = iteration * self.batch
         first, last = start // self.n, (start + self.batch - 1) // self.n
         epochs = range(first, last + 1)
@@ -29,9 +28,7 @@ class ShuffledStream:
         return torch.cat([*self.orders.values()])[offset : offset + self.batch]
 
     def _order(self, epoch: int) -> Tensor:
-        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
-        # A blocking copy would wait for the GPU. CUDA takes pageable memory over before it returns, others may not.
-        return order.to(self.device, non_blocking=self.device.type == "cuda")
+        return torch.randperm(self.n, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
 
 
 def mix(seed: int, counter: int) -> int:

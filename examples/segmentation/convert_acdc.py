@@ -23,8 +23,9 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from .data import Image, Label, check_patients, read_list, volume_path, write_case, write_list, write_slices
+from .data import Image, Label, check_patients, read_list, write_case, write_list
 from .errors import InputError
+from .slices import volume_path, write_slices
 
 NUM_CLASSES = 4
 SPLITS = ("train", "val", "test")

@@ -1,58 +1,29 @@
-"""The h5 layout in which the community shares ACDC and LA, read into memory once.
+"""What the community's copies of ACDC and LA have in common: lists of names, and one h5 file a case.
 
-    root/train_slices.list, val.list, ...   one name a line
-    root/data/slices/NAME.h5                a 2D slice: `image` (H, W), `label` (H, W)
-    root/data/NAME.h5                       a volume:   `image` (D, H, W), `label` (D, H, W)
-
-The layout, the lists and the nearest-neighbour resize are those of SSL4MIS
-(https://github.com/HiLab-git/SSL4MIS), on which UniMatch, SS-Net and BCP build.
+Layout and lists are those of SSL4MIS (https://github.com/HiLab-git/SSL4MIS), on which UniMatch, SS-Net and BCP build.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 import numpy.typing as npt
-import torch
-from scipy import ndimage
 
 from .errors import InputError
 
 Image = npt.NDArray[np.float32]
 Label = npt.NDArray[np.uint8]
 
-UNIT_RANGE = (0.0, 1.0)  # ACDC's intensities, and what the strong augmentation is made for
-RANGE_TOLERANCE = 1e-3
-
 # No whitespace, no path separator, no leading dot: a name is a file name and nothing else.
 _NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
-class Slices:
-    """Equally sized 2D slices, ready for training.
-
-    names: N names. images: (N, 1, S, S) float32. labels: (N, S, S) uint8, one class index a pixel.
-    """
-
-    names: list[str]
-    images: torch.Tensor
-    labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def to(self, device: torch.device) -> "Slices":
-        """The same slices on `device`."""
-        return Slices(self.names, self.images.to(device), self.labels.to(device))
-
-
-@dataclass(frozen=True)
 class Volume:
-    """One case in its own size: image (D, H, W) float32, label (D, H, W) uint8, one class index a voxel."""
+    """One case in its own size: image float32, label uint8, one class index a voxel, both 3D."""
 
     name: str
     image: Image
@@ -120,69 +91,11 @@ def write_case(path: Path, image: Image, label: Label) -> None:
     part.replace(path)
 
 
-def write_slices(root: str | Path, case: str, image: Image, label: Label) -> list[str]:
-    """Write a volume (D, H, W) slice by slice; returns the slices' names, numbered from 1."""
-    names = [f"{case}_slice_{number}" for number in range(1, len(image) + 1)]
-    for name, image_slice, label_slice in zip(names, image, label, strict=True):
-        write_case(slice_path(root, name), image_slice, label_slice)
-    return names
-
-
-def load_slices(
-    root: str | Path,
-    names: Sequence[str],
-    size: int,
-    num_classes: int = 4,
-    intensities: tuple[float, float] | None = UNIT_RANGE,
-) -> Slices:
-    """The named slices, resized to `size` x `size`.
-
-    Raises InputError as `read_case`, or if one is not 2D or leaves the range of `intensities` (None: any).
-    """
-    images = torch.empty(len(names), 1, size, size, dtype=torch.float32)
-    labels = torch.empty(len(names), size, size, dtype=torch.uint8)
-    for i, name in enumerate(names):
-        path = slice_path(root, name)
-        image, label = read_case(path, num_classes)
-        _require_dimensions(path, image, "(H, W)")
-        _require_intensities(path, image, intensities)
-        images[i, 0] = torch.from_numpy(resize_nearest(image, (size, size)))
-        labels[i] = torch.from_numpy(resize_nearest(label, (size, size)))
-    return Slices(list(names), images, labels)
-
-
-def load_volumes(
-    root: str | Path,
-    names: Sequence[str],
-    num_classes: int = 4,
-    intensities: tuple[float, float] | None = UNIT_RANGE,
-) -> list[Volume]:
-    """The named volumes, each in its own size.
-
-    Raises InputError as `read_case`, or if one is not 3D or leaves the range of `intensities` (None: any).
-    """
-    volumes = []
-    for name in names:
-        path = volume_path(root, name)
-        image, label = read_case(path, num_classes)
-        _require_dimensions(path, image, "(D, H, W)")
-        _require_intensities(path, image, intensities)
-        volumes.append(Volume(name, image, label))
-    return volumes
-
-
-def resize_nearest(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A 2D array resized to `shape`, dtype kept. The same `order=0` for image and label, as SSL4MIS does."""
-    height, width = array.shape
-    return ndimage.zoom(array, (shape[0] / height, shape[1] / width), order=0)
-
-
-def check_files(root: str | Path, slices: Sequence[str], volumes: Sequence[str]) -> None:
+def check_files(paths: Iterable[Path]) -> None:
     """Raise InputError for the first missing file: seconds into a run, not after an hour of training."""
-    paths = [slice_path(root, name) for name in slices] + [volume_path(root, name) for name in volumes]
     for path in paths:
         if not path.is_file():
-            raise InputError(f"{path}: no such file; unpack or convert the data set into {root} first")
+            raise InputError(f"{path}: no such file; unpack or convert the data set first")
 
 
 def check_patients(splits: Mapping[str, Sequence[str]]) -> None:
@@ -224,19 +137,15 @@ def split_by_patients(names: Sequence[str], patients: int) -> tuple[list[str], l
     return labelled, unlabelled
 
 
-def slice_path(root: str | Path, name: str) -> Path:
-    """Where the layout keeps a 2D slice."""
-    return Path(root) / "data" / "slices" / f"{name}.h5"
-
-
-def volume_path(root: str | Path, name: str) -> Path:
-    """Where the layout keeps a volume."""
-    return Path(root) / "data" / f"{name}.h5"
-
-
 def patient_of(name: str) -> str:
     """The patient to whom a case or slice belongs: its name up to the first `_`."""
     return name.split("_")[0]
+
+
+def require_dimensions(path: Path, image: Image, axes: str) -> None:
+    """Raise InputError unless `image` has as many dimensions as `axes`, such as "(H, W)", names."""
+    if image.ndim != axes.count(",") + 1:
+        raise InputError(f"{path}: shape {image.shape} where {axes} was expected; is it in the right folder?")
 
 
 def _read_datasets(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -258,19 +167,3 @@ def _read_numbers(file: h5py.File, key: str) -> np.ndarray:
     if dataset.dtype.kind not in "iuf":
         raise TypeError(f"`{key}` holds {dataset.dtype}, not numbers")
     return dataset[()]
-
-
-def _require_dimensions(path: Path, image: Image, axes: str) -> None:
-    if image.ndim != axes.count(",") + 1:
-        raise InputError(f"{path}: shape {image.shape} where {axes} was expected; is it in the right folder?")
-
-
-def _require_intensities(path: Path, image: Image, intensities: tuple[float, float] | None) -> None:
-    if intensities is None:
-        return
-    low, high = intensities
-    if image.min() < low - RANGE_TOLERANCE or image.max() > high + RANGE_TOLERANCE:
-        raise InputError(
-            f"{path}: the image runs from {image.min():g} to {image.max():g}, outside [{low:g}, {high:g}]; "
-            f"convert this case again"
-        )

@@ -1,24 +1,17 @@
-"""Predict and score whole volumes the way the field does on ACDC: slice by slice, then in 3D.
-
-Protocol as in the public code of SSL4MIS and UniMatch: each slice is resized to the network's input size
-(nearest), predicted, arg-maxed and resized back (nearest); Dice and ASD are then taken over the whole volume,
-class by class.
-"""
+"""Score whole volumes the way the field does: Dice and ASD in 3D, class by class, then means."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from . import ranks
-from .data import Volume, resize_nearest
+from .data import Volume
 from .errors import InputError
 from .metrics import ClassScore, score
+from .modes import eval_mode as _eval_mode  # noqa: F401  (until sliding.py is there)
 
 
 @dataclass(frozen=True)
@@ -84,22 +77,18 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
+    segment: Callable[[np.ndarray], np.ndarray],
     volumes: Sequence[Volume],
-    *,
-    size: int,
     num_classes: int,
-    device: torch.device | str,
+    *,
     with_asd: bool = True,
 ) -> Evaluation:
     """Predict every volume and score it against its own label; with several ranks, each takes its share.
 
     Args:
-        model: (B, 1, size, size) float32 images -> (B, num_classes, size, size) logits; left as it was found.
-        volumes: with `name`, `image` (D, H, W) float32 and `label` (D, H, W) uint8.
-        size: side of the network's input, pixels.
+        segment: image float32 -> labels uint8 of the same shape.
+        volumes: with `name`, `image` float32 and `label` uint8 of one 3D shape.
         num_classes: number of classes, background included.
-        device: where the model lives.
         with_asd: False skips the ASD, which is most of the scoring time (validation during training).
 
     Raises:
@@ -110,99 +99,12 @@ def evaluate(
 
     def scored(volume: Volume) -> tuple[ClassScore, ...]:
         try:
-            prediction = segment_volume(model, volume.image, size, device)
-            return tuple(score(prediction, volume.label, num_classes, with_asd=with_asd))
+            return tuple(score(segment(volume.image), volume.label, num_classes, with_asd=with_asd))
         except InputError as error:
             raise InputError(f"{volume.name}: {error}") from None
 
     scores = ranks.shared_out(scored, volumes)
     return Evaluation(tuple(volume.name for volume in volumes), tuple(scores))
-
-
-def segment_volume(
-    model: nn.Module, volume_image: np.ndarray, size: int, device: torch.device | str, *, batch: int = 32
-) -> np.ndarray:
-    """The labels of `predict_volume` alone, which saves the softmax and half the resizing."""
-    (labels,) = _predicted(model, volume_image, size, device, batch, lambda logits: (_labels(logits),))
-    return labels
-
-
-def predict_volume(
-    model: nn.Module,
-    volume_image: np.ndarray,
-    size: int,
-    device: torch.device | str,
-    *,
-    batch: int = 32,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Segment one volume slice by slice, in eval mode.
-
-    Args:
-        model: (B, 1, size, size) float32 images -> (B, C, size, size) logits. The training flag of each
-            of its modules is put back afterwards.
-        volume_image: (D, H, W) float32.
-        size: side of the network's input, pixels.
-        device: where the model lives.
-        batch: slices per forward pass.
-
-    Returns:
-        Labels (D, H, W) uint8, and the entropy of the softmax (D, H, W) float32: in nats over log(C), so that
-        0 is certain and 1 uniform.
-
-    Raises:
-        InputError: when the image is not a (D, H, W) array with at least one voxel.
-    """
-    labels, entropy = _predicted(
-        model, volume_image, size, device, batch, lambda logits: (_labels(logits), _entropy(logits))
-    )
-    return labels, entropy
-
-
-def _predicted(
-    model: nn.Module,
-    volume_image: np.ndarray,
-    size: int,
-    device: torch.device | str,
-    batch: int,
-    read: Callable[[Tensor], tuple[Tensor, ...]],
-) -> list[np.ndarray]:
-    """What `read` makes of the logits, each (B, size, size), as (D, H, W) in the volume's own size."""
-    if volume_image.ndim != 3 or volume_image.size == 0:
-        raise InputError(f"image: expected (D, H, W) with at least one voxel, got {volume_image.shape}")
-    resized = torch.from_numpy(_resize(volume_image, (size, size)))
-    slices = resized.unsqueeze(1).to(memory_format=torch.channels_last)
-    with _eval_mode(model), torch.inference_mode():
-        parts = [read(model(chunk.to(device))) for chunk in slices.split(batch)]
-    height, width = volume_image.shape[1:]
-    return [_resize(torch.cat(part).cpu().numpy(), (height, width)) for part in zip(*parts, strict=True)]
-
-
-def _labels(logits: Tensor) -> Tensor:
-    """(B, C, H, W) logits -> (B, H, W) uint8."""
-    return logits.argmax(dim=1).to(torch.uint8)
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    """(B, C, H, W) logits -> (B, H, W) float32 in [0, 1]."""
-    probabilities = logits.float().softmax(dim=1)
-    entropy = torch.special.entr(probabilities).sum(dim=1) / math.log(logits.shape[1])
-    return entropy.clamp(max=1.0)
-
-
-def _resize(volume: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    return np.stack([resize_nearest(image, shape) for image in volume])
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, each module's own flag back afterwards: a frozen batch norm stays frozen."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _number(value: float) -> float | None:

@@ -28,12 +28,12 @@ METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E
 
 @dataclass(frozen=True)
 class Case:
-    """One slice, and what each method makes of it.
+    """One slice or volume, and what each method makes of it.
 
     Attributes:
-        image: (H, W) float.
-        reference: (H, W) integer labels, 0 the background.
-        predictions: method -> (labels (H, W), entropy (H, W) in [0, 1]); the same methods in every case.
+        image: float, 2D or 3D.
+        reference: integer labels in the image's shape, 0 the background.
+        predictions: method -> (labels, entropy in [0, 1]), both in that shape; the same methods in every case.
         name: printed beside the row.
     """
 
@@ -57,9 +57,11 @@ class RunLog:
     validation: Path | None = None
 
 
-def middle_slice(label: np.ndarray) -> int:
-    """Index of the slice with the most foreground of a (D, H, W) label volume: mid-ventricular in ACDC."""
-    return int(np.count_nonzero(label, axis=(1, 2)).argmax())
+def middle_slice(case: Case) -> Case:
+    """The slice with the most foreground of a (D, H, W) case: mid-ventricular in ACDC."""
+    z = int(np.count_nonzero(case.reference, axis=(1, 2)).argmax())
+    predictions = {name: (labels[z], entropy[z]) for name, (labels, entropy) in case.predictions.items()}
+    return Case(case.image[z], case.reference[z], predictions, case.name)
 
 
 def save_predictions(path: Path | str, cases: Sequence[Case], class_names: Sequence[str]) -> None:

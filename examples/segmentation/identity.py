@@ -12,11 +12,9 @@ from .recipe import Recipe
 
 Identity = dict[str, Any]
 
-BEFORE = {"compiled": False}
-"""What checkpoints mean that are older than a key."""
-
 
 def identity(
+    task: str,
     recipe: Recipe,
     patients: Sequence[str],
     amp: torch.dtype | None,
@@ -26,6 +24,7 @@ def identity(
     """Everything that decides a run's result but the hardware, as plain values for a checkpoint.
 
     Args:
+        task: name of the data set.
         recipe: what is run.
         patients: the labelled ones.
         amp: autocast dtype.
@@ -34,7 +33,7 @@ def identity(
     """
     digests = {f"{name}.list": _digest(names) for name, names in lists.items()}
     arithmetic = {"amp": str(amp), "compiled": compiled}
-    return {**recipe.to_dict(), "labelled patients": list(patients), **arithmetic, **digests}
+    return {"data set": task, **recipe.to_dict(), "labelled patients": list(patients), **arithmetic, **digests}
 
 
 def require_same(path: Path, theirs: Any, ours: Identity) -> None:
@@ -42,7 +41,7 @@ def require_same(path: Path, theirs: Any, ours: Identity) -> None:
     if not isinstance(theirs, Mapping):
         raise InputError(f"{path}: does not say which run it is of; choose another --out.")
     for key, value in ours.items():
-        found = theirs.get(key, BEFORE.get(key))
+        found = theirs.get(key)
         if found != value:
             raise InputError(
                 f"{path}: was made with {key}={found}, this run has {key}={value}; "

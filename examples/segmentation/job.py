@@ -1,31 +1,26 @@
-"""A whole job on an ACDC-like data set: load, train one run a method, score on the test volumes, table and pictures."""
+"""A whole job on a data set: load, train one run a method, score on the test volumes, table and pictures."""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from . import ranks
-from .data import (
-    Volume,
-    check_files,
-    check_patients,
-    load_slices,
-    load_volumes,
-    patient_of,
-    read_list,
-    split_by_patients,
-)
+from .components import largest_component
+from .data import Volume, check_files, check_patients, patient_of, read_list, split_by_patients
 from .errors import InputError
-from .evaluate import Evaluation, evaluate, predict_volume
-from .figures import Case, RunLog, middle_slice, save_curves, save_predictions
+from .evaluate import Evaluation, evaluate
+from .figures import Case, RunLog, save_curves
 from .identity import Identity, identity
+from .logs import counting
 from .recipe import Recipe
-from .report import ACDC_CLASSES, Row, print_table, write_json, write_markdown
+from .report import Row, print_table, write_json, write_markdown
+from .task import Scores, Task
 from .train import Progress, fit, resume
 from .trainer import Trainer
 
@@ -40,7 +35,8 @@ class Job:
     """What to do, with which data, and where.
 
     Attributes:
-        data: root of the h5 layout (see `data`).
+        task: the data set.
+        data: root of its files.
         patients: how many of the training patients count as labelled.
         recipes: one run each, in this order; they share everything but the method.
         device: where to train.
@@ -48,10 +44,13 @@ class Job:
         out: folder for one folder a run, and the table and pictures of all.
         old_runs: what to do about runs found in `out`.
         title: above the table.
+        stride: of the sliding window, if the task has one.
+        largest_component: whether of each predicted class only the largest connected component is kept.
         compiled: whether `torch.compile` makes the training passes; one process alone.
-        paper_share: labelled share whose published rows go below ours, or None.
+        published: scores to print below ours: method -> (Dice in percent, ASD in voxels).
     """
 
+    task: Task
     data: Path
     patients: int
     recipes: Sequence[Recipe]
@@ -60,8 +59,10 @@ class Job:
     out: Path
     old_runs: OldRuns
     title: str
+    stride: tuple[int, ...] | None = None
+    largest_component: bool = False
     compiled: bool = False
-    paper_share: int | None = None
+    published: Mapping[str, Scores] = field(default_factory=dict)
 
 
 def run(job: Job) -> list[Row]:
@@ -71,33 +72,31 @@ def run(job: Job) -> list[Row]:
         InputError: bad input, before any training.
         RunError: a loss is not finite.
     """
-    recipe = job.recipes[0]
+    task, recipe = job.task, job.recipes[0]
     _require_even_shares(recipe)
-    names = ranks.together(lambda: _read_lists(job.data))
-    labelled_names, unlabelled_names = split_by_patients(names["train_slices"], job.patients)
+    names = ranks.together(lambda: _read_lists(task, job.data))
+    labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients)
     folders = [job.out / r.method for r in job.recipes]
     ranks.on_main(lambda: _prepare_folders(folders, job))
 
     print(f"reading {job.data}", flush=True)
     labelled, unlabelled = ranks.together(
         lambda: [
-            load_slices(job.data, part, recipe.size, recipe.num_classes).to(job.device)
-            for part in (labelled_names, unlabelled_names)
+            task.read_training(job.data, part, recipe).to(job.device) for part in (labelled_names, unlabelled_names)
         ]
     )
-    validation, test = ranks.together(
-        lambda: [load_volumes(job.data, names[split], recipe.num_classes) for split in ("val", "test")]
-    )
+    splits = [names[split] if split else [] for split in (task.validation_list, task.test_list)]
+    validation, test = ranks.together(lambda: [task.read_volumes(job.data, split) for split in splits])
     print(
-        f"{len(labelled)} labelled slices of {job.patients} patient(s), {len(unlabelled)} unlabelled slices, "
+        f"{len(labelled)} labelled samples of {job.patients} patient(s), {len(unlabelled)} unlabelled ones, "
         f"{len(validation)} validation and {len(test)} test volumes",
         flush=True,
     )
 
     torch.backends.cudnn.benchmark = job.device.type == "cuda"  # every batch has the same shape
     patients = list(dict.fromkeys(map(patient_of, labelled_names)))
-    identities = [identity(r, patients, job.amp, names, job.compiled) for r in job.recipes]
-    trainers = [Trainer(r, labelled, unlabelled, job.device, job.amp, job.compiled) for r in job.recipes]
+    identities = [identity(task.name, r, patients, job.amp, names, job.compiled) for r in job.recipes]
+    trainers = [Trainer(task, r, labelled, unlabelled, job.device, job.amp, job.compiled) for r in job.recipes]
     found = ranks.together(
         lambda: [_resume(*of_run, job.old_runs) for of_run in zip(trainers, folders, identities, strict=True)]
     )
@@ -128,12 +127,14 @@ def _require_even_shares(recipe: Recipe) -> None:
             )
 
 
-def _read_lists(root: Path) -> dict[str, list[str]]:
+def _read_lists(task: Task, root: Path) -> dict[str, list[str]]:
     if root.is_file():
-        raise InputError(f"{root}: is a file; give the folder that holds the lists and `data`.")
-    names = {split: read_list(root / f"{split}.list") for split in ("train_slices", "val", "test")}
+        raise InputError(f"{root}: is a file; give the folder that holds the lists and the data.")
+    names = {split: read_list(root / f"{split}.list") for split in task.lists}
     check_patients(names)
-    check_files(root, names["train_slices"], names["val"] + names["test"])
+    for split in task.lists:
+        path = task.training_path if split == task.training_list else task.volume_path
+        check_files(path(root, name) for name in names[split])
     return names
 
 
@@ -168,13 +169,21 @@ def _resume(trainer: Trainer, folder: Path, run_identity: Identity, old_runs: Ol
 
 
 def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe) -> Evaluation:
-    print(f"{recipe.method}: scoring {len(volumes)} test volumes", flush=True)
-    return evaluate(model, volumes, size=recipe.size, num_classes=recipe.num_classes, device=job.device)
+    def segment(image: np.ndarray) -> np.ndarray:
+        labels = job.task.segment(model, image, recipe, job.stride, job.device)
+        count()
+        return largest_component(labels) if job.largest_component else labels
+
+    with counting(f"{recipe.method}: scoring test volumes", len(volumes)) as count:
+        return evaluate(segment, volumes, job.task.num_classes)
 
 
 def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation) -> dict[str, Any]:
     return {
+        "data_set": job.task.name,
         "recipe": recipe.to_dict(),
+        "stride": job.stride,
+        "largest_component": job.largest_component,
         "labelled_patients": job.patients,
         "device": _device_name(job.device),
         "amp": str(job.amp) if job.amp else None,
@@ -184,7 +193,7 @@ def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation
         "threads": torch.get_num_threads(),
         "seconds_per_iteration": progress.seconds / progress.iteration,
         "chosen_iteration": progress.best_iteration,
-        "validation_dice": progress.best_dice,
+        "validation_dice": progress.best_dice if job.task.validation_list else None,
         "test": evaluation.to_dict(),
     }
 
@@ -207,23 +216,21 @@ def _note(evaluation: Evaluation) -> str:
 
 def _report(job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[Volume], folders: list[Path]) -> None:
     recipe = job.recipes[0]
-    cases = [_case(volume, models, job, recipe) for volume in test[:: max(1, len(test) // PICTURED_CASES)]]
-    save_predictions(job.out / "predictions.png", cases[:PICTURED_CASES], ACDC_CLASSES)
+    pictured = test[:: max(1, len(test) // PICTURED_CASES)][:PICTURED_CASES]
+    job.task.draw(job.out, [_case(volume, models, job, recipe) for volume in pictured])
     logs = {
         LABELS[r.method]: RunLog(folder / "train.csv", folder / "validation.csv")
         for r, folder in zip(job.recipes, folders, strict=True)
     }
     save_curves(job.out / "curves.png", logs)
-    write_markdown(job.out / "table.md", rows, job.title, paper_share=job.paper_share)
-    print_table(rows, job.title, paper_share=job.paper_share)
+    write_markdown(job.out / "table.md", rows, job.title, job.task.classes, job.published)
+    print_table(rows, job.title, job.task.classes, job.published)
     print(f"table, pictures, logs and checkpoints: {job.out}")
 
 
 def _case(volume: Volume, models: dict[str, nn.Module], job: Job, recipe: Recipe) -> Case:
-    z = middle_slice(volume.label)
-    image = volume.image[z : z + 1]
     predictions = {}
     for name, model in models.items():
-        labels, entropy = predict_volume(model, image, recipe.size, job.device)
-        predictions[name] = (labels[0], entropy[0])
-    return Case(image[0], volume.label[z], predictions, volume.name.replace("_", "\n"))
+        labels, entropy = job.task.predict(model, volume.image, recipe, job.stride, job.device)
+        predictions[name] = (largest_component(labels) if job.largest_component else labels, entropy)
+    return Case(volume.image, volume.label, predictions, volume.name.replace("_", "\n"))

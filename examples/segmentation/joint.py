@@ -20,6 +20,7 @@ from gap_torch.losses import wide
 
 from . import ranks
 from .networks import dropout_mask
+from .vnet import ChannelDropout, channel_mask
 
 
 def joint(model: nn.Module) -> nn.Module:
@@ -73,6 +74,8 @@ def _with_joint_layers(network: nn.Module) -> nn.Module:
     for layer in network.modules():
         if isinstance(layer, nn.Dropout):
             layer.__class__ = JointDropout
+        elif isinstance(layer, ChannelDropout):
+            layer.__class__ = JointChannelDropout
         elif isinstance(layer, _BatchNorm) and on_cpu:
             layer.__class__ = JointBatchNorm
     return network if on_cpu else nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -89,6 +92,16 @@ class JointDropout(nn.Dropout):
             return input
         batch = torch.cat([input.detach()] * ranks.world())  # in the memory format of `input`
         return input * dropout_mask(batch, self.p).unflatten(0, (ranks.world(), -1))[ranks.rank()]
+
+
+class JointChannelDropout(ChannelDropout):
+    """The same for whole channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return input
+        batch = input.new_empty(ranks.world() * len(input), input.shape[1], 1, 1, 1)
+        return input * channel_mask(batch, self.p).unflatten(0, (ranks.world(), -1))[ranks.rank()]
 
 
 class JointBatchNorm(_BatchNorm):

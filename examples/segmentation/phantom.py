@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from .data import Image, Label, volume_path, write_case, write_list, write_slices
+from .data import Image, Label, write_case, write_list
 from .errors import InputError
+from .slices import volume_path, write_slices
 
 RV, MYOCARDIUM, LV = 1, 2, 3
 FRAMES = ("frame01", "frame02")  # end-diastole, end-systole

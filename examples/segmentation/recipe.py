@@ -1,4 +1,4 @@
-"""What a run is made of, in one frozen record, and the presets."""
+"""What a run is made of, in one frozen record."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,14 +8,15 @@ from .errors import InputError
 
 Method = Literal["supervised", "fixmatch", "gapmatch"]
 METHODS: tuple[Method, ...] = ("supervised", "fixmatch", "gapmatch")
-AT_LEAST_ONE = ("iterations", "size", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
+AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
+HALVINGS = 4  # of the image on its way down the UNet and the V-Net
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run's result but the data, the split and the hardware.
+    """Everything that decides a run's weights but the data, the split and the hardware.
 
-    Defaults are the field's common recipe (`--preset paper`).
+    Defaults are the field's common recipe for ACDC; presets say where they differ (`task.Task.presets`).
     """
 
     method: Method = "gapmatch"
@@ -23,11 +24,10 @@ class Recipe:
     iterations: int = 30_000
 
     # data and network
-    size: int = 256
-    """Height and width of the network's input in pixels."""
-    num_classes: int = 4
+    size: tuple[int, ...] = (256, 256)
+    """Of the network's input in pixels or voxels."""
     width: int = 16
-    """Channels of the UNet's first level."""
+    """Channels of the network's first level."""
     labelled_batch: int = 12
     unlabelled_batch: int = 12
 
@@ -50,8 +50,8 @@ class Recipe:
     # the weights that are scored
     average_decay: float = 0.0
     """Of an exponential moving average over iterations; 0 scores the trained weights themselves."""
-    statistics_slices: int = 0
-    """Slices over which batch-norm statistics are taken anew before scoring; 0 keeps the running ones."""
+    statistics_samples: int = 0
+    """Slices or crops over which batch-norm statistics are taken anew before scoring; 0 keeps the running ones."""
 
     # bookkeeping
     validate_every: int = 500
@@ -61,12 +61,14 @@ class Recipe:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.size % 16:
-            raise InputError(f"size must be a multiple of 16 (the UNet halves it four times), not {self.size}.")
+        if any(side < 1 or side % 2**HALVINGS for side in self.size):
+            raise InputError(
+                f"size must be multiples of {2**HALVINGS} (the network halves it {HALVINGS} times), not {self.size}."
+            )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be between 0 and 2**32 - 1, not {self.seed}.")
-        if self.statistics_slices < 0:
-            raise InputError(f"statistics_slices must not be negative, not {self.statistics_slices}.")
+        if self.statistics_samples < 0:
+            raise InputError(f"statistics_samples must not be negative, not {self.statistics_samples}.")
         if not 0 <= self.average_decay < 1:
             raise InputError(f"average_decay must be at least 0 and below 1, not {self.average_decay}.")
         for name in ("lr", "eps", "alpha"):
@@ -80,27 +82,10 @@ class Recipe:
         return asdict(self)
 
 
-# The reduced recipe for a CPU. At this length cross-entropy on confident background threatens to win over the heart,
+# The reduced recipe for a CPU. At this length cross-entropy on confident background threatens to win over the organ,
 # and running statistics and single weights are too noisy to compare methods by (docs/acdc.md).
 REDUCED: dict[str, Any] = {
     "unlabelled_loss": "dice",
     "average_decay": 0.99,
-    "statistics_slices": 240,
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "cpu": {**REDUCED, "size": 128, "iterations": 1_500, "validate_every": 100},
-    "phantom": {
-        **REDUCED,
-        "size": 64,
-        "width": 8,
-        "iterations": 400,
-        "labelled_batch": 6,
-        "unlabelled_batch": 6,
-        "lr": 0.03,
-        "eps": 0.05,  # of 0.02, 0.05 and 0.1 the best on the phantom's validation volumes
-        "average_decay": 0.95,
-        "validate_every": 50,
-    },
+    "statistics_samples": 240,
 }

@@ -14,16 +14,7 @@ from rich.table import Table
 
 from .errors import InputError
 from .evaluate import Evaluation
-
-ACDC_CLASSES = ("RV", "Myo", "LV")
-
-# ACDC in the GapMatch paper (Huang et al., AAAI 2025), Table 1, rows LS, FS (as 100 %) and GapMatch:
-# labelled share in percent -> (Dice in percent, ASD in voxels). It prints no row for FixMatch alone.
-PAPER_ACDC: dict[str, dict[int, tuple[float, float]]] = {
-    "Supervised": {1: (27.7, 32.6), 5: (56.6, 6.15), 10: (83.8, 2.84), 100: (91.5, 0.57)},
-    "GapMatch": {1: (86.8, 0.81), 5: (88.8, 0.64), 10: (90.1, 0.39)},
-}
-
+from .task import Scores
 
 class Row(NamedTuple):
     """One line of the table.
@@ -46,9 +37,8 @@ class Row(NamedTuple):
 def print_table(
     rows: Sequence[Row],
     title: str,
-    *,
-    class_names: Sequence[str] = ACDC_CLASSES,
-    paper_share: int | None = None,
+    class_names: Sequence[str],
+    published: Mapping[str, Scores] | None = None,
 ) -> None:
     """Print the results to stdout: coloured in a terminal, plain text that fits a log elsewhere.
 
@@ -56,13 +46,13 @@ def print_table(
         rows: one per method.
         title: printed above.
         class_names: one per foreground class; their columns hold its Dice.
-        paper_share: labelled share in percent (1, 5, 10 or 100) whose published ACDC rows go below.
+        published: scores of the paper that go below, by method.
 
     Raises:
-        InputError: when a row lacks a score, has another number of classes, or the paper has no such share.
+        InputError: when a row lacks a score, has another number of classes.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    header, *body = _cells(rows, class_names, paper_share)
+    header, *body = _cells(rows, class_names, published or {})
     for name in header:
         text = name in ("Method", "Note")
         table.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold")
@@ -77,16 +67,15 @@ def write_markdown(
     path: Path | str,
     rows: Sequence[Row],
     title: str,
-    *,
-    class_names: Sequence[str] = ACDC_CLASSES,
-    paper_share: int | None = None,
+    class_names: Sequence[str],
+    published: Mapping[str, Scores] | None = None,
 ) -> str:
     """Write the table of `print_table` as Markdown, atomically, and return it.
 
     Raises:
         InputError: as `print_table`, or when `path` cannot be written.
     """
-    header, *body = _cells(rows, class_names, paper_share)
+    header, *body = _cells(rows, class_names, published or {})
     rule = [":--" if name in ("Method", "Note") else "--:" for name in header]
     lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (header, rule, *body)]
     text = "\n".join([f"**{title}**", "", *lines, ""])
@@ -109,7 +98,7 @@ def write_json(path: Path | str, obj: Any) -> None:
     _write_atomically(Path(path), text)
 
 
-def _cells(rows: Sequence[Row], class_names: Sequence[str], paper_share: int | None) -> list[list[str]]:
+def _cells(rows: Sequence[Row], class_names: Sequence[str], published: Mapping[str, Scores]) -> list[list[str]]:
     """The table as text, header first. Columns that no row fills are left out."""
     header = [
         "Method",
@@ -121,7 +110,9 @@ def _cells(rows: Sequence[Row], class_names: Sequence[str], paper_share: int | N
         "Iteration",
         "Note",
     ]
-    body = [_line(Row(*row), class_names) for row in rows] + _paper_lines(paper_share, len(header))
+    body = [_line(Row(*row), class_names) for row in rows]
+    for method, (dice, asd) in published.items():
+        body.append([f"{method} (paper)", f"{dice:g}", f"{asd:g}"] + [""] * (len(header) - 3))
     used = [i for i in range(len(header)) if i < len(class_names) + 4 or any(line[i] for line in body)]
     return [[line[i] for i in used] for line in (header, *body)]
 
@@ -143,16 +134,6 @@ def _line(row: Row, class_names: Sequence[str]) -> list[str]:
         "" if row.iteration is None else f"{row.iteration:,}",
         row.note,
     ]
-
-
-def _paper_lines(share: int | None, width: int) -> list[list[str]]:
-    if share is None:
-        return []
-    published = {method: scores[share] for method, scores in PAPER_ACDC.items() if share in scores}
-    if not published:
-        raise InputError(f"paper_share: the paper has no ACDC row at {share} %, only at 1, 5, 10 and 100")
-    lines = [[f"{method} (paper)", f"{dice:g}", f"{asd:g}"] for method, (dice, asd) in published.items()]
-    return [line + [""] * (width - len(line)) for line in lines]
 
 
 def _finite(obj: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 
 from . import checkpoint, ranks
@@ -27,6 +28,7 @@ class Progress:
     validated: int = 0
     """The last iteration that was validated."""
     best_iteration: int = 0
+    """The one whose weights are kept: the best on validation, or the last where there is none."""
     best_dice: float = -1.0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
@@ -35,7 +37,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run hands on: its best model on validation, and its progress."""
+    """What a finished run hands on: the model to score, and its progress."""
 
     model: nn.Module
     progress: Progress
@@ -53,7 +55,7 @@ def fit(
 
     Args:
         trainer: a fresh one, or one that `resume` has filled.
-        validation: volumes to choose the iteration on.
+        validation: volumes to choose the iteration on; without any the last one is kept.
         folder: where to write; it exists.
         identity: of this run, for `last.pt`.
         progress: what `resume` returned; None starts from zero.
@@ -63,7 +65,7 @@ def fit(
     """
     recipe, progress = trainer.recipe, progress or Progress()
     log = RunLog(folder, recipe.method, progress.iteration, recipe.iterations) if ranks.is_main() else Log()
-    if progress.validated:
+    if progress.best_weights:
         _export_best(folder, trainer, progress)  # `last.pt` is right where the two differ
     try:
         with interruptible() as interrupted:
@@ -97,7 +99,7 @@ def resume(trainer: Trainer, folder: Path, identity: Identity) -> Progress | Non
     require_same(path, content.get("identity"), identity)
     try:
         progress = Progress(**content["progress"])
-        if progress.validated:
+        if progress.best_weights:
             trainer.model.load_state_dict(progress.best_weights)  # they fit, or we want to know now
         trainer.load_state_dict(content["state"])
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
@@ -130,21 +132,27 @@ def _require_finite(numbers: dict[str, float], iteration: int) -> None:
 
 
 def _validate(trainer: Trainer, validation: list[Volume], progress: Progress, log: Log, folder: Path) -> None:
-    recipe, model = trainer.recipe, trainer.scored_model()
-    dice = evaluate(
-        model,
-        validation,
-        size=recipe.size,
-        num_classes=recipe.num_classes,
-        device=trainer.device,
-        with_asd=False,
-    ).dice
     progress.validated = progress.iteration
-    if dice > progress.best_dice:
+    if not validation and progress.iteration < trainer.recipe.iterations:
+        return
+    model = trainer.scored_model()
+    dice = _dice(model, trainer, validation) if validation else progress.best_dice
+    if dice > progress.best_dice or not validation:
         progress.best_dice, progress.best_iteration = dice, progress.iteration
         progress.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
         _export_best(folder, trainer, progress)
-    log.validated(progress.iteration, dice, progress.best_dice)
+    if validation:
+        log.validated(progress.iteration, dice, progress.best_dice)
+
+
+def _dice(model: nn.Module, trainer: Trainer, volumes: list[Volume]) -> float:
+    """Mean Dice in percent."""
+    task = trainer.task
+
+    def segment(image: np.ndarray) -> np.ndarray:
+        return task.segment(model, image, trainer.recipe, task.stride, trainer.device)
+
+    return evaluate(segment, volumes, task.num_classes, with_asd=False).dice
 
 
 def _save_last(folder: Path, trainer: Trainer, progress: Progress, identity: Identity) -> None:

@@ -9,13 +9,11 @@ from gap_torch import GAPWrapper
 from gap_torch.consistency import CutMix, FixMatch
 from gap_torch.losses import ce_dice_loss, dice_loss
 
-from .augment import Strong, Weak
 from .average import Average, with_statistics_of
 from .batches import ShuffledStream, mix
-from .data import Slices
 from .joint import joint
-from .networks import UNet
 from .recipe import Recipe
+from .task import Pool, Task
 
 UNLABELLED_LOSSES = {"ce_dice": ce_dice_loss, "dice": dice_loss}
 
@@ -29,7 +27,12 @@ class Autocast(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return self.network(images.contiguous(memory_format=torch.channels_last))
+            return self.network(images.contiguous(memory_format=channels_last(images.ndim - 2)))
+
+
+def channels_last(dimensions: int) -> torch.memory_format:
+    """Of images in the plane or in space; the faster layout for both networks (docs/performance.md)."""
+    return torch.channels_last if dimensions == 2 else torch.channels_last_3d
 
 
 class Trainer:
@@ -39,9 +42,10 @@ class Trainer:
     had not been, and runs of different methods see the same batches in the same order.
 
     Args:
+        task: the data set.
         recipe: what to run.
-        labelled: slices with labels to learn from.
-        unlabelled: slices whose labels are never looked at.
+        labelled: samples with labels to learn from.
+        unlabelled: samples whose labels are never looked at.
         device: where to train.
         amp: autocast dtype (bfloat16 or float16), or None for float32.
         compiled: whether `torch.compile` makes the training passes. One process alone; scoring stays eager, since
@@ -50,23 +54,23 @@ class Trainer:
 
     def __init__(
         self,
+        task: Task,
         recipe: Recipe,
-        labelled: Slices,
-        unlabelled: Slices,
+        labelled: Pool,
+        unlabelled: Pool,
         device: torch.device,
         amp: torch.dtype | None,
         compiled: bool = False,
     ) -> None:
-        self.recipe, self.device = recipe, device
-        self.images, self.labels = labelled.images.to(device), labelled.labels.to(device)
-        self.unlabelled = unlabelled.images.to(device)
+        self.task, self.recipe, self.device = task, recipe, device
+        self.labelled, self.unlabelled = labelled.to(device), unlabelled.to(device)
         self.statistics_images = self._statistics_images()
-        self.labelled_stream = ShuffledStream(len(labelled), recipe.labelled_batch, recipe.seed, device)
-        self.unlabelled_stream = ShuffledStream(len(unlabelled), recipe.unlabelled_batch, recipe.seed + 1, device)
+        self.labelled_stream = ShuffledStream(len(labelled), recipe.labelled_batch, recipe.seed)
+        self.unlabelled_stream = ShuffledStream(len(unlabelled), recipe.unlabelled_batch, recipe.seed + 1)
 
         torch.manual_seed(recipe.seed)
-        network = UNet(num_classes=recipe.num_classes, width=recipe.width)
-        self.model = Autocast(network.to(device).to(memory_format=torch.channels_last), amp)
+        network = task.network(recipe).to(device)
+        self.model = Autocast(network.to(memory_format=channels_last(len(recipe.size))), amp)
         self.joint = joint(self.model)
         """What the training passes go through; shares its parameters with `model`."""
         if compiled:
@@ -77,10 +81,10 @@ class Trainer:
         self.optimizer = GAPWrapper(base, recipe.eps, recipe.alpha)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = Average(self.model, recipe.average_decay)
-        self.weak = Weak()
+        self.weak = task.weak()
         self.method = FixMatch(
             self.weak,
-            Strong(),
+            task.strong(),
             recipe.tau,
             cutmix=CutMix(),
             loss=UNLABELLED_LOSSES[recipe.unlabelled_loss],
@@ -91,8 +95,8 @@ class Trainer:
         """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device."""
         torch.manual_seed(mix(self.recipe.seed, iteration))
         self._set_learning_rate(iteration)
-        index = self.labelled_stream[iteration]
-        images, labels = self.weak.with_labels(self.images[index], self.labels[index])
+        batch = self.labelled.batch(self.labelled_stream[iteration], self._choices(iteration))
+        images, labels = self.weak.with_labels(*batch)
         values = {} if self.recipe.method == "supervised" else self._consistency(iteration)
 
         loss = ce_dice_loss(self.joint(images), labels.long())
@@ -113,7 +117,8 @@ class Trainer:
     def _consistency(self, iteration: int) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
         model, method, optimizer = self.joint, self.method, self.optimizer
-        views = method.prepare(model, self.unlabelled[self.unlabelled_stream[iteration]])
+        images, _ = self.unlabelled.batch(self.unlabelled_stream[iteration], self._choices(iteration))
+        views = method.prepare(model, images)
         loss = method.loss(model, views)
         self.scaler.scale(loss).backward()
         values = {"loss_unlabelled": loss.detach(), "confident": views.confident.float().mean()}
@@ -127,6 +132,10 @@ class Trainer:
             values["grad_norm"] = optimizer.grad_norm / scale
         return values
 
+    def _choices(self, iteration: int) -> torch.Generator:
+        """For what a batch chooses at random on the host, the same for all methods."""
+        return torch.Generator().manual_seed(mix(self.recipe.seed, iteration))
+
     def to_host(self, values: dict[str, Tensor]) -> dict[str, float]:
         """What `step` returned as numbers, and its learning rate; one copy, which waits for the device."""
         numbers = torch.stack([value.float() for value in values.values()]).tolist()
@@ -137,15 +146,23 @@ class Trainer:
         model = self.average.module if self.recipe.average_decay else self.model
         if self.statistics_images is None:
             return model
-        return with_statistics_of(model, self.statistics_images.split(24))
+        batch = self.recipe.labelled_batch + self.recipe.unlabelled_batch
+        return with_statistics_of(model, self.statistics_images.split(batch))
 
     def _statistics_images(self) -> Tensor | None:
         """Randomly chosen ones of all, labelled and unlabelled; None where the running statistics stay."""
-        if not self.recipe.statistics_slices:
+        count = self.recipe.statistics_samples
+        if not count:
             return None
-        images = [*self.images, *self.unlabelled]
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.recipe.seed))
-        return torch.stack([images[i] for i in order[: self.recipe.statistics_slices].tolist()])
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        order = torch.randperm(len(self.labelled) + len(self.unlabelled), generator=generator)[:count]
+        return torch.cat([self._sample(index, generator) for index in order.tolist()])
+
+    def _sample(self, index: int, generator: torch.Generator) -> Tensor:
+        """An image of both pools, the labelled ones first, as a batch of one."""
+        unlabelled = index - len(self.labelled)
+        pool, index = (self.labelled, index) if unlabelled < 0 else (self.unlabelled, unlabelled)
+        return pool.batch(torch.tensor([index]), generator)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next iteration depends on."""

@@ -17,7 +17,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_recipe() -> Recipe:
     return Recipe(
-        size=32,
+        size=(32, 32),
         width=2,
         labelled_batch=3,
         unlabelled_batch=3,
@@ -26,5 +26,5 @@ def tiny_recipe() -> Recipe:
         log_every=1,
         tau=0.3,
         average_decay=0.5,
-        statistics_slices=4,
+        statistics_samples=4,
     )

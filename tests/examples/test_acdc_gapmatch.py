@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import acdc_gapmatch
@@ -11,28 +12,28 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from segmentation import job
-from segmentation import recipe as recipes
+from segmentation import cli, job
 from segmentation.errors import InputError
 from segmentation.evaluate import Evaluation
 from segmentation.metrics import ClassScore
+from segmentation.recipe import Recipe
 
 TINY = {
-    "size": 32,
+    "size": (32, 32),
     "width": 2,
     "iterations": 4,
     "labelled_batch": 2,
     "unlabelled_batch": 2,
     "validate_every": 2,
     "log_every": 1,
-    "statistics_slices": 4,
+    "statistics_samples": 4,
     "average_decay": 0.5,
 }
 
 
 @pytest.fixture(autouse=True)
 def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(recipes.PRESETS, "cpu", TINY)
+    monkeypatch.setitem(acdc_gapmatch.ACDC.presets, "cpu", TINY)
 
 
 @pytest.fixture
@@ -218,14 +219,15 @@ def test_the_phantom_starts_anew_in_its_own_folder_alone(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(acdc_gapmatch, "write_phantom", lambda root: shutil.copytree(data, root, dirs_exist_ok=True))
-    monkeypatch.setitem(recipes.PRESETS, "phantom", TINY)
+    small = replace(acdc_gapmatch.ACDC, write_phantom=lambda root: shutil.copytree(data, root, dirs_exist_ok=True))
+    monkeypatch.setattr(acdc_gapmatch, "ACDC", small)
+    monkeypatch.setitem(acdc_gapmatch.ACDC.presets, "phantom", TINY)
     quickstart = ["--device", "cpu", "--method", "fixmatch"]
     for iterations in ("4", "2"):
         assert acdc_gapmatch.main([*quickstart, "--iterations", iterations]) == 0
-    result = json.loads(Path("runs/phantom/fixmatch/result.json").read_text())
+    result = json.loads(Path("runs/acdc-phantom/fixmatch/result.json").read_text())
     assert result["recipe"]["iterations"] == 2
-    assert len(list(Path("runs/phantom/fixmatch/tensorboard").iterdir())) == 1
+    assert len(list(Path("runs/acdc-phantom/fixmatch/tensorboard").iterdir())) == 1
 
     real = ["--data", str(data), "--patients", "1", *quickstart]
     assert acdc_gapmatch.main(real) == 0
@@ -283,7 +285,7 @@ def test_it_says_where_it_resumes(data: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_divergence_is_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setitem(recipes.PRESETS, "cpu", {**TINY, "lr": 1e30, "iterations": 40})
+    monkeypatch.setitem(acdc_gapmatch.ACDC.presets, "cpu", {**TINY, "lr": 1e30, "iterations": 40})
     assert _run(data, tmp_path / "out", "--method", "supervised") == 2
     _assert_one_line(capsys, "loss_labelled is nan at iteration")
 
@@ -302,14 +304,14 @@ def test_a_collapse_is_noted(empty: int, note: str) -> None:
     scores = [ClassScore(0.0, 0.0, empty=i < empty) for i in range(6)]
     evaluation = Evaluation(("a", "b"), (tuple(scores[:3]), tuple(scores[3:])))
     progress = job.Progress(iteration=1, validated=1)
-    assert job._row(recipes.Recipe(), progress, evaluation).note == note
+    assert job._row(Recipe(), progress, evaluation).note == note
 
 
 def test_a_checkpoint_from_another_network(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert _run(data, tmp_path / "out") == 0
-    monkeypatch.setitem(recipes.PRESETS, "cpu", {**TINY, "width": 4})
+    monkeypatch.setitem(acdc_gapmatch.ACDC.presets, "cpu", {**TINY, "width": 4})
     assert _run(data, tmp_path / "out", "--resume") == 2
     assert "width" in capsys.readouterr().err
 
@@ -322,7 +324,7 @@ def test_a_damaged_checkpoint(data: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_without_data_it_makes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(recipes.PRESETS, "phantom", TINY)
+    monkeypatch.setitem(acdc_gapmatch.ACDC.presets, "phantom", TINY)
     assert acdc_gapmatch.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
     for method in ("fixmatch", "gapmatch"):
         assert (tmp_path / method / "result.json").is_file()
@@ -347,19 +349,19 @@ def test_amp_off_is_another_name_for_none(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("choice", "pays", "expected"), [("on", False, True), ("off", True, False)])
 def test_compile_is_as_asked(choice: str, pays: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acdc_gapmatch, "COMPILE_PAYS", {"cpu"} if pays else set())
-    assert acdc_gapmatch._compiled(choice, torch.device("cpu")) == expected
+    monkeypatch.setattr(cli, "COMPILE_PAYS", {"cpu"} if pays else set())
+    assert cli._compiled(choice, torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_compile_auto_is_on_where_it_pays(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acdc_gapmatch, "COMPILE_PAYS", {"cpu"} if pays else set())
-    assert acdc_gapmatch._compiled("auto", torch.device("cpu")) == pays
+    monkeypatch.setattr(cli, "COMPILE_PAYS", {"cpu"} if pays else set())
+    assert cli._compiled("auto", torch.device("cpu")) == pays
 
 
 def test_several_processes_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acdc_gapmatch, "COMPILE_PAYS", {"cpu"})
-    monkeypatch.setattr(acdc_gapmatch.ranks, "world", lambda: 2)
-    assert not acdc_gapmatch._compiled("auto", torch.device("cpu"))
+    monkeypatch.setattr(cli, "COMPILE_PAYS", {"cpu"})
+    monkeypatch.setattr(cli.ranks, "world", lambda: 2)
+    assert not cli._compiled("auto", torch.device("cpu"))
     with pytest.raises(InputError, match="--compile on"):
-        acdc_gapmatch._compiled("on", torch.device("cpu"))
+        cli._compiled("on", torch.device("cpu"))

@@ -8,16 +8,9 @@ import nibabel
 import numpy as np
 import pytest
 from segmentation.convert_acdc import convert, main, read_frame, split_patients
-from segmentation.data import (
-    load_slices,
-    load_volumes,
-    read_case,
-    read_list,
-    slice_path,
-    volume_path,
-    write_list,
-)
+from segmentation.data import read_case, read_list, write_list
 from segmentation.errors import InputError
+from segmentation.slices import load_slices, load_volumes, slice_path, volume_path
 
 SHAPE = (6, 5, 3)  # NIfTI's (X, Y, Z)
 
@@ -70,7 +63,7 @@ def test_given_lists_decide_split_and_order(official, lists, tmp_path):
         assert read_list(out / f"{split}.list") == read_list(lists / f"{split}.list")
     slices = read_list(out / "train_slices.list")
     assert slices[:4] == [f"patient004_frame{n}" for n in ("01_slice_1", "01_slice_2", "01_slice_3", "02_slice_1")]
-    assert len(load_slices(out, slices, size=8)) == 2 * 2 * 3
+    assert len(load_slices(out, slices, size=(8, 8))) == 2 * 2 * 3
     assert sorted(p.name for p in (out / "data").glob("*.h5")) == [
         f"patient{p}_frame{f}.h5" for p in ("002", "003") for f in ("01", "02")
     ]

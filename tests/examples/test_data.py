@@ -10,20 +10,15 @@ import torch
 from segmentation.data import (
     check_files,
     check_patients,
-    load_slices,
-    load_volumes,
     patients_for_share,
     read_case,
     read_list,
-    resize_nearest,
-    slice_path,
     split_by_patients,
-    volume_path,
     write_case,
     write_list,
-    write_slices,
 )
 from segmentation.errors import InputError
+from segmentation.slices import load_slices, load_volumes, resize_nearest, slice_path, volume_path, write_slices
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 SLICE = (5, 7)
@@ -187,7 +182,7 @@ def test_a_truncated_case_is_refused(tmp_path, case, kept):
 def test_slices_are_resized_by_nearest_neighbour_alike(tmp_path, rng):
     label = rng.integers(0, 4, (6, 10), dtype=np.uint8)
     write_case(slice_path(tmp_path, "p_f_slice_1"), label.astype(np.float32) / 3, label)
-    slices = load_slices(tmp_path, ["p_f_slice_1"], size=16)
+    slices = load_slices(tmp_path, ["p_f_slice_1"], size=(16, 16))
     assert len(slices) == 1
     assert slices.names == ["p_f_slice_1"]
     assert (slices.images.shape, slices.images.dtype) == ((1, 1, 16, 16), torch.float32)
@@ -202,7 +197,7 @@ def test_slices_keep_the_order_of_their_names(tmp_path):
             spoiled(value).astype(np.float32),
             spoiled(value).astype(np.uint8),
         )
-    slices = load_slices(tmp_path, ["s2", "s0", "s1"], size=8, intensities=None)
+    slices = load_slices(tmp_path, ["s2", "s0", "s1"], size=(8, 8), intensities=None)
     assert slices.labels.amax((1, 2)).tolist() == [2, 0, 1]
     assert slices.images.amax((1, 2, 3)).tolist() == [2, 0, 1]
 
@@ -236,7 +231,7 @@ def test_write_slices_numbers_from_one(tmp_path, case):
 def test_a_file_of_the_wrong_dimensions_is_refused(tmp_path, case):
     write_case(slice_path(tmp_path, "a"), *case)
     with pytest.raises(InputError, match=r"a\.h5: shape \(3, 5, 7\) where \(H, W\)"):
-        load_slices(tmp_path, ["a"], size=8)
+        load_slices(tmp_path, ["a"], size=(8, 8))
     write_case(volume_path(tmp_path, "a"), case[0][0], case[1][0])
     with pytest.raises(InputError, match=r"a\.h5: shape \(5, 7\) where \(D, H, W\)"):
         load_volumes(tmp_path, ["a"])
@@ -250,7 +245,7 @@ def test_intensities_out_of_range_are_refused_unless_any_are_welcome(tmp_path, c
     with pytest.raises(InputError, match=r"a\.h5: the image runs from .* outside \[0, 1\]"):
         load_volumes(tmp_path, ["a"])
     with pytest.raises(InputError, match=r"a_slice_2\.h5: the image runs from"):
-        load_slices(tmp_path, ["a_slice_1", "a_slice_2"], size=8)
+        load_slices(tmp_path, ["a_slice_1", "a_slice_2"], size=(8, 8))
     assert load_volumes(tmp_path, ["a"], intensities=None)[0].image[1, 2, 3] == np.float32(value)
 
 
@@ -266,17 +261,18 @@ def test_num_classes_reaches_the_files(tmp_path, case):
     with pytest.raises(InputError, match="2 classes"):
         load_volumes(tmp_path, ["a"], num_classes=2)
     with pytest.raises(InputError, match="2 classes"):
-        load_slices(tmp_path, ["a_slice_1"], size=8, num_classes=2)
+        load_slices(tmp_path, ["a_slice_1"], size=(8, 8), num_classes=2)
 
 
 def test_check_files_names_the_first_missing_file(tmp_path, case):
     names = write_slices(tmp_path, "a", *case)
     write_case(volume_path(tmp_path, "b"), *case)
-    check_files(tmp_path, names, ["b"])
+    check_files([slice_path(tmp_path, name) for name in names])
+    check_files([volume_path(tmp_path, "b")])
     with pytest.raises(InputError, match=r"slices.c\.h5: no such file"):
-        check_files(tmp_path, [*names, "c"], ["d"])
+        check_files([slice_path(tmp_path, name) for name in (*names, "c")])
     with pytest.raises(InputError, match=r"data.d\.h5: no such file"):
-        check_files(tmp_path, names, ["b", "d"])
+        check_files([volume_path(tmp_path, name) for name in ("b", "d")])
 
 
 # The labelled share

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from scipy.ndimage import zoom
 from segmentation.data import Volume
 from segmentation.errors import InputError
-from segmentation.evaluate import Evaluation, evaluate, predict_volume
+from segmentation.evaluate import Evaluation, evaluate
 from segmentation.metrics import ClassScore
+from segmentation.slicewise import predict_volume, segment_volume
 from torch import nn
 
 
@@ -30,6 +32,9 @@ class Threshold(nn.Module):
         return self.sharpness * nn.functional.one_hot(classes, 4).movedim(-1, 1).float()
 
 
+SEGMENT = partial(segment_volume, Threshold(), size=(16, 16), device="cpu")
+
+
 def image_of(labels: np.ndarray) -> np.ndarray:
     return ((labels + 0.5) / 4).astype(np.float32)
 
@@ -42,7 +47,7 @@ def random_labels(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 def test_each_slice_is_resized_predicted_and_resized_back(shape):
     labels, size = random_labels(shape), 32
     model = Threshold()
-    prediction, entropy = predict_volume(model, image_of(labels), size, "cpu")
+    prediction, entropy = predict_volume(model, image_of(labels), (size, size), "cpu")
     expected = [
         zoom(zoom(x, (size / shape[1], size / shape[2]), order=0), (shape[1] / size, shape[2] / size), order=0)
         for x in labels
@@ -57,8 +62,8 @@ def test_each_slice_is_resized_predicted_and_resized_back(shape):
 def test_slices_go_through_in_batches_and_the_result_is_the_same():
     image = image_of(random_labels((5, 16, 16)))
     model = Threshold()
-    whole = predict_volume(model, image, 16, "cpu")
-    split = predict_volume(model, image, 16, "cpu", batch=2)
+    whole = predict_volume(model, image, (16, 16), "cpu")
+    split = predict_volume(model, image, (16, 16), "cpu", batch=2)
     assert [len(batch) for batch in model.batches] == [5, 2, 2, 1]
     for a, b in zip(whole, split, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -68,7 +73,7 @@ def test_slices_go_through_in_batches_and_the_result_is_the_same():
 def test_entropy_runs_from_certain_to_uniform(sharpness, expected):
     if expected is None:  # softmax of (log 3, 0, 0, 0) is (1/2, 1/6, 1/6, 1/6)
         expected = (0.5 * math.log(2) + 0.5 * math.log(6)) / math.log(4)
-    _, entropy = predict_volume(Threshold(sharpness), image_of(random_labels((2, 8, 8))), 8, "cpu")
+    _, entropy = predict_volume(Threshold(sharpness), image_of(random_labels((2, 8, 8))), (8, 8), "cpu")
     np.testing.assert_allclose(entropy, expected, atol=1e-6)
     assert entropy.max() <= 1
 
@@ -76,7 +81,7 @@ def test_entropy_runs_from_certain_to_uniform(sharpness, expected):
 def test_the_model_is_left_as_it_was():
     model = Threshold().train()
     model.norm.eval()  # a frozen batch norm must stay frozen
-    predict_volume(model, image_of(random_labels((2, 8, 8))), 8, "cpu")
+    predict_volume(model, image_of(random_labels((2, 8, 8))), (8, 8), "cpu")
     assert model.training
     assert model.dropout.training
     assert not model.norm.training
@@ -89,7 +94,7 @@ def test_the_model_is_left_as_it_was_after_an_error():
 
     model = Broken().train()
     with pytest.raises(RuntimeError, match="out of memory"):
-        predict_volume(model, image_of(random_labels((2, 8, 8))), 8, "cpu")
+        predict_volume(model, image_of(random_labels((2, 8, 8))), (8, 8), "cpu")
     assert model.training
 
 
@@ -106,7 +111,7 @@ def test_no_graph_is_kept():
             return seen[-1]
 
     image = image_of(random_labels((2, 16, 16)))
-    predict_volume(Spy(), image, 16, "cpu")
+    predict_volume(Spy(), image, (16, 16), "cpu")
     assert [logits.requires_grad for logits in seen] == [False]
 
 
@@ -116,14 +121,14 @@ def volume(name: str, labels: np.ndarray, reference: np.ndarray | None = None) -
 
 def test_a_perfect_model_scores_100_percent():
     volumes = [volume(f"case{i}", random_labels((2, 16, 16), seed=i)) for i in range(2)]
-    result = evaluate(Threshold(), volumes, size=16, num_classes=4, device="cpu")
+    result = evaluate(SEGMENT, volumes, num_classes=4)
     assert (result.dice, result.asd, result.empty) == (100, 0, 0)
     assert result.names == ("case0", "case1")
 
 
 def test_without_asd_the_mean_is_nan_and_json_has_null():
     volumes = [volume("a", random_labels((2, 16, 16)))]
-    result = evaluate(Threshold(), volumes, size=16, num_classes=4, device="cpu", with_asd=False)
+    result = evaluate(SEGMENT, volumes, num_classes=4, with_asd=False)
     assert math.isnan(result.asd)
     assert result.to_dict()["asd"] is None
     json.dumps(result.to_dict(), allow_nan=False)
@@ -150,10 +155,10 @@ def test_means_go_over_classes_and_volumes():
 def test_bad_input_names_the_culprit():
     labels = random_labels((2, 16, 16))
     with pytest.raises(InputError, match="volumes"):
-        evaluate(Threshold(), [], size=16, num_classes=4, device="cpu")
+        evaluate(SEGMENT, [], num_classes=4)
     with pytest.raises(InputError, match=r"case7: .*shape"):
-        evaluate(Threshold(), [volume("case7", labels, labels[:1])], size=16, num_classes=4, device="cpu")
+        evaluate(SEGMENT, [volume("case7", labels, labels[:1])], num_classes=4)
     with pytest.raises(InputError, match=r"case8: prediction: labels 0 \.\. 3"):
-        evaluate(Threshold(), [volume("case8", labels)], size=16, num_classes=3, device="cpu")
+        evaluate(SEGMENT, [volume("case8", labels)], num_classes=3)
     with pytest.raises(InputError, match=r"\(D, H, W\)"):
-        predict_volume(Threshold(), image_of(labels)[0], 16, "cpu")
+        predict_volume(Threshold(), image_of(labels)[0], (16, 16), "cpu")

@@ -93,7 +93,12 @@ def test_middle_slice_has_the_most_foreground():
     label = np.zeros((4, 8, 8), np.uint8)
     label[1, :2] = 3
     label[2, :4] = 1
-    assert middle_slice(label) == 2
+    image = np.arange(4.0)[:, None, None] + np.zeros((4, 8, 8))
+    middle = middle_slice(Case(image, label, {"GapMatch": (label, image)}, "case"))
+    assert (middle.image == 2).all()
+    np.testing.assert_array_equal(middle.reference, label[2])
+    np.testing.assert_array_equal(middle.predictions["GapMatch"], (label[2], image[2]))
+    assert middle.name == "case"
 
 
 def test_bad_cases_name_the_culprit(tmp_path):

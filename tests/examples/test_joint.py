@@ -9,16 +9,17 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import acdc_gapmatch
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from segmentation import ranks, train
-from segmentation.data import Slices, Volume, load_slices, load_volumes, read_list, split_by_patients
+from acdc_gapmatch import ACDC
+from segmentation import cli, ranks, train
+from segmentation.data import Volume, read_list, split_by_patients
 from segmentation.errors import InputError
 from segmentation.evaluate import evaluate
 from segmentation.identity import identity
@@ -26,6 +27,8 @@ from segmentation.job import _require_even_shares
 from segmentation.joint import JointBatchNorm, JointDropout, _Gather
 from segmentation.networks import Dropout
 from segmentation.recipe import Recipe
+from segmentation.slices import Slices, load_slices, load_volumes
+from segmentation.slicewise import segment_volume
 from segmentation.train import fit
 from segmentation.trainer import Trainer
 from torch import Tensor, nn
@@ -80,7 +83,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def slices(tiny_data: Path) -> tuple[Slices, Slices]:
     names = split_by_patients(read_list(tiny_data / "train_slices.list"), 1)
-    labelled, unlabelled = (load_slices(tiny_data, part, 32) for part in names)
+    labelled, unlabelled = (load_slices(tiny_data, part, (32, 32)) for part in names)
     return _in_dtype(torch.float64, (labelled, unlabelled))
 
 
@@ -183,7 +186,7 @@ def _recipe(**changes: Any) -> Recipe:
     """Dropout, moving average and joint batch norm, pixels that are confident and pixels that are not."""
     return Recipe(
         **{
-            "size": 32,
+            "size": (32, 32),
             "width": 2,
             "labelled_batch": 4,
             "unlabelled_batch": 4,
@@ -193,7 +196,7 @@ def _recipe(**changes: Any) -> Recipe:
             "tau": 0.3,
             "unlabelled_loss": "dice",
             "average_decay": 0.5,
-            "statistics_slices": 4,
+            "statistics_samples": 4,
             **changes,
         }
     )
@@ -201,7 +204,7 @@ def _recipe(**changes: Any) -> Recipe:
 
 def _steps(name: str, slices: tuple[Slices, Slices], steps: int = STEPS) -> dict[str, Tensor]:
     """Everything that training changes, and what it logs, after a few iterations."""
-    trainer = Trainer(_recipe(**RECIPES[name]), *slices, CPU, None)
+    trainer = Trainer(ACDC, _recipe(**RECIPES[name]), *slices, CPU, None)
     logged = [trainer.step(iteration) for iteration in range(steps)]
     return {
         **trainer.model.state_dict(),
@@ -218,17 +221,20 @@ def _float32_step(slices: tuple[Slices, Slices]) -> dict[str, Tensor]:
 
 def _scores(volumes: list[Volume]) -> dict[str, Any]:
     torch.manual_seed(0)
-    return evaluate(nn.Conv2d(1, 4, 1), volumes, size=32, num_classes=4, device="cpu").to_dict()
+    return evaluate(_segment(), volumes, num_classes=4).to_dict()
+
+
+def _segment() -> Callable[[np.ndarray], np.ndarray]:
+    return partial(segment_volume, nn.Conv2d(1, 4, 1), size=(32, 32), device="cpu")
 
 
 def _errors(volumes: list[Volume]) -> list[str]:
     """A volume that one rank meets, a folder that rank 0 can't write, and a batch that two can't share."""
     spoilt = replace(volumes[1], image=volumes[1].image[0])
-    model = nn.Conv2d(1, 4, 1)
     texts = []
     for work in (
-        lambda: evaluate(model, [volumes[0], spoilt], size=32, num_classes=4, device="cpu"),
-        lambda: acdc_gapmatch.job(acdc_gapmatch.parse(["--device", "cpu", "--out", __file__])),
+        lambda: evaluate(_segment(), [volumes[0], spoilt], num_classes=4),
+        lambda: cli.job(ACDC, cli.parse(ACDC, "", ["--device", "cpu", "--out", __file__])),
         lambda: _require_even_shares(_recipe(unlabelled_batch=5)),
     ):
         with pytest.raises(InputError) as caught:
@@ -239,7 +245,7 @@ def _errors(volumes: list[Volume]) -> list[str]:
 
 def _interrupted_at(iteration: int, recipe: Recipe, slices, validation: list[Volume], folder: Path) -> Trainer:
     """A run whose last rank alone gets Ctrl-C while it trains iteration `iteration`."""
-    trainer = Trainer(recipe, *slices, CPU, None)
+    trainer = Trainer(ACDC, recipe, *slices, CPU, None)
     step = trainer.step
 
     def press_ctrl_c(t: int) -> dict[str, Tensor]:
@@ -249,7 +255,7 @@ def _interrupted_at(iteration: int, recipe: Recipe, slices, validation: list[Vol
 
     trainer.step = press_ctrl_c  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        fit(trainer, validation, folder, identity(recipe, [], None, {}))
+        fit(trainer, validation, folder, identity("ACDC", recipe, [], None, {}))
     return trainer
 
 
@@ -261,8 +267,8 @@ def _began(slices, volumes: list[Volume], folder: Path) -> dict[str, Any]:
 def _resumed(slices, validation: list[Volume], folder: Path) -> dict[str, Tensor]:
     """The rest of the run in `folder`: all its weights, and what validation made of them."""
     recipe = _recipe()
-    run = identity(recipe, [], None, {})
-    trainer = Trainer(recipe, *slices, CPU, None)
+    run = identity("ACDC", recipe, [], None, {})
+    trainer = Trainer(ACDC, recipe, *slices, CPU, None)
     progress = train.resume(trainer, folder, run)
     assert progress is not None
     assert progress.iteration == 3

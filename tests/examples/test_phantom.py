@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from scipy import ndimage
-from segmentation.data import check_files, load_slices, load_volumes, read_list, split_by_patients
+from segmentation.data import check_files, read_list, split_by_patients
 from segmentation.errors import InputError
 from segmentation.phantom import LV, MYOCARDIUM, RV, phantom_frame, write_phantom
+from segmentation.slices import load_slices, load_volumes, slice_path, volume_path
 
 PATIENTS = range(1, 13)
 
@@ -28,9 +29,10 @@ def test_the_layout_is_acdc_s(tmp_path):
         "patient001_frame01_slice_3",
         "patient001_frame02_slice_1",
     ]
-    check_files(tmp_path, names["train_slices"], names["val"] + names["test"])
+    check_files(slice_path(tmp_path, name) for name in names["train_slices"])
+    check_files(volume_path(tmp_path, name) for name in names["val"] + names["test"])
     assert [len(side) for side in split_by_patients(names["train_slices"], 1)] == [6, 6]
-    assert load_slices(tmp_path, names["train_slices"], size=32).images.shape == (12, 1, 32, 32)
+    assert load_slices(tmp_path, names["train_slices"], size=(32, 32)).images.shape == (12, 1, 32, 32)
     assert [v.image.shape for v in load_volumes(tmp_path, names["test"])] == [(3, 48, 48)] * 4
 
 

@@ -8,17 +8,16 @@ from pathlib import Path
 import acdc_gapmatch
 import pytest
 import torch
-from segmentation import recipe as recipes
 
 TINY = {
-    "size": 32,
+    "size": (32, 32),
     "width": 2,
     "iterations": 4,
     "labelled_batch": 2,
     "unlabelled_batch": 2,
     "validate_every": 2,
     "log_every": 1,
-    "statistics_slices": 4,
+    "statistics_samples": 4,
     "average_decay": 0.5,
 }
 # The command line with the tiny preset. While GapMatch trains iteration 2, torchrun gets a Ctrl-C from the last rank,
@@ -27,9 +26,9 @@ SCRIPT = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(Path(acdc_gapmatch.__file__).parent)!r})
 import acdc_gapmatch
-from segmentation import ranks, recipe
+from segmentation import ranks
 from segmentation.trainer import Trainer
-recipe.PRESETS["cpu"] = {TINY!r}
+acdc_gapmatch.ACDC.presets["cpu"] = {TINY!r}
 step = Trainer.step
 def press_ctrl_c(self, iteration):
     if iteration == 2 and self.recipe.method == "gapmatch" and ranks.rank() == 1:
@@ -60,7 +59,7 @@ def test_one_process_goes_on_where_torchrun_was_interrupted(
     joint = json.loads((out / "fixmatch" / "result.json").read_text())
     assert joint["processes"] == 2
 
-    monkeypatch.setitem(recipes.PRESETS, "cpu", TINY)
+    monkeypatch.setitem(acdc_gapmatch.ACDC.presets, "cpu", TINY)
     assert acdc_gapmatch.main([*arguments, "--resume"]) == 0
     printed = capsys.readouterr().out
     assert "resuming fixmatch at iteration 4" in printed

@@ -1,25 +1,29 @@
 """What a recipe refuses, and that the presets are none of it."""
 
+import acdc_gapmatch
+import la_gapmatch
 import pytest
 from segmentation.errors import InputError
-from segmentation.recipe import PRESETS, Recipe
+from segmentation.recipe import Recipe
+from segmentation.task import Task
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_valid(preset: str) -> None:
-    Recipe(**PRESETS[preset])
+@pytest.mark.parametrize("task", [acdc_gapmatch.ACDC, la_gapmatch.LA])
+@pytest.mark.parametrize("preset", ["paper", "cpu", "phantom"])
+def test_presets_are_valid(task: Task, preset: str) -> None:
+    Recipe(**task.presets[preset])
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        {"size": 100},
-        {"size": 0},
+        {"size": (96, 100)},
+        {"size": (0, 16, 16)},
         {"width": 0},
         {"average_decay": 1.0},
         {"average_decay": -0.1},
         {"average_decay": float("nan")},
-        {"statistics_slices": -1},
+        {"statistics_samples": -1},
         {"seed": -1},
         {"seed": 2**32},
         {"lr": float("inf")},

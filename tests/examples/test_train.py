@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from acdc_gapmatch import ACDC
 from segmentation import checkpoint, train
-from segmentation.data import Slices, Volume, load_slices, load_volumes, read_list, split_by_patients
+from segmentation.data import Volume, read_list, split_by_patients
 from segmentation.errors import InputError, RunError
 from segmentation.identity import identity
 from segmentation.interrupt import interruptible
 from segmentation.recipe import METHODS, Recipe
+from segmentation.slices import Slices, load_slices, load_volumes
 from segmentation.train import Result, fit
 from segmentation.trainer import Trainer
 
@@ -28,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="session")
 def slices(tiny_data: Path) -> tuple[Slices, Slices]:
     names = split_by_patients(read_list(tiny_data / "train_slices.list"), 1)
-    labelled, unlabelled = (load_slices(tiny_data, part, 32) for part in names)
+    labelled, unlabelled = (load_slices(tiny_data, part, (32, 32)) for part in names)
     return labelled, unlabelled
 
 
@@ -38,11 +40,11 @@ def validation(tiny_data: Path) -> list[Volume]:
 
 
 def _trainer(recipe: Recipe, slices: tuple[Slices, Slices]) -> Trainer:
-    return Trainer(recipe, *slices, CPU, None)
+    return Trainer(ACDC, recipe, *slices, CPU, None)
 
 
 def _fit(trainer: Trainer, validation: list[Volume], folder: Path, resume: bool) -> Result:
-    run = identity(trainer.recipe, [], None, {})
+    run = identity("ACDC", trainer.recipe, [], None, {})
     progress = train.resume(trainer, folder, run) if resume else None
     return fit(trainer, validation, folder, run, progress)
 
@@ -64,7 +66,7 @@ def test_a_gapmatch_step_is_algorithm_1(slices, tiny_recipe: Recipe, monkeypatch
     for layer in trainer.model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0  # else each pass draws other masks
-    trainer.images, trainer.unlabelled = trainer.images.double(), trainer.unlabelled.double()
+    trainer.labelled, trainer.unlabelled = (replace(pool, images=pool.images.double()) for pool in slices)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     views = {}
     prepare = trainer.method.prepare
@@ -100,7 +102,7 @@ def test_compiled_passes_give_the_same_weights_and_are_not_for_scoring(
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
     torch._dynamo.reset()
-    compiled, eager = Trainer(tiny_recipe, *slices, CPU, None, compiled=True), _trainer(tiny_recipe, slices)
+    compiled, eager = Trainer(ACDC, tiny_recipe, *slices, CPU, None, compiled=True), _trainer(tiny_recipe, slices)
     for t in range(2):
         compiled.step(t), eager.step(t)
     assert list(compiled.state_dict()["model"]) == list(eager.state_dict()["model"])
@@ -131,11 +133,11 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     slices, validation, tiny_recipe: Recipe, tmp_path: Path, method, amp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(tiny_recipe, method=method)
-    whole = Trainer(recipe, *slices, CPU, amp)
+    whole = Trainer(ACDC, recipe, *slices, CPU, amp)
     uninterrupted = _fit(whole, validation, _folder(tmp_path / "whole"), resume=False)
 
     folder = _folder(tmp_path / "parts")
-    first = Trainer(recipe, *slices, CPU, amp)
+    first = Trainer(ACDC, recipe, *slices, CPU, amp)
     step = first.step
 
     def press_ctrl_c(iteration: int):
@@ -146,7 +148,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     monkeypatch.setattr(first, "step", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         _fit(first, validation, folder, resume=False)
-    second = Trainer(recipe, *slices, CPU, amp)
+    second = Trainer(ACDC, recipe, *slices, CPU, amp)
     resumed = _fit(second, validation, folder, resume=True)
 
     _assert_equal(_weights(second), _weights(whole))
@@ -162,18 +164,19 @@ import os, signal, sys, pickle
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
+from acdc_gapmatch import ACDC
 from segmentation.identity import identity
 from segmentation.train import fit
 from segmentation.trainer import Trainer
 recipe, slices, validation = pickle.loads(Path(sys.argv[2]).read_bytes())
-trainer = Trainer(recipe, *slices, torch.device("cpu"), None)
+trainer = Trainer(ACDC, recipe, *slices, torch.device("cpu"), None)
 step = trainer.step
 def die(iteration):
     if iteration == int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(iteration)
 trainer.step = die
-fit(trainer, validation, Path(sys.argv[3]), identity(recipe, [], None, {}))
+fit(trainer, validation, Path(sys.argv[3]), identity("ACDC", recipe, [], None, {}))
 """
 
 
@@ -238,7 +241,7 @@ def test_a_checkpoint_with_a_damaged_part_is_refused_at_once(
         content[spoil] = [1]
     checkpoint.save(tmp_path / "last.pt", content)
     with pytest.raises(InputError, match=r"last\.pt"):
-        train.resume(_trainer(recipe, slices), tmp_path, identity(recipe, [], None, {}))
+        train.resume(_trainer(recipe, slices), tmp_path, identity("ACDC", recipe, [], None, {}))
 
 
 def test_ctrl_c_in_the_last_validation_is_not_swallowed(
@@ -268,7 +271,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(trainer, "step", lambda t: {**step(t), name: spoilt} if t == 2 else step(t))
     with pytest.raises(RunError, match=rf"{name} is nan at iteration 3; lower"):
         _fit(trainer, validation, _folder(tmp_path), resume=False)
-    assert train.resume(_trainer(tiny_recipe, slices), tmp_path, identity(tiny_recipe, [], None, {})).iteration == 2
+    assert (
+        train.resume(_trainer(tiny_recipe, slices), tmp_path, identity("ACDC", tiny_recipe, [], None, {})).iteration
+        == 2
+    )
 
 
 def test_the_rate_leaves_validation_out(
@@ -298,7 +304,7 @@ def test_the_learning_rate_is_polynomial(slices, tiny_recipe: Recipe) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_float16_skips_a_step_that_overflows_and_goes_on(slices, tiny_recipe: Recipe) -> None:
-    trainer = Trainer(tiny_recipe, *slices, CPU, torch.float16)
+    trainer = Trainer(ACDC, tiny_recipe, *slices, CPU, torch.float16)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.step(0)
@@ -308,17 +314,17 @@ def test_float16_skips_a_step_that_overflows_and_goes_on(slices, tiny_recipe: Re
     values = trainer.to_host(trainer.step(1))
     assert not any(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), before, strict=True) if a.ndim == 4)
 
-    twin = Trainer(tiny_recipe, *slices, CPU, torch.float16)
+    twin = Trainer(ACDC, tiny_recipe, *slices, CPU, torch.float16)
     twin.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)  # another scale after the step
     assert twin.to_host(twin.step(1))["grad_norm"] == pytest.approx(values["grad_norm"], rel=1e-2)
 
 
 def test_statistics_are_of_the_same_slices_every_time(slices, tiny_recipe: Recipe) -> None:
     trainer = _trainer(tiny_recipe, slices)
-    pool = torch.cat([trainer.images, trainer.unlabelled])
+    pool = torch.cat([part.images for part in slices])
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(tiny_recipe.seed))
     assert torch.equal(trainer.statistics_images, pool[order[:4]])
-    assert _trainer(replace(tiny_recipe, statistics_slices=0), slices).statistics_images is None
+    assert _trainer(replace(tiny_recipe, statistics_samples=0), slices).statistics_images is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

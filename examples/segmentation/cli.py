@@ -1,0 +1,169 @@
+"""The command line of every example, from its arguments to a job."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from . import ranks
+from .data import patients_for_share
+from .errors import InputError, UserError
+from .job import Job, OldRuns, run
+from .recipe import METHODS, Method, Recipe
+from .task import Task
+
+AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
+COMPILE_PAYS: frozenset[str] = frozenset()
+"""Kinds of device where compiled passes were measured to be faster. On a CPU they are slower; a GPU has yet to be tried
+(docs/performance.md)."""
+
+
+def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; returns the exit status."""
+    with ranks.joined():
+        try:
+            run(job(task, parse(task, description, argv)))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            ranks.gathered(None)  # torchrun ends all when the first one ends, which must not be before this is out
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 0
+
+
+def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of an example for `task`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser.add_argument("--data", type=Path, help=f"{task.name} in the h5 layout; without it a phantom is made")
+    parser.add_argument("--labeled", type=int, choices=(1, 5, 10), help="labelled share in percent (default: 1)")
+    parser.add_argument("--patients", type=int, help="labelled patients, instead of --labeled")
+    parser.add_argument("--method", nargs="+", choices=METHODS, help="one or more, run in this order")
+    parser.add_argument("--preset", choices=("paper", "cpu"), help="recipe (default: paper on a GPU, cpu else)")
+    parser.add_argument("--eps", type=float, help="radius of the perturbation")
+    parser.add_argument("--alpha", type=float, help="weight of g2")
+    parser.add_argument("--tau", type=float, help="confidence threshold of the pseudo-labels")
+    parser.add_argument("--iterations", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps or xpu (default: cuda if there is one)")
+    parser.add_argument("--amp", choices=AMP, default="bfloat16", help="autocast dtype; none or off: float32")
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the passes (auto: if it pays)"
+    )
+    if task.stride is not None:
+        parser.add_argument(
+            "--stride",
+            type=int,
+            nargs=3,
+            metavar=("X", "Y", "Z"),
+            help=f"of the sliding window in voxels (default: {' '.join(map(str, task.stride))})",
+        )
+    parser.add_argument(
+        "--largest-component", action="store_true", help="keep only the largest piece of each predicted class"
+    )
+    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {_folder(task)}, or with -phantom)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
+    return parser.parse_args(argv)
+
+
+def job(task: Task, arguments: argparse.Namespace) -> Job:
+    """The job that the command line asks for. Raises InputError."""
+    _refuse_contradictions(arguments)
+    device = ranks.together(lambda: usable_device(arguments.device))
+    phantom = arguments.data is None
+    out = arguments.out or (_folder(task).with_name(f"{_folder(task).name}-phantom") if phantom else _folder(task))
+    preset = "phantom" if phantom else arguments.preset or ("cpu" if device.type == "cpu" else "paper")
+    knobs = {name: getattr(arguments, name) for name in ("eps", "alpha", "tau", "iterations")}
+    knobs = {name: value for name, value in knobs.items() if value is not None}
+    recipe = Recipe(seed=arguments.seed, **{**task.presets[preset], **knobs})
+    methods: Sequence[Method] = arguments.method or (("fixmatch", "gapmatch") if phantom else ("gapmatch",))
+    patients = arguments.patients
+    if patients is None:
+        patients = 1 if phantom else patients_for_share(arguments.labeled or 1, task.training_patients)
+    return Job(
+        task=task,
+        data=_phantom(task, out / "phantom") if phantom else arguments.data,
+        patients=patients,
+        recipes=[replace(recipe, method=method) for method in methods],
+        device=device,
+        amp=AMP[arguments.amp],
+        compiled=_compiled(arguments.compile, device),
+        out=out,
+        old_runs=_old_runs(arguments),
+        title=f"{f'{task.name} phantom' if phantom else task.name} test set, labelled patients: {patients}, "
+        f"preset {preset}, seed {arguments.seed}",
+        stride=_stride(task, arguments, recipe),
+        largest_component=arguments.largest_component,
+        published={} if phantom or arguments.patients is not None else task.published[arguments.labeled or 1],
+    )
+
+
+def _folder(task: Task) -> Path:
+    return Path("runs") / task.name.lower()
+
+
+def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+    """Raise InputError for options that would have no effect."""
+    for option in ("labeled", "preset"):
+        if arguments.data is None and getattr(arguments, option) is not None:
+            raise InputError(f"--{option}: means nothing on the phantom; give --data, or leave it out.")
+    if arguments.labeled is not None and arguments.patients is not None:
+        raise InputError("--labeled and --patients: both say how much is labelled; give one of them.")
+    methods = arguments.method or []
+    if len(set(methods)) < len(methods):
+        raise InputError(f"--method {' '.join(methods)}: names a method twice.")
+
+
+def _stride(task: Task, arguments: argparse.Namespace, recipe: Recipe) -> tuple[int, ...] | None:
+    """The window's stride. Raises InputError for one that would leave voxels out."""
+    if task.stride is None:
+        return None
+    stride = tuple(arguments.stride or task.stride)
+    if not all(1 <= step <= side for step, side in zip(stride, recipe.size, strict=True)):
+        raise InputError(f"--stride {' '.join(map(str, stride))}: must be at least 1 and at most {recipe.size}.")
+    return stride
+
+
+def _compiled(choice: str, device: torch.device) -> bool:
+    """Whether to compile. Raises InputError where that can't be had."""
+    if choice == "on" and ranks.world() > 1:
+        raise InputError("--compile on: works in one process alone; leave it out.")  # layers talk to other ranks
+    return choice == "on" or (choice == "auto" and ranks.world() == 1 and device.type in COMPILE_PAYS)
+
+
+def _old_runs(arguments: argparse.Namespace) -> OldRuns:
+    """The phantom's own default folder may be started anew; elsewhere may lie a day's work."""
+    if arguments.resume:
+        return "resume"
+    return "replace" if arguments.data is None and arguments.out is None else "refuse"
+
+
+def _phantom(task: Task, root: Path) -> Path:
+    def write() -> None:
+        try:
+            task.write_phantom(root)
+        except OSError as error:
+            raise InputError(f"{root}: can't be written ({error.strerror}); choose another --out.") from None
+
+    ranks.on_main(write)  # the others read it
+    return root
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best one here; one GPU a rank. Raises InputError if it can't be used."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps|xpu", name):
+        raise InputError(f"--device {name!r}: not one of cpu, cuda, cuda:0, cuda:1 ..., mps and xpu.")
+    try:
+        device = ranks.own_device(torch.device(name))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # their texts run over several lines
+        raise InputError(f"--device {name}: there is none here that this PyTorch can use; try --device cpu.") from None
+    return device

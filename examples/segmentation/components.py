@@ -1,0 +1,1 @@
+from .sliding import largest_component as largest_component

@@ -1,0 +1,173 @@
+"""From the 2018 Left Atrial Segmentation Challenge's folders (NRRD) to the community's h5 layout of LA.
+
+    PYTHONPATH=examples python -m segmentation.convert_la SOURCE OUT [--train LIST --test LIST]
+
+What the shared h5 files hold, measured on all 100 of them, and kept here:
+- Intensities have zero mean and unit variance over the whole scan, before it is cut: in the files, around the
+  bright heart, the mean is between 0.05 and 1.94 and the standard deviation between 0.31 and 1.66.
+- In X and Y the scan is cut to the box of the label with 10 to 19 voxels around it on each side, drawn anew for
+  each, and with as many more as a box below 112 voxels needs to reach them; in Z all 88 slices are kept.
+- Axes are NRRD's own, (X, Y, Z).
+The community's draws are not recorded. Here they follow from `seed` and the case's name, so that the files come
+near the shared ones and are the same in every run; for the shared numbers take the shared files.
+
+The cut needs the label, of test cases too: what is measured on such files is segmentation of an atrium already found.
+"""
+
+import argparse
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import nrrd
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from .data import Image, Label, check_patients, read_list, write_case, write_list
+from .errors import InputError
+from .volumes import case_path
+
+IMAGE, LABEL = "lgemri.nrrd", "laendo.nrrd"
+LABEL_VALUES = (0, 1, 255)  # the challenge writes 255, some tools 1
+MARGINS = (10, 20)  # voxels around the label in X and Y, the upper end excluded
+CROP = 112  # the field's crop in X and Y, which the cut leaves room for
+TRAIN_SHARE = 0.8
+
+# What pynrrd and the decompressors raise for a damaged file, by the place of the damage.
+_DAMAGE = (nrrd.NRRDError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AssertionError, zlib.error)
+
+
+def convert(source: Path, out: Path, lists: tuple[Path, Path] | None = None, seed: int = 0) -> dict[str, list[str]]:
+    """Write `out` in the h5 layout, its two list files last; returns the cases of each split.
+
+    source: the folder that holds a folder for each case.
+    lists: files that name the training and the test cases; without them the cases are split in order of name.
+    An interrupted run is repeated: every file is written under its name only once it is whole.
+    Raises InputError for a folder, file or name that is missing or does not fit, naming it.
+    """
+    if seed < 0:
+        raise InputError(f"seed {seed} is below 0; give 0 or more")
+    folders = find_cases(source)
+    splits = read_splits(lists) if lists else split_cases(sorted(folders))
+    cases = [case for names in splits.values() for case in names]
+    for case in cases:  # a missing one shows before the long work
+        check_case(folders, case)
+    for case in track(cases, "Converting", console=Console(stderr=True), transient=True):
+        write_case(case_path(out, case), *cut(*read_scan(folders[case]), margins_of(case, seed)))
+    for split, names in splits.items():
+        write_list(out / f"{split}.list", names)
+    return splits
+
+
+def find_cases(source: Path) -> dict[str, Path]:
+    """Each case's folder by the case's name. Raises InputError where there is none."""
+    files = (path for name in (IMAGE, LABEL) for path in source.glob(f"*/{name}"))
+    folders = {path.parent.name: path.parent for path in files}
+    if not folders:
+        raise InputError(f"{source}: holds no folder with {IMAGE}; give the challenge's unpacked training set")
+    return folders
+
+
+def read_splits(lists: tuple[Path, Path]) -> dict[str, list[str]]:
+    """The cases of each split from list files. Raises InputError for a case that is in both of them."""
+    splits = {split: read_list(path) for split, path in zip(("train", "test"), lists, strict=True)}
+    try:
+        check_patients(splits)
+    except InputError as error:
+        raise InputError(f"{lists[0]} and {lists[1]}: {error}") from None
+    return splits
+
+
+def split_cases(cases: Sequence[str]) -> dict[str, list[str]]:
+    """The first 80 % and the rest: not the field's split. Raises InputError for fewer than two cases."""
+    if len(cases) < 2:
+        raise InputError(f"{len(cases)} case cannot be split in two; convert more of them")
+    train = max(1, int(len(cases) * TRAIN_SHARE))
+    return {"train": list(cases[:train]), "test": list(cases[train:])}
+
+
+def check_case(folders: dict[str, Path], case: str) -> None:
+    """Raise InputError where a listed case, or one of its two files, is missing."""
+    if case not in folders:
+        raise InputError(f"{case}: no such case in the challenge's data; correct the list that names it")
+    for name in (IMAGE, LABEL):
+        if not (folders[case] / name).is_file():
+            raise InputError(f"{folders[case] / name}: no such file; unpack this case again")
+
+
+def read_scan(folder: Path) -> tuple[Image, Label]:
+    """A whole scan: image (X, Y, Z) float32 of zero mean and unit variance, and its label uint8 in {0, 1}.
+
+    Raises InputError where the files are damaged, not 3D, of different shapes, constant or not finite, or where the
+    label is empty or no label.
+    """
+    image, label = read_nrrd(folder / IMAGE), read_nrrd(folder / LABEL)
+    if image.ndim != 3 or image.shape != label.shape:
+        raise InputError(
+            f"{folder / IMAGE}: shapes {image.shape} and {label.shape} of image and label; both must be (X, Y, Z)"
+        )
+    if not np.isin(label, LABEL_VALUES).all():
+        raise InputError(f"{folder / LABEL}: labels other than {LABEL_VALUES}; is it the challenge's label?")
+    if not label.any():
+        raise InputError(f"{folder / LABEL}: the label is empty, so there is nothing to cut to; leave this case out")
+    mean, std = image.mean(dtype=np.float64), image.std(dtype=np.float64)
+    if not (np.isfinite(std) and std > 0):
+        raise InputError(f"{folder / IMAGE}: intensities of standard deviation {std}; unpack this case again")
+    return ((image - mean) / std).astype(np.float32), (label > 0).astype(np.uint8)
+
+
+def read_nrrd(path: Path) -> np.ndarray:
+    """An NRRD file's array with its axes in the file's order. Raises InputError where it cannot be read."""
+    try:
+        array, _ = nrrd.read(str(path))
+    except _DAMAGE as error:  # by type: the texts of pynrrd and zlib say little about the file
+        raise InputError(f"{path}: not a readable NRRD file ({type(error).__name__}); unpack it again") from None
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"{path}: holds {array.dtype}, not numbers; unpack it again")
+    return array
+
+
+def margins_of(case: str, seed: int) -> np.ndarray:
+    """The voxels to keep before and behind the label in X and Y (2, 2), of this case in every run."""
+    return np.random.default_rng([seed, *case.encode()]).integers(*MARGINS, size=(2, 2))
+
+
+def cut(image: Image, label: Label, margins: np.ndarray) -> tuple[Image, Label]:
+    """Image and label in the surroundings of the label: all of Z; in X and Y the label's box and its margins.
+
+    margins: (2, 2), before and behind in X and in Y. As in the community's files, one below it is kept behind the
+    label, and the border of the scan ends all of them.
+    """
+    window = []
+    for axis, (before, behind) in enumerate(margins):
+        inside = np.nonzero(label.any(axis=tuple({0, 1, 2} - {axis})))[0]
+        first, last = int(inside[0]), int(inside[-1])
+        room = max(CROP - (last - first), 0) // 2
+        window.append(slice(max(first - room - before, 0), last + room + behind))
+    return image[tuple(window)], label[tuple(window)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; bad input ends it with one line on standard error and exit status 1."""
+    parser = argparse.ArgumentParser(description="Convert the 2018 atrial challenge's folders to the h5 layout of LA.")
+    parser.add_argument("source", type=Path, help=f"the folder with CASE/{IMAGE} and CASE/{LABEL}")
+    parser.add_argument("out", type=Path, help="where to write the h5 layout")
+    parser.add_argument("--train", type=Path, help="a list of the training cases; the field's is shared with its code")
+    parser.add_argument("--test", type=Path, help="a list of the test cases")
+    parser.add_argument("--seed", type=int, default=0, help="of the margins around the label")
+    options = parser.parse_args(arguments)
+    if (options.train is None) != (options.test is None):
+        parser.error("--train and --test go together: give both lists, or neither for a split of 80 / 20 %")
+    lists = (options.train, options.test) if options.train else None
+    try:
+        splits = convert(options.source, options.out, lists, options.seed)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    counts = " and ".join(f"{len(names)} {split}" for split, names in splits.items())
+    print(f"{options.out}: {counts} cases" + ("" if lists else ", split in order of name: not the field's split"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What a data set is to everything else here: all that an example for a new one has to say.
+
+`slicewise.SliceTask` is a task for a 2D network, `volumewise.VolumeTask` one for a 3D network; a data set is an object
+of one of them (see `acdc_gapmatch.py` and `la_gapmatch.py`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data import Volume
+from .figures import Case
+from .recipe import Recipe
+
+Scores = tuple[float, float]
+"""Dice in percent, ASD in voxels."""
+
+
+class Pool(Protocol):
+    """Training samples, from which batches of one shape are taken."""
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> "Pool":
+        """The same samples on `device`."""
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images (B, C, *size) float32 and labels (B, *size) of the samples at `indices`, on their device.
+
+        Args:
+            indices: int64 (B,), on the CPU.
+            generator: of the CPU, for what is chosen at random (where to crop).
+        """
+
+
+class Augmentation(Protocol):
+    """A weak view: geometry."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`images` (B, C, *size), moved."""
+
+    def with_labels(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """`images` and `labels` (B, *size) under the same motions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """A data set and how it is read, learnt from, predicted and drawn.
+
+    Attributes:
+        name: of the data set.
+        classes: names of the foreground classes 1, 2, ...
+        presets: the fields in which each preset differs from `Recipe`'s defaults; `paper`, `cpu` and `phantom`.
+        training_list: name of the list file of training samples, without `.list`.
+        validation_list: of the volumes to choose an iteration on; None where the field takes the last one.
+        test_list: of the volumes that are scored in the end.
+        training_patients: how many there are, for labelled shares in percent.
+        published: scores of the paper: labelled share in percent -> method -> scores.
+        write_phantom: writes a small data set in the same layout, to try everything without data.
+        stride: of the sliding window by which volumes are predicted, in voxels; None where there is no window.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    presets: Mapping[str, Mapping[str, Any]]
+    training_list: str
+    validation_list: str | None
+    test_list: str
+    training_patients: int
+    published: Mapping[int, Mapping[str, Scores]]
+    write_phantom: Callable[[Path], None]
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Background included."""
+        return len(self.classes) + 1
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """Names of all list files."""
+        validation = () if self.validation_list is None else (self.validation_list,)
+        return (self.training_list, *validation, self.test_list)
+
+    @abstractmethod
+    def training_path(self, root: Path, name: str) -> Path:
+        """Where the layout keeps a training sample."""
+
+    @abstractmethod
+    def volume_path(self, root: Path, name: str) -> Path:
+        """Where the layout keeps a volume."""
+
+    @abstractmethod
+    def read_training(self, root: Path, names: Sequence[str], recipe: Recipe) -> Pool:
+        """The named training samples. Raises InputError for a bad file."""
+
+    @abstractmethod
+    def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
+        """The named volumes. Raises InputError for a bad file."""
+
+    @abstractmethod
+    def network(self, recipe: Recipe) -> nn.Module:
+        """A fresh one: (B, 1, *size) images -> (B, num_classes, *size) logits."""
+
+    @abstractmethod
+    def weak(self) -> Augmentation:
+        """The weak augmentation."""
+
+    @abstractmethod
+    def strong(self) -> Callable[[Tensor], Tensor]:
+        """What makes a weak view strong, intensities alone."""
+
+    @abstractmethod
+    def segment(
+        self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
+    ) -> np.ndarray:
+        """Labels, uint8, of a whole volume's image, in its shape."""
+
+    @abstractmethod
+    def predict(
+        self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same labels, and the entropy of the softmax over its greatest value, float32 in [0, 1]."""
+
+    @abstractmethod
+    def draw(self, folder: Path, cases: Sequence[Case]) -> None:
+        """Pictures of whole volumes and what each method makes of them, into `folder`."""

@@ -1,0 +1,83 @@
+"""The 3D network of the field's recipe on LA."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class VNet(nn.Module):
+    """V-Net of five levels, about 9.4 M parameters at the default width.
+
+    Blocks of one to three 3x3x3 convolutions with batch norm and ReLU, strided convolutions down, transposed ones up,
+    skips that add: the V-Net of UA-MT, on which SS-Net and BCP build. Dropout takes whole channels, at the bottleneck
+    and before the output.
+
+    Args:
+        in_channels: channels of the image.
+        num_classes: channels of the logits.
+        width: channels of the first level; they double at each of the four others.
+        dropout: probability that a channel is dropped.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 2, width: int = 16, dropout: float = 0.5) -> None:
+        super().__init__()
+        channels = [width * 2**level for level in range(5)]
+        inputs = [in_channels, *channels[1:]]
+        self.encoder = nn.ModuleList(
+            ConvBlock(i, o, n) for i, o, n in zip(inputs, channels, (1, 2, 3, 3, 3), strict=True)
+        )
+        self.down = nn.ModuleList(Down(c) for c in channels[:-1])
+        self.up = nn.ModuleList(Up(c) for c in channels[:0:-1])
+        self.decoder = nn.ModuleList(ConvBlock(c, c, n) for c, n in zip(channels[-2::-1], (3, 3, 2, 1), strict=True))
+        self.dropout = ChannelDropout(dropout)
+        self.head = nn.Conv3d(width, num_classes, kernel_size=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, num_classes, X, Y, Z) of `image` (B, in_channels, X, Y, Z), whose sides are multiples of 16."""
+        skips = [self.encoder[0](image)]
+        for down, block in zip(self.down, self.encoder[1:], strict=True):
+            skips.append(block(down(skips[-1])))
+        x = self.dropout(skips.pop())
+        for up, block in zip(self.up, self.decoder, strict=True):
+            x = block(up(x) + skips.pop())
+        return self.head(self.dropout(x))
+
+
+class ConvBlock(nn.Sequential):
+    """`depth` times convolution, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, depth: int) -> None:
+        inputs = [in_channels] + [out_channels] * (depth - 1)
+        convolutions = [nn.Conv3d(channels, out_channels, kernel_size=3, padding=1) for channels in inputs]
+        super().__init__(*(layer for convolution in convolutions for layer in _normed(convolution)))
+
+
+class Down(nn.Sequential):
+    """Half of every side, with twice the channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(*_normed(nn.Conv3d(channels, 2 * channels, kernel_size=2, stride=2)))
+
+
+class Up(nn.Sequential):
+    """Twice every side, with half of the channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(*_normed(nn.ConvTranspose3d(channels, channels // 2, kernel_size=2, stride=2)))
+
+
+class ChannelDropout(nn.Dropout3d):
+    """`nn.Dropout3d`, bit for bit, with its mask from `channel_mask`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * channel_mask(input, self.p) if self.training and self.p else input
+
+
+@torch.no_grad()
+def channel_mask(like: Tensor, p: float) -> Tensor:
+    """(B, C, 1, 1, 1) for `like` (B, C, X, Y, Z), in its dtype: 0 with probability `p`, else 1 / (1 - p)."""
+    return F.dropout3d(like.new_ones(*like.shape[:2], 1, 1, 1), p)
+
+
+def _normed(convolution: nn.Conv3d | nn.ConvTranspose3d) -> tuple[nn.Module, ...]:
+    return convolution, nn.BatchNorm3d(convolution.out_channels), nn.ReLU(inplace=True)

@@ -1,0 +1,66 @@
+"""A data set for a 3D network: crops to learn from, volumes predicted by a sliding window."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import sliding, volumes
+from .augment3d import Intensities, Turns
+from .data import Volume
+from .figures import Case
+from .figures3d import save_surfaces, save_volumes
+from .recipe import Recipe
+from .task import Task
+from .vnet import VNet
+from .volumes import Crops
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeTask(Task):
+    """Volumes for a V-Net. Validation, too, takes `stride`, the sliding window's default."""
+
+    stride: tuple[int, ...]
+
+    def training_path(self, root: Path, name: str) -> Path:
+        return volumes.case_path(root, name)
+
+    def volume_path(self, root: Path, name: str) -> Path:
+        return volumes.case_path(root, name)
+
+    def read_training(self, root: Path, names: Sequence[str], recipe: Recipe) -> Crops:
+        return Crops.of(self.read_volumes(root, names), _box(recipe))
+
+    def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
+        return volumes.load_cases(root, names, self.num_classes)
+
+    def network(self, recipe: Recipe) -> nn.Module:
+        return VNet(num_classes=self.num_classes, width=recipe.width)
+
+    def weak(self) -> Turns:
+        return Turns()
+
+    def strong(self) -> Intensities:
+        return Intensities()
+
+    def segment(
+        self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
+    ) -> np.ndarray:
+        return sliding.segment_volume(model, image, recipe.size, stride or self.stride, device)
+
+    def predict(
+        self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return sliding.predict_volume(model, image, recipe.size, stride or self.stride, device)
+
+    def draw(self, folder: Path, cases: Sequence[Case]) -> None:
+        save_volumes(folder / "predictions.png", cases, self.classes)
+        save_surfaces(folder / "surfaces.png", cases, self.classes)
+
+
+def _box(recipe: Recipe) -> tuple[int, int, int]:
+    x, y, z = recipe.size
+    return x, y, z
