@@ -124,10 +124,12 @@ def _stride(task: Task, arguments: argparse.Namespace, recipe: Recipe) -> tuple[
     """The window's stride. Raises InputError for one that would leave voxels out."""
     if task.stride is None:
         return None
-    stride = tuple(arguments.stride or task.stride)
-    if not all(1 <= step <= side for step, side in zip(stride, recipe.size, strict=True)):
-        raise InputError(f"--stride {' '.join(map(str, stride))}: must be at least 1 and at most {recipe.size}.")
-    return stride
+    if arguments.stride is None:
+        return tuple(map(min, task.stride, recipe.size))
+    if not all(1 <= step <= side for step, side in zip(arguments.stride, recipe.size, strict=True)):
+        stride = " ".join(map(str, arguments.stride))
+        raise InputError(f"--stride {stride}: must be at least 1 and at most the window, {recipe.size}.")
+    return tuple(arguments.stride)
 
 
 def _compiled(choice: str, device: torch.device) -> bool:

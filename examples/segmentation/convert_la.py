@@ -5,8 +5,8 @@
 What the shared h5 files hold, measured on all 100 of them, and kept here:
 - Intensities have zero mean and unit variance over the whole scan, before it is cut: in the files, around the
   bright heart, the mean is between 0.05 and 1.94 and the standard deviation between 0.31 and 1.66.
-- In X and Y the scan is cut to the box of the label with 10 to 19 voxels around it on each side, drawn anew for
-  each, and with as many more as a box below 112 voxels needs to reach them; in Z all 88 slices are kept.
+- In X and Y the scan is cut to the box of the label with a margin of 10 to 19 voxels before and of 9 to 18 behind,
+  drawn anew for each side, and half of what the box lacks to 112 voxels; in Z all 88 slices are kept.
 - Axes are NRRD's own, (X, Y, Z).
 The community's draws are not recorded. Here they follow from `seed` and the case's name, so that the files come
 near the shared ones and are the same in every run; for the shared numbers take the shared files.
@@ -36,7 +36,7 @@ CROP = 112  # the field's crop in X and Y, which the cut leaves room for
 TRAIN_SHARE = 0.8
 
 # What pynrrd and the decompressors raise for a damaged file, by the place of the damage.
-_DAMAGE = (nrrd.NRRDError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AssertionError, zlib.error)
+_DAMAGE = (nrrd.NRRDError, OSError, EOFError, StopIteration, LookupError, ValueError, TypeError, zlib.error)
 
 
 def convert(source: Path, out: Path, lists: tuple[Path, Path] | None = None, seed: int = 0) -> dict[str, list[str]]:
@@ -112,10 +112,11 @@ def read_scan(folder: Path) -> tuple[Image, Label]:
         raise InputError(f"{folder / LABEL}: labels other than {LABEL_VALUES}; is it the challenge's label?")
     if not label.any():
         raise InputError(f"{folder / LABEL}: the label is empty, so there is nothing to cut to; leave this case out")
-    mean, std = image.mean(dtype=np.float64), image.std(dtype=np.float64)
-    if not (np.isfinite(std) and std > 0):
-        raise InputError(f"{folder / IMAGE}: intensities of standard deviation {std}; unpack this case again")
-    return ((image - mean) / std).astype(np.float32), (label > 0).astype(np.uint8)
+    low, high = float(image.min()), float(image.max())
+    if not (np.isfinite(high - low) and high > low):
+        raise InputError(f"{folder / IMAGE}: intensities from {low} to {high} cannot be scaled; unpack this case again")
+    image = (image - image.mean(dtype=np.float64)) / image.std(dtype=np.float64)
+    return image.astype(np.float32), (label > 0).astype(np.uint8)
 
 
 def read_nrrd(path: Path) -> np.ndarray:
@@ -130,15 +131,15 @@ def read_nrrd(path: Path) -> np.ndarray:
 
 
 def margins_of(case: str, seed: int) -> np.ndarray:
-    """The voxels to keep before and behind the label in X and Y (2, 2), of this case in every run."""
+    """The voxels to keep before and behind the label in X and Y (2, 2), the same in every run."""
     return np.random.default_rng([seed, *case.encode()]).integers(*MARGINS, size=(2, 2))
 
 
 def cut(image: Image, label: Label, margins: np.ndarray) -> tuple[Image, Label]:
     """Image and label in the surroundings of the label: all of Z; in X and Y the label's box and its margins.
 
-    margins: (2, 2), before and behind in X and in Y. As in the community's files, one below it is kept behind the
-    label, and the border of the scan ends all of them.
+    margins: (2, 2), before and behind in X and in Y. As in the community's files, one voxel less is kept behind, and
+    none beyond the border of the scan.
     """
     window = []
     for axis, (before, behind) in enumerate(margins):

@@ -11,7 +11,6 @@ from . import ranks
 from .data import Volume
 from .errors import InputError
 from .metrics import ClassScore, score
-from .modes import eval_mode as _eval_mode  # noqa: F401  (until sliding.py is there)
 
 
 @dataclass(frozen=True)

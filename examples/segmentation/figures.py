@@ -78,7 +78,7 @@ def save_predictions(path: Path | str, cases: Sequence[Case], class_names: Seque
         InputError: when there is no case, the cases differ in their methods, an array's shape differs from
             its image's, a label has no name, there are over six classes, or `path` cannot be written.
     """
-    _check_cases(cases, class_names)
+    check_cases(cases, class_names, 2)
     methods = list(cases[0].predictions)
     titles = ["Image", "Reference", *methods, *(f"{method}\nentropy" for method in methods)]
     cell = (WIDTH - 0.9) / len(titles)
@@ -91,12 +91,10 @@ def save_predictions(path: Path | str, cases: Sequence[Case], class_names: Seque
     bar = figure.colorbar(grid[0, -1].images[0], ax=grid, fraction=0.02, pad=0.01)
     bar.set_label("entropy / log C", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    patches = [
-        Patch(facecolor=to_rgba(colour, 0.5), edgecolor=colour, label=name)
-        for colour, name in zip(CLASS_COLOURS, class_names, strict=False)
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9, frameon=False)
-    _save(figure, path)
+    figure.legend(
+        handles=patches(class_names), loc="outside lower center", ncols=len(class_names), fontsize=9, frameon=False
+    )
+    save(figure, path)
 
 
 def save_curves(path: Path | str, runs: Mapping[str, RunLog]) -> None:
@@ -131,23 +129,35 @@ def save_curves(path: Path | str, runs: Mapping[str, RunLog]) -> None:
     _style(dice, "Validation", "mean Dice (%)")
     lines = [Line2D([], [], color=c, label=m) for m, c in zip(runs, METHOD_COLOURS, strict=False)]
     figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), fontsize=9, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _check_cases(cases: Sequence[Case], class_names: Sequence[str]) -> None:
+def check_cases(cases: Sequence[Case], class_names: Sequence[str], dimensions: int) -> None:
+    """Raise InputError, naming the culprit, for what could not be drawn."""
     if not cases:
         raise InputError("cases: nothing to draw")
+    if not cases[0].predictions:
+        raise InputError(f"case {cases[0].name!r}: no method to draw")
     if len(class_names) > len(CLASS_COLOURS):
         raise InputError(f"class_names: {len(class_names)} given, at most {len(CLASS_COLOURS)} can be told apart")
     for case in cases:
         if list(case.predictions) != list(cases[0].predictions):
             raise InputError(f"case {case.name!r}: its methods differ from those of the first case")
+        shape = case.image.shape
         arrays = [case.reference, *(array for pair in case.predictions.values() for array in pair)]
-        if case.image.ndim != 2 or case.image.size == 0 or any(array.shape != case.image.shape for array in arrays):
-            raise InputError(f"case {case.name!r}: image, labels and entropy must share one shape (H, W)")
+        if len(shape) != dimensions or case.image.size == 0 or any(array.shape != shape for array in arrays):
+            raise InputError(f"case {case.name!r}: image, labels and entropy must share one {dimensions}D shape")
         labels = [case.reference, *(labels for labels, _ in case.predictions.values())]
         if max(array.max() for array in labels) > len(class_names):
             raise InputError(f"case {case.name!r}: a label is above {len(class_names)}, the number of class names")
+
+
+def patches(class_names: Sequence[str]) -> list[Patch]:
+    """A legend's entries, in the colours of `draw_labels`."""
+    return [
+        Patch(facecolor=to_rgba(colour, 0.5), edgecolor=colour, label=name)
+        for colour, name in zip(CLASS_COLOURS, class_names, strict=False)
+    ]
 
 
 def _draw_case(row: np.ndarray, case: Case) -> None:
@@ -159,7 +169,7 @@ def _draw_case(row: np.ndarray, case: Case) -> None:
     for axes in row[:first_entropy]:
         axes.imshow(case.image[window], cmap="gray", interpolation="bilinear")
     for axes, labels in zip(row[1:first_entropy], overlays, strict=True):
-        _draw_labels(axes, labels[window])
+        draw_labels(axes, labels[window])
     for axes, entropy in zip(row[first_entropy:], entropies, strict=True):
         axes.imshow(entropy[window], cmap="magma", vmin=0, vmax=1)
     for axes in row:
@@ -167,7 +177,7 @@ def _draw_case(row: np.ndarray, case: Case) -> None:
     row[0].set_ylabel(case.name, fontsize=8)
 
 
-def _draw_labels(axes: Axes, labels: np.ndarray) -> None:
+def draw_labels(axes: Axes, labels: np.ndarray) -> None:
     """Each class as a translucent fill with a contour."""
     fills = np.array([(0.0, 0.0, 0.0, 0.0), *(to_rgba(colour, 0.4) for colour in CLASS_COLOURS)])
     axes.imshow(fills[labels], interpolation="nearest")
@@ -242,7 +252,8 @@ def _style(axes: Axes, title: str, ylabel: str, *, log: bool = False) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _save(figure: Figure, path: Path | str) -> None:
+def save(figure: Figure, path: Path | str) -> None:
+    """Write `figure`, making the folder. Raises InputError if it can't be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

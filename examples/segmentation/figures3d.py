@@ -4,25 +4,24 @@ Size and colours are those of `figures`. Voxels are drawn as cubes: the field's 
 each axis.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LightSource, to_rgb, to_rgba
+from matplotlib.colors import LightSource, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from scipy.ndimage import center_of_mass, gaussian_filter
 from skimage.measure import block_reduce, marching_cubes
 
-from .errors import InputError
-from .figures import CLASS_COLOURS, DPI, WIDTH, _draw_labels, _save
+from .figures import CLASS_COLOURS, DPI, WIDTH, Case, check_cases, draw_labels, patches, save
+from .metrics import score
 
 Box = tuple[slice, slice, slice]
 
@@ -32,24 +31,7 @@ VIEW = (30.0, -65.0)  # degrees: from above, in front and a little from the pati
 FINEST = 160  # voxels along the longest side of a surface; beyond, blocks of them are drawn as one
 
 
-@dataclass(frozen=True)
-class VolumeCase:
-    """One volume, and what each method makes of it.
-
-    Attributes:
-        image: (X, Y, Z) float; x to the patient's left, y to the back, z to the head.
-        reference: (X, Y, Z) integer labels, 0 the background.
-        predictions: method -> (labels (X, Y, Z), entropy (X, Y, Z) in [0, 1]); the same methods in every case.
-        name: printed beside the row, or in the first of the case's slices.
-    """
-
-    image: np.ndarray
-    reference: np.ndarray
-    predictions: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    name: str = ""
-
-
-def save_volumes(path: Path | str, cases: Sequence[VolumeCase], class_names: Sequence[str]) -> None:
+def save_volumes(path: Path | str, cases: Sequence[Case], class_names: Sequence[str]) -> None:
     """Rows: each case's methods. Columns: axial, coronal and sagittal slice, and the axial slice's entropy.
 
     The slices pass through the centre of mass of the reference and are cropped around it, with a margin, to one
@@ -64,7 +46,7 @@ def save_volumes(path: Path | str, cases: Sequence[VolumeCase], class_names: Seq
         InputError: when there is no case or method, the cases differ in their methods, an array's shape differs
             from its image's, a label has no name, there are over six classes, or `path` cannot be written.
     """
-    _check_cases(cases, class_names)
+    check_cases(cases, class_names, 3)
     methods = list(cases[0].predictions)
     rows = len(cases) * len(methods)
     sides = _sides(cases)
@@ -84,12 +66,12 @@ def save_volumes(path: Path | str, cases: Sequence[VolumeCase], class_names: Seq
     bar.set_label("entropy / log C", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     line = Line2D([], [], color="white", linewidth=0.8, path_effects=[EDGED], label="reference")
-    handles = [*_patches(class_names), line]
+    handles = [*patches(class_names), line]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
-def save_surfaces(path: Path | str, cases: Sequence[VolumeCase], class_names: Sequence[str]) -> None:
+def save_surfaces(path: Path | str, cases: Sequence[Case], class_names: Sequence[str]) -> None:
     """Rows: cases. Columns: the surface of each method's prediction with its Dice beneath, and of the reference.
 
     All of a row is seen from the same side in the same scale. Surfaces are smoothed over about a voxel (more
@@ -104,7 +86,7 @@ def save_surfaces(path: Path | str, cases: Sequence[VolumeCase], class_names: Se
     Raises:
         InputError: as `save_volumes`.
     """
-    _check_cases(cases, class_names)
+    check_cases(cases, class_names, 3)
     titles = [*cases[0].predictions, "Reference"]
     width = (WIDTH - 0.3) / len(titles)  # inches of a cell
     views = [_view(case, width) for case in cases]
@@ -124,41 +106,16 @@ def save_surfaces(path: Path | str, cases: Sequence[VolumeCase], class_names: Se
                 _draw_surface(figure, (centre, middle), labels, view)
             else:
                 _write(figure, centre, middle, "empty", fontsize=10, color="gray")
-            if labels is not volumes[-1]:
-                dice = _mean_dice(labels, case.reference, len(class_names))
+            if column < len(case.predictions):
+                dice = _dice(labels, case.reference, len(class_names) + 1)
                 _write(figure, centre, top - view.height - 0.15, f"Dice {100 * dice:.1f} %", fontsize=9)
         top -= view.height + 0.4
     if below:
-        figure.legend(handles=_patches(class_names), loc="lower center", ncols=6, fontsize=9, frameon=False)
-    _save(figure, path)
+        figure.legend(handles=patches(class_names), loc="lower center", ncols=6, fontsize=9, frameon=False)
+    save(figure, path)
 
 
-def _check_cases(cases: Sequence[VolumeCase], class_names: Sequence[str]) -> None:
-    if not cases:
-        raise InputError("cases: nothing to draw")
-    if not cases[0].predictions:
-        raise InputError(f"case {cases[0].name!r}: no method to draw")
-    if len(class_names) > len(CLASS_COLOURS):
-        raise InputError(f"class_names: {len(class_names)} given, at most {len(CLASS_COLOURS)} can be told apart")
-    for case in cases:
-        if list(case.predictions) != list(cases[0].predictions):
-            raise InputError(f"case {case.name!r}: its methods differ from those of the first case")
-        arrays = [case.reference, *(array for pair in case.predictions.values() for array in pair)]
-        if case.image.ndim != 3 or case.image.size == 0 or any(array.shape != case.image.shape for array in arrays):
-            raise InputError(f"case {case.name!r}: image, labels and entropy must share one shape (X, Y, Z)")
-        labels = [case.reference, *(labels for labels, _ in case.predictions.values())]
-        if max(array.max() for array in labels) > len(class_names):
-            raise InputError(f"case {case.name!r}: a label is above {len(class_names)}, the number of class names")
-
-
-def _patches(class_names: Sequence[str]) -> list[Patch]:
-    return [
-        Patch(facecolor=to_rgba(colour, 0.5), edgecolor=colour, label=name)
-        for colour, name in zip(CLASS_COLOURS, class_names, strict=False)
-    ]
-
-
-def _draw_slices(row: np.ndarray, case: VolumeCase, method: str, sides: tuple[int, int, int]) -> None:
+def _draw_slices(row: np.ndarray, case: Case, method: str, sides: tuple[int, int, int]) -> None:
     """`row` holds one matplotlib Axes per column of `save_volumes`."""
     centre, box = _centre(case.reference), _window(case.reference, sides)
     labels, entropy = case.predictions[method]
@@ -168,7 +125,7 @@ def _draw_slices(row: np.ndarray, case: VolumeCase, method: str, sides: tuple[in
     )
     for axes, image, overlay, line in zip(row, images, overlays, lines, strict=False):
         axes.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="bilinear")
-        _draw_labels(axes, overlay)
+        draw_labels(axes, overlay)
         _draw_outline(axes, line)
     row[3].imshow(entropies[0], cmap="magma", vmin=0, vmax=1)
     for axes, width in zip(row, (sides[0], sides[0], sides[1], sides[0]), strict=True):
@@ -182,7 +139,7 @@ def _centre(reference: np.ndarray) -> tuple[int, int, int]:
     return round(x), round(y), round(z)
 
 
-def _sides(cases: Sequence[VolumeCase], margin: float = 0.2) -> tuple[int, int, int]:
+def _sides(cases: Sequence[Case], margin: float = 0.2) -> tuple[int, int, int]:
     """Voxels along each axis that take in each case's foreground, `margin` of its size wider on each side.
 
     No less than 48, nor more than the largest volume has. Along z, as many as along y: the coronal and sagittal
@@ -256,7 +213,7 @@ class _View:
     height: float
 
 
-def _view(case: VolumeCase, width: float) -> _View:
+def _view(case: Case, width: float) -> _View:
     """So that the reference and each prediction fit `width` inches, and as much in height."""
     drawn = np.logical_or.reduce([case.reference > 0, *(labels > 0 for labels, _ in case.predictions.values())])
     box = _bounds(drawn)
@@ -317,11 +274,6 @@ def _surface(mask: np.ndarray, colour: str) -> tuple[np.ndarray, np.ndarray]:
     return ((points - 3 + 0.5) * block - 0.5)[faces], colours
 
 
-def _mean_dice(prediction: np.ndarray, reference: np.ndarray, classes: int) -> float:
-    """Mean Dice over the foreground classes, in [0, 1]; 1 where neither has any of a class, as `metrics.score`."""
-    dice = []
-    for index in range(1, classes + 1):
-        predicted, expected = prediction == index, reference == index
-        total = np.count_nonzero(predicted) + np.count_nonzero(expected)
-        dice.append(2 * np.count_nonzero(predicted & expected) / total if total else 1.0)
-    return float(np.mean(dice))
+def _dice(prediction: np.ndarray, reference: np.ndarray, num_classes: int) -> float:
+    """Mean over the foreground classes, in [0, 1]."""
+    return float(np.mean([s.dice for s in score(prediction, reference, num_classes, with_asd=False)]))

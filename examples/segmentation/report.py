@@ -16,6 +16,7 @@ from .errors import InputError
 from .evaluate import Evaluation
 from .task import Scores
 
+
 class Row(NamedTuple):
     """One line of the table.
 

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
-from scipy.ndimage import label as connected_components
 from torch import Tensor, nn
 
 from .errors import InputError
-from .evaluate import _eval_mode
+from .modes import eval_mode
 
 WINDOW = (112, 112, 80)  # (X, Y, Z) voxels, the field's on LA
 STRIDE = (18, 18, 4)
@@ -85,32 +84,6 @@ def windows(shape: Sequence[int], window: Sequence[int], stride: Sequence[int]) 
     )
 
 
-def largest_component(labels: np.ndarray) -> np.ndarray:
-    """Keep of each class the largest piece, and make the rest background; some of the field do so after predicting.
-
-    Voxels that share a face, an edge or a corner belong together; of two pieces of one size, the first in
-    memory order stays. A class that is not there changes nothing.
-
-    Args:
-        labels: (X, Y, Z) integers, 0 the background.
-
-    Returns:
-        A new array of the same shape and type.
-
-    Raises:
-        InputError: when `labels` is not an (X, Y, Z) array of integers.
-    """
-    if labels.ndim != 3 or labels.dtype.kind not in "iu":
-        raise InputError(f"labels: expected (X, Y, Z) integers, got {labels.dtype} {labels.shape}")
-    kept = np.zeros_like(labels)
-    for index in np.unique(labels[labels != 0]):
-        pieces, _ = connected_components(labels == index, structure=np.ones((3, 3, 3)))
-        sizes = np.bincount(pieces.ravel())
-        sizes[0] = 0  # the rest of the volume
-        kept[pieces == sizes.argmax()] = index
-    return kept
-
-
 def _probabilities(
     model: nn.Module,
     image: np.ndarray,
@@ -132,7 +105,7 @@ def _probabilities(
         return probabilities
 
     whole = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).to(device)
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         averaged = sliding_window_inference(
             whole[None, None], tuple(window), batch, softmax, overlap=_overlaps(window, stride), mode="constant"
         )

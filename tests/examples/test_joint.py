@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from acdc_gapmatch import ACDC
+from la_gapmatch import LA
 from segmentation import cli, ranks, train
 from segmentation.data import Volume, read_list, split_by_patients
 from segmentation.errors import InputError
@@ -31,6 +32,7 @@ from segmentation.slices import Slices, load_slices, load_volumes
 from segmentation.slicewise import segment_volume
 from segmentation.train import fit
 from segmentation.trainer import Trainer
+from segmentation.volumes import Crops
 from torch import Tensor, nn
 
 from gap_torch import frozen_running_stats
@@ -60,6 +62,7 @@ RECIPES = {
     "train": {"targets": "train"},
     "fixmatch, cross-entropy": {"method": "fixmatch", "unlabelled_loss": "ce_dice"},
     "supervised, not averaged": {"method": "supervised", "average_decay": 0.0},
+    "in 3D": {"size": (16, 16, 16)},
 }
 STEPS = 2
 
@@ -204,7 +207,8 @@ def _recipe(**changes: Any) -> Recipe:
 
 def _steps(name: str, slices: tuple[Slices, Slices], steps: int = STEPS) -> dict[str, Tensor]:
     """Everything that training changes, and what it logs, after a few iterations."""
-    trainer = Trainer(ACDC, _recipe(**RECIPES[name]), *slices, CPU, None)
+    task, pools = (LA, _crops()) if name == "in 3D" else (ACDC, slices)
+    trainer = Trainer(task, _recipe(**RECIPES[name]), *pools, CPU, None)
     logged = [trainer.step(iteration) for iteration in range(steps)]
     return {
         **trainer.model.state_dict(),
@@ -212,6 +216,17 @@ def _steps(name: str, slices: tuple[Slices, Slices], steps: int = STEPS) -> dict
         **{f"scored {n}": v for n, v in trainer.scored_model().state_dict().items()},
         **{f"{n} of {t}": v for t, values in enumerate(logged) for n, v in values.items()},
     }
+
+
+def _crops() -> tuple[Crops, Crops]:
+    """Noise: two labelled volumes and three without, whose dropout masks are of whole channels."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(20, 18, 17, generator=generator, dtype=torch.float64) for _ in range(5)]
+    labels = [(image > 0.5).byte() for image in images]
+    size = RECIPES["in 3D"]["size"]
+    parts = [slice(2), slice(2, 5)]
+    labelled, unlabelled = (Crops(["case"] * len(images[p]), images[p], labels[p], size) for p in parts)
+    return labelled, unlabelled
 
 
 def _float32_step(slices: tuple[Slices, Slices]) -> dict[str, Tensor]:

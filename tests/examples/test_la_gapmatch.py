@@ -1,0 +1,151 @@
+"""The 3D example from its command line: end to end on a tiny phantom, its own options, and bad input by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import la_gapmatch
+import numpy as np
+import pytest
+from segmentation.atrium import write_atrium
+from segmentation.data import read_list
+from segmentation.volumes import case_path
+
+TINY = {
+    "size": (16, 16, 16),
+    "width": 2,
+    "iterations": 4,
+    "labelled_batch": 2,
+    "unlabelled_batch": 2,
+    "validate_every": 2,
+    "log_every": 1,
+    "statistics_samples": 2,
+    "average_decay": 0.5,
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(la_gapmatch.LA.presets, "cpu", TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_atrium(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("atrium")
+    write_atrium(root, cases=(3, 2), size=(24, 24, 18))
+    return root
+
+
+@pytest.fixture
+def data(tiny_atrium: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tiny_atrium, tmp_path / "data"))
+
+
+def _run(data: Path, out: Path, *more: str) -> int:
+    arguments = ["--data", str(data), "--patients", "1", "--device", "cpu", "--preset", "cpu", "--out", str(out)]
+    return la_gapmatch.main([*arguments, *more])
+
+
+def test_end_to_end(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert _run(data, out, "--method", "supervised", "fixmatch", "gapmatch", "--stride", "8", "8", "8") == 0
+    printed = capsys.readouterr().out
+    for label in ("Supervised", "FixMatch", "GapMatch", "LA %"):
+        assert label in printed
+    for name in ("predictions.png", "surfaces.png", "curves.png", "table.md"):
+        assert (out / name).stat().st_size > 100
+    for method in ("supervised", "fixmatch", "gapmatch"):
+        result = json.loads((out / method / "result.json").read_text())
+        assert 0 <= result["test"]["dice"] <= 100
+        assert (result["data_set"], result["stride"]) == ("LA", [8, 8, 8])
+        assert result["chosen_iteration"] == 4  # without validation the last one
+        assert result["validation_dice"] is None
+        assert len((out / method / "train.csv").read_text().splitlines()) == 5
+
+
+def test_another_stride_scores_a_finished_run_without_training(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert _run(data, out, "--stride", "16", "16", "16") == 0
+    capsys.readouterr()
+    assert _run(data, out, "--stride", "8", "8", "8", "--largest-component", "--resume") == 0
+    printed = capsys.readouterr().out
+    assert "resuming gapmatch at iteration 4" in printed
+    assert "it/s" not in printed
+    result = json.loads((out / "gapmatch" / "result.json").read_text())
+    assert (result["stride"], result["largest_component"]) == ([8, 8, 8], True)
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(data: Path, tmp_path: Path) -> None:
+    # 2 is the first checkpoint: a run that ends there by itself has another learning rate, so one is stopped instead
+    import torch
+    from segmentation.trainer import Trainer
+
+    step = Trainer.step
+
+    def stop(self: Trainer, iteration: int) -> dict[str, torch.Tensor]:
+        if iteration == 3:
+            raise KeyboardInterrupt
+        return step(self, iteration)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", stop)
+        assert _run(data, tmp_path / "parts", "--stride", "16", "16", "16") == 130
+    assert _run(data, tmp_path / "parts", "--stride", "16", "16", "16", "--resume") == 0
+    assert _run(data, tmp_path / "whole", "--stride", "16", "16", "16") == 0
+    parts, whole = (
+        torch.load(tmp_path / run / "gapmatch" / "best.pt", weights_only=True)["model"] for run in ("parts", "whole")
+    )
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--stride", "0", "8", "8"), "--stride 0 8 8"),
+        (("--stride", "8", "8", "17"), "--stride 8 8 17"),
+        (("--patients", "3"), "nothing unlabelled"),
+    ],
+)
+def test_bad_options_are_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], complaint: str
+) -> None:
+    assert _run(data, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def _rewrite(path: Path, image: np.ndarray, label: np.ndarray) -> None:
+    with h5py.File(path, "w") as file:
+        file["image"], file["label"] = image, label
+
+
+@pytest.mark.parametrize("fault", ["slice", "empty", "small", "raw", "missing"])
+def test_bad_files_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
+    name = read_list(data / "train.list")[1]
+    path = case_path(data, name)
+    rng = np.random.default_rng(0)
+    image, label = rng.normal(size=(24, 24, 18)).astype(np.float32), np.ones((24, 24, 18), np.uint8)
+    if fault == "slice":
+        _rewrite(path, image[0], label[0])
+    elif fault == "empty":
+        _rewrite(path, image, 0 * label)
+    elif fault == "small":
+        _rewrite(path, image[:, :, :6], label[:, :, :6])
+    elif fault == "raw":
+        _rewrite(path, 100 + 20 * image, label)
+    else:
+        path.unlink()
+    assert _run(data, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert error.count("\n") == 1
+
+
+def test_acdc_s_files_are_refused(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(tiny_data, tmp_path / "out") == 2
+    assert str(tiny_data) in capsys.readouterr().err
