@@ -11,8 +11,9 @@ from gap_torch.losses import ce_dice_loss, dice_loss
 
 from .average import Average, with_statistics_of
 from .batches import ShuffledStream, mix
+from .errors import InputError
 from .joint import joint
-from .recipe import Recipe
+from .recipe import HALVINGS, Recipe
 from .task import Pool, Task
 
 UNLABELLED_LOSSES = {"ce_dice": ce_dice_loss, "dice": dice_loss}
@@ -50,6 +51,9 @@ class Trainer:
         amp: autocast dtype (bfloat16 or float16), or None for float32.
         compiled: whether `torch.compile` makes the training passes. One process alone; scoring stays eager, since
             volumes come in all numbers of slices.
+
+    Raises:
+        InputError: PyTorch's gradients are wrong for this size, device and dtype.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Trainer:
         amp: torch.dtype | None,
         compiled: bool = False,
     ) -> None:
+        _refuse_wrong_gradients(recipe, device, amp)
         self.task, self.recipe, self.device = task, recipe, device
         self.labelled, self.unlabelled = labelled.to(device), unlabelled.to(device)
         self.statistics_images = self._statistics_images()
@@ -180,3 +185,14 @@ class Trainer:
             "optimizer": self.optimizer,
             "scaler": self.scaler,
         }
+
+
+def _refuse_wrong_gradients(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> None:
+    """In bfloat16 on a CPU (torch 2.6 and 2.15) the weight gradient of a 3x3x3 convolution over an image of which the
+    first axis has 2 voxels is partly memory that nobody has written: another one in each run, now and then infinite."""
+    sides = [recipe.size[0] >> level for level in range(HALVINGS + 1)]
+    if len(recipe.size) == 3 and device.type == "cpu" and amp == torch.bfloat16 and 2 in sides:
+        raise InputError(
+            f"size {recipe.size}: on its way down X comes to 2 voxels, where PyTorch's bfloat16 gradients on a CPU are "
+            "wrong; take --amp off, or another size than 16, 32 or a doubling of them."
+        )

@@ -84,12 +84,16 @@ def test_the_atrium_is_one_piece_of_a_plausible_share(cases):
 def test_veins_leave_the_body_on_both_sides_behind_the_appendage(cases):
     """Veins are what an opening with a ball removes of the back half, which the appendage does not reach."""
     ball = ndimage.generate_binary_structure(3, 1)
+    right, left = [], []
     for _, label in cases.values():
         body = ndimage.binary_opening(label, ball, iterations=3)
         x, y, _ = (axis - centre for axis, centre in zip(np.nonzero(label & ~body), _centre(body), strict=True))
         assert 0.05 < len(x) / label.sum() < 0.7
-        assert ((x < -5) & (y > 0)).sum() > 10
-        assert ((x > 5) & (y > 0)).sum() > 10
+        right.append(((x < -5) & (y > 3)).sum())
+        left.append(((x > 5) & (y > 3)).sum())
+    for side in (right, left):
+        assert np.mean(side) > 20  # without veins on a side, what the wobble of the surface leaves is about 10
+        assert np.std(side) > 20  # some are hardly to be seen
 
 
 def test_the_veins_reach_farther_than_the_body_and_the_body_lies_inside(cases):

@@ -107,7 +107,7 @@ def test_bad_cases_name_the_culprit(tmp_path):
         save_predictions(path, [], CLASSES)
     with pytest.raises(InputError, match="'patient001': its methods differ"):
         save_predictions(path, [given, case(methods=("FixMatch",))], CLASSES)
-    with pytest.raises(InputError, match=r"'patient001': .* one shape"):
+    with pytest.raises(InputError, match=r"'patient001': .* one 2D shape"):
         save_predictions(path, [replace(given, reference=given.reference[1:])], CLASSES)
     with pytest.raises(InputError, match="'patient001': a label is above 1"):
         save_predictions(path, [given], CLASSES[:1])

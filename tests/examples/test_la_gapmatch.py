@@ -8,8 +8,10 @@ import h5py
 import la_gapmatch
 import numpy as np
 import pytest
+import torch
 from segmentation.atrium import write_atrium
 from segmentation.data import read_list
+from segmentation.trainer import Trainer
 from segmentation.volumes import case_path
 
 TINY = {
@@ -44,7 +46,20 @@ def data(tiny_atrium: Path, tmp_path: Path) -> Path:
 
 
 def _run(data: Path, out: Path, *more: str) -> int:
-    arguments = ["--data", str(data), "--patients", "1", "--device", "cpu", "--preset", "cpu", "--out", str(out)]
+    arguments = [
+        "--data",
+        str(data),
+        "--patients",
+        "1",
+        "--device",
+        "cpu",
+        "--preset",
+        "cpu",
+        "--out",
+        str(out),
+        "--amp",
+        "off",
+    ]
     return la_gapmatch.main([*arguments, *more])
 
 
@@ -80,10 +95,6 @@ def test_another_stride_scores_a_finished_run_without_training(
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(data: Path, tmp_path: Path) -> None:
-    # 2 is the first checkpoint: a run that ends there by itself has another learning rate, so one is stopped instead
-    import torch
-    from segmentation.trainer import Trainer
-
     step = Trainer.step
 
     def stop(self: Trainer, iteration: int) -> dict[str, torch.Tensor]:
@@ -149,3 +160,8 @@ def test_bad_files_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_acdc_s_files_are_refused(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(tiny_data, tmp_path / "out") == 2
     assert str(tiny_data) in capsys.readouterr().err
+
+
+def test_sizes_with_wrong_gradients_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(data, tmp_path / "out", "--amp", "bfloat16") == 2
+    assert "--amp off" in capsys.readouterr().err
