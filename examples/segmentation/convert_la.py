@@ -1,15 +1,13 @@
 """From the 2018 Left Atrial Segmentation Challenge's folders (NRRD) to the community's h5 layout of LA.
 
-    PYTHONPATH=examples python -m segmentation.convert_la SOURCE OUT [--train LIST --test LIST]
+    PYTHONPATH=examples python -m segmentation.convert_la SOURCE OUT [--train LIST --test LIST] [--margin 25]
 
-What the shared h5 files hold, measured on all 100 of them, and kept here:
-- Intensities have zero mean and unit variance over the whole scan, before it is cut: in the files, around the
-  bright heart, the mean is between 0.05 and 1.94 and the standard deviation between 0.31 and 1.66.
-- In X and Y the scan is cut to the box of the label with a margin of 10 to 19 voxels before and of 9 to 18 behind,
-  drawn anew for each side, and half of what the box lacks to 112 voxels; in Z all 88 slices are kept.
+- Intensities get zero mean and unit variance over the whole scan, before it is cut.
+- In X and Y the scan is cut to the label's box and a margin around it, or to 112 voxels where that is less; all slices
+  are kept.
 - Axes are NRRD's own, (X, Y, Z).
-The community's draws are not recorded. Here they follow from `seed` and the case's name, so that the files come
-near the shared ones and are the same in every run; for the shared numbers take the shared files.
+The community's shared files were made in the same way with narrower margins, of 10 to 19 voxels drawn anew for each
+side (measured on all 100 of them): for its numbers take its files.
 
 The cut needs the label, of test cases too: what is measured on such files is segmentation of an atrium already found.
 """
@@ -31,7 +29,7 @@ from .volumes import case_path
 
 IMAGE, LABEL = "lgemri.nrrd", "laendo.nrrd"
 LABEL_VALUES = (0, 1, 255)  # the challenge writes 255, some tools 1
-MARGINS = (10, 20)  # voxels around the label in X and Y, the upper end excluded
+MARGIN = 25  # voxels around the label in X and Y
 CROP = 112  # the field's crop in X and Y, which the cut leaves room for
 TRAIN_SHARE = 0.8
 
@@ -39,23 +37,26 @@ TRAIN_SHARE = 0.8
 _DAMAGE = (nrrd.NRRDError, OSError, EOFError, StopIteration, LookupError, ValueError, TypeError, zlib.error)
 
 
-def convert(source: Path, out: Path, lists: tuple[Path, Path] | None = None, seed: int = 0) -> dict[str, list[str]]:
+def convert(
+    source: Path, out: Path, lists: tuple[Path, Path] | None = None, margin: int = MARGIN
+) -> dict[str, list[str]]:
     """Write `out` in the h5 layout, its two list files last; returns the cases of each split.
 
     source: the folder that holds a folder for each case.
     lists: files that name the training and the test cases; without them the cases are split in order of name.
+    margin: voxels to keep around the label in X and Y.
     An interrupted run is repeated: every file is written under its name only once it is whole.
     Raises InputError for a folder, file or name that is missing or does not fit, naming it.
     """
-    if seed < 0:
-        raise InputError(f"seed {seed} is below 0; give 0 or more")
+    if margin < 0:
+        raise InputError(f"margin {margin} is below 0; give 0 or more voxels")
     folders = find_cases(source)
     splits = read_splits(lists) if lists else split_cases(sorted(folders))
     cases = [case for names in splits.values() for case in names]
     for case in cases:  # a missing one shows before the long work
         check_case(folders, case)
     for case in track(cases, "Converting", console=Console(stderr=True), transient=True):
-        write_case(case_path(out, case), *cut(*read_scan(folders[case]), margins_of(case, seed)))
+        write_case(case_path(out, case), *cut(*read_scan(folders[case]), margin))
     for split, names in splits.items():
         write_list(out / f"{split}.list", names)
     return splits
@@ -130,23 +131,18 @@ def read_nrrd(path: Path) -> np.ndarray:
     return array
 
 
-def margins_of(case: str, seed: int) -> np.ndarray:
-    """The voxels to keep before and behind the label in X and Y (2, 2), the same in every run."""
-    return np.random.default_rng([seed, *case.encode()]).integers(*MARGINS, size=(2, 2))
+def cut(image: Image, label: Label, margin: int) -> tuple[Image, Label]:
+    """Image and label around the label: its box in X and Y, `margin` voxels about it, `CROP` at least; all of Z.
 
-
-def cut(image: Image, label: Label, margins: np.ndarray) -> tuple[Image, Label]:
-    """Image and label in the surroundings of the label: all of Z; in X and Y the label's box and its margins.
-
-    margins: (2, 2), before and behind in X and in Y. As in the community's files, one voxel less is kept behind, and
-    none beyond the border of the scan.
+    Nothing is kept beyond the border of the scan.
     """
     window = []
-    for axis, (before, behind) in enumerate(margins):
+    for axis in (0, 1):
         inside = np.nonzero(label.any(axis=tuple({0, 1, 2} - {axis})))[0]
-        first, last = int(inside[0]), int(inside[-1])
-        room = max(CROP - (last - first), 0) // 2
-        window.append(slice(max(first - room - before, 0), last + room + behind))
+        first, end = int(inside[0]), int(inside[-1]) + 1
+        room = 2 * margin + max(CROP - (end - first) - 2 * margin, 0)
+        start = first - room // 2
+        window.append(slice(max(start, 0), end + room - room // 2))
     return image[tuple(window)], label[tuple(window)]
 
 
@@ -157,13 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="where to write the h5 layout")
     parser.add_argument("--train", type=Path, help="a list of the training cases; the field's is shared with its code")
     parser.add_argument("--test", type=Path, help="a list of the test cases")
-    parser.add_argument("--seed", type=int, default=0, help="of the margins around the label")
+    parser.add_argument(
+        "--margin", type=int, default=MARGIN, help=f"voxels around the label in X and Y (default: {MARGIN})"
+    )
     options = parser.parse_args(arguments)
     if (options.train is None) != (options.test is None):
         parser.error("--train and --test go together: give both lists, or neither for a split of 80 / 20 %")
     lists = (options.train, options.test) if options.train else None
     try:
-        splits = convert(options.source, options.out, lists, options.seed)
+        splits = convert(options.source, options.out, lists, options.margin)
     except InputError as error:
         sys.exit(f"error: {error}")
     counts = " and ".join(f"{len(names)} {split}" for split, names in splits.items())

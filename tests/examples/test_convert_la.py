@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from segmentation.convert_la import CROP, convert, cut, main, margins_of, read_scan, split_cases
+from segmentation.convert_la import CROP, MARGIN, convert, cut, main, read_scan, split_cases
 from segmentation.data import read_case, read_list, write_list
 from segmentation.errors import InputError
 from segmentation.volumes import case_path, load_cases
@@ -72,9 +72,7 @@ def test_files_hold_the_normalised_scan_around_the_label(source, tmp_path):
     convert(source, tmp_path / "out")
     image, label = scan_of("B2")
     stored_image, stored_label = read_case(case_path(tmp_path / "out", "B2"), num_classes=2)
-    (left, right), (front, back) = margins_of("B2", seed=0)
-    room_x, room_y = (112 - 29) // 2, (112 - 19) // 2  # the label runs from 90 to 119 and from 80 to 99
-    window = (slice(90 - room_x - left, 119 + room_x + right), slice(80 - room_y - front, 99 + room_y + back))
+    window = (slice(90 - 41, 120 + 41), slice(80 - 46, 100 + 46))  # to 112: more than 30 + 2 * 25 and 20 + 2 * 25
     expected = (image.astype(float) - image.mean()) / image.std()
     np.testing.assert_allclose(stored_image, expected[window], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(stored_label, label[window] == 255)
@@ -88,7 +86,7 @@ def test_the_scan_is_normalised_before_it_is_cut(source):
     whole, whole_label = read_scan(source / "A1")
     assert whole.mean() == pytest.approx(0, abs=1e-4)
     assert whole.std() == pytest.approx(1, abs=1e-4)
-    assert cut(whole, whole_label, margins_of("A1", 0))[0].mean() > 0.05
+    assert cut(whole, whole_label, MARGIN)[0].mean() > 0.05
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
@@ -104,35 +102,25 @@ def _boxes(size: int) -> st.SearchStrategy[tuple[int, int]]:
     return st.tuples(st.integers(0, size - 1), st.integers(0, size - 1)).map(lambda ends: (min(ends), max(ends)))
 
 
-@given(
-    boxes=st.tuples(_boxes(170), _boxes(300)),
-    margins=st.tuples(*[st.integers(10, 19)] * 4).map(lambda m: np.array(m).reshape(2, 2)),
-)
-def test_the_cut_keeps_label_margins_and_slices(boxes, margins):
+@given(boxes=st.tuples(_boxes(170), _boxes(300)), margin=st.integers(0, 60))
+def test_the_cut_keeps_label_margin_and_slices(boxes, margin):
     image = np.arange(170 * 300 * 2, dtype=np.float32).reshape(170, 300, 2)
     label = np.zeros(image.shape, np.uint8)
     for ends in zip(*boxes, strict=True):
         label[(*ends, 0)] = 1  # two opposite corners of the box
-    small_image, small_label = cut(image, label, margins)
+    small_image, small_label = cut(image, label, margin)
     assert small_image.shape == small_label.shape
     assert small_label.sum() == label.sum()
     assert small_label.shape[2] == 2
     corner = np.unravel_index(int(small_image[0, 0, 0]), image.shape)[:2]
     for axis, (first, last) in enumerate(boxes):
-        room = max(112 - (last - first), 0) // 2
-        end = corner[axis] + small_image.shape[axis]
-        assert corner[axis] == max(0, first - room - margins[axis, 0])
-        assert end == min(image.shape[axis], last + room + margins[axis, 1])
-        if corner[axis] > 0 and end < image.shape[axis]:
-            assert small_image.shape[axis] >= CROP
-
-
-def test_margins_are_10_to_19_and_the_same_for_a_case_and_seed():
-    drawn = np.concatenate([margins_of(f"case{n}", seed=3).ravel() for n in range(200)])
-    assert (drawn.min(), drawn.max()) == (10, 19)
-    np.testing.assert_array_equal(margins_of("A1", 0), margins_of("A1", 0))
-    for other in (("A1", 1), ("A2", 0)):
-        assert (margins_of("A1", 0) != margins_of(*other)).any()
+        start, end = corner[axis], corner[axis] + small_image.shape[axis]
+        before, behind = first - start, end - 1 - last
+        if start > 0 and end < image.shape[axis]:
+            assert before + behind + last - first + 1 == max(CROP, last - first + 1 + 2 * margin)
+            assert behind - before in (0, 1)
+        assert start == 0 or before >= margin
+        assert end == image.shape[axis] or behind >= margin
 
 
 def test_a_second_run_writes_the_same(source, tmp_path):
@@ -181,9 +169,9 @@ def test_a_missing_list_is_refused(source, lists):
     refused(source, r"train\.list: no such list", lists)
 
 
-def test_a_negative_seed_is_refused(source, tmp_path):
-    with pytest.raises(InputError, match="seed -1"):
-        convert(source, tmp_path / "out", seed=-1)
+def test_a_negative_margin_is_refused(source, tmp_path):
+    with pytest.raises(InputError, match="margin -1"):
+        convert(source, tmp_path / "out", margin=-1)
 
 
 @pytest.mark.parametrize("name", ["lgemri.nrrd", "laendo.nrrd"])
@@ -245,11 +233,11 @@ def test_the_command_line(source, lists, tmp_path, capsys):
 
 
 def test_the_command_line_says_that_its_own_split_is_not_the_field_s(source, tmp_path, capsys):
-    main([str(source), str(tmp_path / "out"), "--seed", "4"])
+    main([str(source), str(tmp_path / "out"), "--margin", "50"])
     assert "4 train and 1 test cases, split in order of name: not the field's split" in capsys.readouterr().out
     image, _ = read_case(case_path(tmp_path / "out", "A1"), 2)
     label = scan_of("A1")[1]
-    assert image.shape == cut(label.astype(np.float32), label, margins_of("A1", 4))[0].shape
+    assert image.shape == cut(label.astype(np.float32), label, 50)[0].shape
 
 
 def test_the_command_line_wants_both_lists_or_none(source, lists, tmp_path, capsys):

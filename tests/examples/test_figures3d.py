@@ -233,7 +233,7 @@ def test_bad_cases_name_the_culprit(tmp_path, save):
         save(path, [given, case(methods=("FixMatch",))], CLASSES)
     with pytest.raises(InputError, match=r"'case7': .* one 3D shape"):
         save(path, [replace(given, reference=given.reference[1:])], CLASSES)
-    with pytest.raises(InputError, match=r"'case7': .* one shape"):
+    with pytest.raises(InputError, match=r"'case7': .* one 3D shape"):
         save(path, [replace(given, image=given.image[0])], CLASSES)
     with pytest.raises(InputError, match="'case7': a label is above 1"):
         save(path, [case(ODD["both classes"])], CLASSES[:1])
