@@ -11,13 +11,16 @@ for a sum of two gradients of its own making (naive Algorithm 1), that is.
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from common import (
     COLOURS,
-    ROOT,
+    FIGURES,
+    RESULTS,
     Shapes,
+    Task,
     equal,
     interleaved,
     make,
@@ -29,7 +32,8 @@ from common import (
     unet,
     vit_b16,
     vnet,
-    write_json,
+    whole,
+    write_results,
 )
 from methods import METHODS
 
@@ -54,12 +58,7 @@ def measure(shapes: Shapes, device: str, dtype: torch.dtype, repetitions: int) -
     flat = torch.randn(numel(shapes), device=device).to(dtype)
     other = torch.empty_like(flat)
 
-    def copy(clock: Callable[[], float]) -> float:
-        start = clock()
-        other.copy_(flat)
-        return clock() - start
-
-    def task(method: Any) -> Callable[[Callable[[], float]], float]:
+    def task(method: Any) -> Task:
         def run(clock: Callable[[], float]) -> float:
             for p in params:
                 assert p.grad is not None
@@ -77,11 +76,10 @@ def measure(shapes: Shapes, device: str, dtype: torch.dtype, repetitions: int) -
 
         return run
 
-    return interleaved(
-        {"copy": copy, **{name: task(make_method(params)) for name, make_method in METHODS.items()}},
-        repetitions,
-        device,
-    )
+    copy = whole(lambda: other.copy_(flat))
+    methods = {name: task(make_method(params)) for name, make_method in METHODS.items()}
+    taken = interleaved({"copy": copy, **methods}, device, repetitions)
+    return {name: {"median": median(seconds), "min": min(seconds)} for name, seconds in taken.items()}
 
 
 def second_gradient(params: list[torch.nn.Parameter]) -> None:
@@ -104,8 +102,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--shrink", type=int, default=1, help="divide every tensor's first dimension (for a trial)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--figures", type=Path, default=FIGURES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
@@ -137,7 +135,7 @@ def main() -> None:
             ]
             print_table(f"{name}, {dtype}", shown)
     kind = "cuda" if arguments.device.startswith("cuda") else "cpu"
-    write_json(arguments.results / f"overhead_{kind}.json", QUESTION, arguments.device, rows)
+    write_results(arguments.results / f"overhead_{kind}.json", QUESTION, arguments.device, rows)
     draw(rows, arguments.figures / f"overhead_{kind}.png")
 
 
