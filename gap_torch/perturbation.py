@@ -104,8 +104,9 @@ def _times_size(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    same_layout = a.stride() == b.stride() or not multi_tensor.is_dense(a)  # of which there is no like
-    return a.shape == b.shape and same_layout and a.dtype == b.dtype and a.device == b.device
+    if a.dtype is not b.dtype or a.shape != b.shape or a.device != b.device:
+        return False
+    return a.stride() == b.stride() or not multi_tensor.is_dense(a)  # of which there is no like
 
 
 def _capturing() -> bool:

@@ -13,6 +13,7 @@ Algorithm 1 of Huang et al., "GapMatch", AAAI 2025.
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -377,8 +378,8 @@ class GAPWrapper(Optimizer):
     def _note_sum(self) -> None:
         if not torch.compiler.is_compiling():
             # DDP hands the same views out again and again
-            sums = [p.grad for p in self._params() if p.grad is not None and not (is_sharded(p) or p.grad._is_view())]
-            self._unused_sum[:] = sorted(sums, key=Tensor.numel)[:1]
+            sums = (p.grad for p in self._params() if p.grad is not None and not (is_sharded(p) or p.grad._is_view()))
+            self._unused_sum[:] = sorted(islice(sums, 8), key=Tensor.numel)[:1]  # a small one, for it is held
 
     def _warn_of_unused_sum(self, groups: list[Group]) -> None:
         if torch.compiler.is_compiling():
