@@ -23,8 +23,8 @@ from . import multi_tensor
 from .multi_tensor import arithmetic, is_dense, same_order, to_device
 from .sharding import PLAIN
 
-# What `GAPWrapper(fused=None)` does. No GPU has run these kernels yet: `benchmarks/overhead.py --device cuda`, with both
-# paths side by side, is to decide.
+# What `GAPWrapper(fused=None)` does. No GPU has run these kernels yet: `benchmarks/overhead.py --device cuda`, with
+# both paths side by side, is to decide.
 BY_DEFAULT = False
 DEVICES = {"cuda"}
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -133,7 +133,7 @@ class _Batch(NamedTuple):
 
 
 def _split(rows: Sequence[Row]) -> tuple[list[_Batch], list[Row]]:
-    """The `rows` that the kernels take, by device and dtypes, and the rest. A row is a parameter and its copy, say."""
+    """The `rows` that the kernels take, by device and dtypes, and the rest. A row: see `_take`."""
     alike: dict[tuple[torch.device, tuple[torch.dtype, ...]], list[Row]] = defaultdict(list)
     rest = []
     for row in rows:
@@ -188,14 +188,15 @@ def _backup_and_perturb(batch: _Batch, norm: Tensor, eps: float | Tensor) -> Non
 
 
 def _take(row: Row) -> bool:
-    """Whether the kernels, which walk memory, can take these together."""
+    """Whether the kernels, which walk memory, can take these: one tensor, or with its copy, or with that and its g1."""
     first, *others = row
     return (
         first.device.type in DEVICES
         and first.numel() > 0
         and is_dense(first)
         and all(type(t) in PLAIN and t.dtype in DTYPES and not t.is_neg() for t in row)
-        and all(t.device == first.device and same_order(first, t) for t in others)
+        and all(t.device == first.device and t.shape == first.shape and same_order(first, t) for t in others)
+        and all(copy.dtype == first.dtype for copy in others[:1])
     )
 
 

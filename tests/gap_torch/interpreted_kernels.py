@@ -234,6 +234,14 @@ def test_the_rest_goes_the_other_way_with_the_same_norm(change):
 
 
 @with_a_rest
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_a_parameter_whose_dtype_has_changed_gets_its_numbers_back(dtype):
+    param = torch.zeros(3, dtype=dtype)
+    fused.restore([param], [torch.tensor([1.0, 2.0, 3.0])])
+    assert param.tolist() == [1.0, 2.0, 3.0]
+
+
+@with_a_rest
 def test_gradients_in_another_order_than_their_parameters_and_complex_ones():
     params = [torch.zeros(4, 6), torch.zeros(3, dtype=torch.complex64)]
     grads = [torch.randn(6, 4).t(), torch.randn(3, dtype=torch.complex64)]
