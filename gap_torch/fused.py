@@ -151,8 +151,7 @@ def _batch(device: torch.device, dtypes: tuple[torch.dtype, ...], rows: list[Row
     options = {
         "ALIGNED": all(address % 16 == 0 for column in addresses for address in column),
         "BLOCK": block,
-        "num_warps": _kernels().WARPS,
-        "enable_fp_fusion": True,  # of a product and a sum, as in torch's own kernels
+        **_kernels().LAUNCH,
     }
     sizes = tuple([tensor.numel() for tensor in lists[0]])
     tables = _blocks(sizes, block, device, stream)
@@ -168,7 +167,7 @@ def _norm(device: torch.device, batches: list[_Batch]) -> Tensor:
             _kernels().squares[batch.grid](
                 *batch.addresses, *batch.tables, part, TYPE=_type(batch.dtypes[0]), **batch.options
             )
-        _kernels().root[(1,)](sums, norm, sums.numel(), WIDTH=_kernels().WIDTH, num_warps=_kernels().WARPS)
+        _kernels().root[(1,)](sums, norm, sums.numel(), WIDTH=_kernels().WIDTH, **_kernels().LAUNCH)
     return norm
 
 

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 BLOCK = 4096
-WARPS = 8
+# Products and sums fused as in torch's own kernels. To be said: Triton's default changes, of which it warns.
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 # block sums that are added at a time
 WIDTH = 4096
 TYPES = {
@@ -41,7 +42,7 @@ def root(sums, norm, count, WIDTH: tl.constexpr):
 
 @triton.jit
 def backup_and_perturb(
-    params,
+    thetas,
     copies,
     grads,
     sizes,
@@ -60,7 +61,7 @@ def backup_and_perturb(
     scale = (tl.load(eps).to(tl.float64) / tl.load(norm).to(tl.float64)).to(WIDE)
     moves = (scale > 0) & (scale.to(tl.float32) < float("inf"))
     owner, size, offsets, whole = _block(sizes, owners, starts, BLOCK)
-    theta = _memory(params, owner, PARAM, ALIGNED) + offsets
+    theta = _memory(thetas, owner, PARAM, ALIGNED) + offsets
     copy = _memory(copies, owner, PARAM, ALIGNED) + offsets
     g1 = _memory(grads, owner, GRAD, ALIGNED) + offsets
     if whole:

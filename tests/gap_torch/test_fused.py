@@ -105,12 +105,20 @@ def test_the_kernels_in_triton_s_interpreter():
     assert child.returncode == 0, child.stdout + child.stderr
 
 
+@needs_triton
+def test_launches_bind_their_arguments_and_compile(tmp_path):
+    script = Path(__file__).with_name("launched_without_gpu.py")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    child = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
 TABLES = {"sizes": "*i64", "owners": "*i64", "starts": "*i64"}
 SIGNATURES = {
     "squares": {"addresses": "*i64", **TABLES, "sums": "*fp64"},
     "root": {"sums": "*fp64", "norm": "*fp64", "count": "i32"},
     "backup_and_perturb": {
-        **dict.fromkeys(["params", "copies", "grads"], "*i64"),
+        **dict.fromkeys(["thetas", "copies", "grads"], "*i64"),
         **TABLES,
         "norm": "*fp64",
         "eps": "*fp64",
@@ -133,10 +141,9 @@ def assembled(tmp_path, monkeypatch):
         kernel = getattr(triton_kernels, name)
         types = {argument: SIGNATURES[name].get(argument, "constexpr") for argument in kernel.arg_names}
         source = triton.compiler.ASTSource(kernel, types, constexprs=constants)
-        options = {"num_warps": triton_kernels.WARPS, "enable_fp_fusion": True}
         target = compiler.GPUTarget("cuda", capability, 32)
         try:
-            compiled = triton.compile(source, target=target, options=options)
+            compiled = triton.compile(source, target=target, options=triton_kernels.LAUNCH)
         except FileNotFoundError as error:
             pytest.skip(f"no ptxas: {error}")
         assert compiled.asm["cubin"]
