@@ -213,6 +213,11 @@ def make(shapes: Shapes, device: str, dtype: torch.dtype) -> list[nn.Parameter]:
     return params
 
 
+def second_gradient(params: list[nn.Parameter]) -> None:
+    """A backward that gives every parameter a g2 of ones."""
+    torch.autograd.backward(list(params), [torch.ones_like(p) for p in params])
+
+
 def numel(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
