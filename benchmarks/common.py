@@ -1,8 +1,9 @@
-"""What the benchmarks share: parameter sets, peers, the environment's record, JSON, tables and plots."""
+"""What the benchmarks share: where they ran, JSON, tables and plots, a clock, parameter sets."""
 
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
@@ -18,40 +19,77 @@ from rich.table import Table
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 Shapes = list[tuple[int, ...]]
 
 
 def environment(device: str) -> dict[str, Any]:
     """Where and when something was measured."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "gap_torch"]).returncode != 0
-    cuda = device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({os.cpu_count()} cores)",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name(),
         "torch": torch.__version__,
-        "commit": commit + (" with changes" if changed else ""),
+        "commit": _commit(),
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "load": [round(load, 1) for load in os.getloadavg()],
         "date": date.today().isoformat(),
     }
 
 
-def write_json(path: Path, question: str, device: str, results: Any) -> None:
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """`record` as JSON; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"question": question, **environment(device), "results": results}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def write_results(path: Path, question: str, device: str, results: Any) -> None:
+    """`results`, and where they come from, as JSON."""
+    write_json(path, {"question": question, **environment(device), "results": results})
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """One row a mapping, all with the same keys; numbers with three digits."""
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    show(title, [*rows[0]], [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows])
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, its numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
+        table.add_column(column, justify="right" if all(map(_is_number, cells)) else "left")
     for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+        table.add_row(*row)
+    # A log has no width of its own, and rich would squeeze the columns into 80 characters.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _commit() -> str:
+    """Short hash, with a mark if what ran was not quite it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "gap_torch", "examples", "benchmarks/*.py"])
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + (" with changes" if changed.returncode else "")
+
+
+def _cpu_name() -> str:
+    """The processor's own name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
 def new_plot(width: float = 9.0, height: float = 4.0) -> tuple[Figure, Axes]:
@@ -69,28 +107,53 @@ def save_plot(figure: Figure, path: Path) -> None:
 # ---------------------------------------------------------------- time
 
 
-def interleaved(
-    tasks: Mapping[str, Callable[[Callable[[], float]], float]], repetitions: int, device: str
-) -> dict[str, dict[str, float]]:
-    """Seconds of each task, all taking turns, so that a busy moment of the machine hits all: median and minimum.
+Task = Callable[[Callable[[], float]], float]
+"""Gets a clock, and returns the seconds that it counts."""
 
-    A task gets a clock, which waits for the device, and returns the seconds that it counts. A first round warms up.
-    With one thread on the CPU the clock is that thread's own time, which other processes' turns do not enter.
-    """
-    now = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+def interleaved(tasks: Mapping[str, Task], device: str, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each task in each round. All take turns, so that a busy moment of the machine hits all alike."""
+    clock = _clock(device)
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for turn in range(warm_up + rounds):
+        for name, task in tasks.items():
+            taken = task(clock)
+            if turn >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def whole(call: Callable[[], object]) -> Task:
+    """`call` as a task that counts all of it."""
+
+    def task(clock: Callable[[], float]) -> float:
+        start = clock()
+        call()
+        return clock() - start
+
+    return task
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """How long one `call` takes."""
+    return whole(call)(_clock(device))
+
+
+def medians(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of every list."""
+    return {name: median(values) for name, values in taken.items()}
+
+
+def _clock(device: str) -> Callable[[], float]:
+    """Waits for the device. With one thread on the CPU it is this process's time, which others' turns do not enter."""
+    now = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def clock() -> float:
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         return now()
 
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for repetition in range(repetitions + 1):
-        for name, task in tasks.items():
-            taken = task(clock)
-            if repetition > 0:
-                seconds[name].append(taken)
-    return {name: {"median": median(taken), "min": min(taken)} for name, taken in seconds.items()}
+    return clock
 
 
 # ---------------------------------------------------------------- parameters
@@ -148,6 +211,11 @@ def make(shapes: Shapes, device: str, dtype: torch.dtype) -> list[nn.Parameter]:
     for p in params:
         p.grad = torch.randn_like(p)
     return params
+
+
+def second_gradient(params: list[nn.Parameter]) -> None:
+    """A backward that gives every parameter a g2 of ones."""
+    torch.autograd.backward(list(params), [torch.ones_like(p) for p in params])
 
 
 def numel(shapes: Iterable[tuple[int, ...]]) -> int:

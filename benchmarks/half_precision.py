@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 import torch
-from common import ROOT, print_table, write_json
+from common import RESULTS, ROOT, print_table, write_results
 
 from gap_torch import GAPWrapper
 from gap_torch.losses import ce_dice_loss
@@ -26,8 +26,8 @@ def main() -> None:
     device = parser.parse_args().device
     rows = [left_of(eps, dtype, device) for dtype in DTYPES for eps in RADII]
     print_table("What is left of a perturbation", rows)
-    path = ROOT / "benchmarks" / "results" / f"half_precision_{device.partition(':')[0]}.json"
-    write_json(path, "How much of a perturbation is left after rounding?", device, rows)
+    path = RESULTS / f"half_precision_{device.partition(':')[0]}.json"
+    write_results(path, "How much of a perturbation is left after rounding?", device, rows)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import COLOURS, ROOT, Shapes, make, new_plot, numel, print_table, save_plot, write_json
+from common import COLOURS, FIGURES, RESULTS, Shapes, make, new_plot, numel, print_table, save_plot, write_results
 from methods import METHODS
 from overhead import SETS
 from torch import nn
@@ -74,13 +74,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["UNet", "ResNet-50", "ViT-B/16"])
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--figures", type=Path, default=FIGURES)
     arguments = parser.parse_args()
     rows = [row for name in arguments.sets for row in measure(name, arguments.device, getattr(torch, arguments.dtype))]
     print_table(QUESTION, rows)
     kind = "cuda" if arguments.device.startswith("cuda") else "cpu"
-    write_json(arguments.results / f"memory_{kind}.json", QUESTION, arguments.device, rows)
+    write_results(arguments.results / f"memory_{kind}.json", QUESTION, arguments.device, rows)
     draw(rows, arguments.figures / f"memory_{kind}.png")
 
 

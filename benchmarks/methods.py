@@ -5,8 +5,11 @@ nothing to combine; Algorithm 1 needs g1 + alpha * g2. The update of the base op
 """
 
 from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
 
 import torch
+from common import second_gradient
 from torch import Tensor, nn
 
 from gap_torch import GAPWrapper
@@ -29,8 +32,8 @@ class Ours:
 
     sums = True
 
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        self.optimizer = GAPWrapper(Nothing(params), eps=EPS)
+    def __init__(self, params: list[nn.Parameter], fused: bool | None = None) -> None:
+        self.optimizer = GAPWrapper(Nothing(params), eps=EPS, fused=fused)
 
     def first(self) -> None:
         self.optimizer.first_step()
@@ -40,6 +43,35 @@ class Ours:
 
     def after(self) -> None:
         self.optimizer.step()
+
+
+class OursFused(Ours):
+    """With the Triton kernels."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, fused=True)
+
+
+class OursCompiled(Ours):
+    """With both steps under torch.compile, where g1 is kept apart: one copy of the gradients more."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params)
+        self.compiled_first = torch.compile(self.optimizer.first_step, fullgraph=True)
+        self.compiled_second = torch.compile(self.optimizer.second_step, fullgraph=True)
+        started = perf_counter()
+        for _ in range(3):  # it is traced anew in the second round, when memory for the copy is there
+            self.first()
+            second_gradient(params)
+            self.second()
+            self.after()
+        print(f"torch.compile of first_step and second_step: {perf_counter() - started:.1f} s until the steady state")
+
+    def first(self) -> None:
+        self.compiled_first()
+
+    def second(self) -> None:
+        self.compiled_second()
 
 
 class PytorchOptimizerSAM:
@@ -128,3 +160,13 @@ METHODS = {
     "plain SAM": PlainSAM,
     "naive Algorithm 1": NaiveAlgorithm1,
 }
+
+
+def methods(device: str, compiled: bool = False) -> dict[str, Any]:
+    """What is worth a row on `device`: on CUDA both of our paths, and if wanted the compiled one."""
+    ours: dict[str, Any] = {"gap-torch": Ours}
+    if device.startswith("cuda"):
+        ours["gap-torch fused"] = OursFused
+    if compiled:
+        ours["gap-torch compiled"] = OursCompiled
+    return {**ours, **METHODS}

@@ -9,15 +9,18 @@ for a sum of two gradients of its own making (naive Algorithm 1), that is.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from common import (
     COLOURS,
-    ROOT,
+    FIGURES,
+    RESULTS,
     Shapes,
+    Task,
     equal,
     interleaved,
     make,
@@ -26,12 +29,14 @@ from common import (
     print_table,
     resnet50,
     save_plot,
+    second_gradient,
     unet,
     vit_b16,
     vnet,
-    write_json,
+    whole,
+    write_results,
 )
-from methods import METHODS
+from methods import methods
 
 QUESTION = "Seconds of first_step + second_step, and over the floor of 7 parameter-sized transfers"
 TRANSFERS = 7
@@ -47,19 +52,16 @@ SETS: dict[str, Callable[[], Shapes]] = {
 OPT_IN = "1 B in 20 tensors"
 
 
-def measure(shapes: Shapes, device: str, dtype: torch.dtype, repetitions: int) -> dict[str, dict[str, float]]:
+def measure(
+    shapes: Shapes, device: str, dtype: torch.dtype, repetitions: int, chosen: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
     """Median and least seconds by method, and of a copy under "copy"."""
     params = make(shapes, device, dtype)
     theta = [p.detach().clone() for p in params]
     flat = torch.randn(numel(shapes), device=device).to(dtype)
     other = torch.empty_like(flat)
 
-    def copy(clock: Callable[[], float]) -> float:
-        start = clock()
-        other.copy_(flat)
-        return clock() - start
-
-    def task(method: Any) -> Callable[[Callable[[], float]], float]:
+    def task(method: Any) -> Task:
         def run(clock: Callable[[], float]) -> float:
             for p in params:
                 assert p.grad is not None
@@ -77,16 +79,10 @@ def measure(shapes: Shapes, device: str, dtype: torch.dtype, repetitions: int) -
 
         return run
 
-    return interleaved(
-        {"copy": copy, **{name: task(make_method(params)) for name, make_method in METHODS.items()}},
-        repetitions,
-        device,
-    )
-
-
-def second_gradient(params: list[torch.nn.Parameter]) -> None:
-    """A backward that gives every parameter a g2 of ones."""
-    torch.autograd.backward(list(params), [torch.ones_like(p) for p in params])
+    copy = whole(lambda: other.copy_(flat))
+    tasks = {name: task(make_method(params)) for name, make_method in chosen.items()}
+    taken = interleaved({"copy": copy, **tasks}, device, repetitions)
+    return {name: {"median": median(seconds), "min": min(seconds)} for name, seconds in taken.items()}
 
 
 @torch.no_grad()
@@ -103,18 +99,20 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--shrink", type=int, default=1, help="divide every tensor's first dimension (for a trial)")
+    parser.add_argument("--compiled", action="store_true", help="a row for the two steps under torch.compile")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--figures", type=Path, default=FIGURES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
+    chosen = methods(arguments.device, arguments.compiled)
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
         for name in arguments.sets:
             shapes: Shapes = [(-(-s[0] // arguments.shrink), *s[1:]) for s in SETS[name]()]
-            seconds = measure(shapes, arguments.device, getattr(torch, dtype), arguments.repetitions)
-            for method in METHODS:
+            seconds = measure(shapes, arguments.device, getattr(torch, dtype), arguments.repetitions, chosen)
+            for method in chosen:
                 taken = {
                     f"{kind} / floor": seconds[method][kind] / (TRANSFERS / 2 * seconds["copy"][kind])
                     for kind in ("median", "min")
@@ -132,12 +130,10 @@ def main() -> None:
                         "times ours": seconds[method]["median"] / seconds["gap-torch"]["median"],
                     }
                 )
-            shown = [
-                {k: v for k, v in row.items() if k not in ("parameters", "dtype")} for row in rows[-len(METHODS) :]
-            ]
+            shown = [{k: v for k, v in row.items() if k not in ("parameters", "dtype")} for row in rows[-len(chosen) :]]
             print_table(f"{name}, {dtype}", shown)
     kind = "cuda" if arguments.device.startswith("cuda") else "cpu"
-    write_json(arguments.results / f"overhead_{kind}.json", QUESTION, arguments.device, rows)
+    write_results(arguments.results / f"overhead_{kind}.json", QUESTION, arguments.device, rows)
     draw(rows, arguments.figures / f"overhead_{kind}.png")
 
 
@@ -145,11 +141,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Time over floor, a group of bars a set, float32."""
     shown = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
     names = list(dict.fromkeys(row["parameters"] for row in shown))
+    shown_methods = list(dict.fromkeys(row["method"] for row in shown))
     figure, axes = new_plot()
-    width = 0.8 / len(METHODS)
-    for index, (method, colour) in enumerate(zip(METHODS, COLOURS, strict=False)):
+    width = 0.8 / len(shown_methods)
+    for index, (method, colour) in enumerate(zip(shown_methods, COLOURS, strict=False)):
         heights = [row["median / floor"] for row in shown if row["method"] == method]
-        places = [place + (index - (len(METHODS) - 1) / 2) * width for place in range(len(names))]
+        places = [place + (index - (len(shown_methods) - 1) / 2) * width for place in range(len(names))]
         bars = axes.bar(places, heights, width, color=colour, label=method)
         axes.bar_label(bars, fmt="%.2g", fontsize=8)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import COLOURS, ROOT, equal, new_plot, print_table, save_plot, write_json
+from common import COLOURS, FIGURES, RESULTS, equal, new_plot, print_table, save_plot, write_results
 from methods import METHODS
 from overhead import TRANSFERS, measure
 from torch import nn
@@ -41,7 +41,7 @@ def over_tensors(total: int, device: str, repetitions: int) -> list[dict[str, An
 
 
 def _point(parameters: int, tensors: int, device: str, repetitions: int) -> dict[str, Any]:
-    seconds = measure(equal(parameters, tensors), device, torch.float32, repetitions)
+    seconds = measure(equal(parameters, tensors), device, torch.float32, repetitions, METHODS)
     floor = TRANSFERS / 2 * seconds["copy"]["min"] * 1e3
     taken = {f"{method} ms": seconds[method]["min"] * 1e3 for method in METHODS}
     return {"millions": parameters / 1e6, "tensors": tensors, "floor ms": floor, **taken}
@@ -176,8 +176,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024, help="of the four linear layers on ranks")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=11)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--figures", type=Path, default=FIGURES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device, repetitions = arguments.device, arguments.repetitions
@@ -191,7 +191,7 @@ def main() -> None:
     }
     for name, rows in results.items():
         print_table(name, rows)
-    write_json(arguments.results / "scale_cpu.json", QUESTION, device, results)
+    write_results(arguments.results / "scale_cpu.json", QUESTION, device, results)
     figures = arguments.figures
     draw_points(
         results["parameters"], "millions", "millions of parameters, in 10 tensors", figures / "scale_parameters.png"

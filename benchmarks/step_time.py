@@ -15,13 +15,13 @@ L = U that makes GapMatch 10 / 6 = 1.67 of the UNet, whatever the batch.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timing
+import common
 import torch
 from rich.console import Console
 from segmentation.data import Slices, Volume, load_volumes, read_list
@@ -69,7 +69,7 @@ def main() -> None:
     preset = PRESETS["paper" if arguments.size > 128 else "cpu"]
     recipe = Recipe(**{**preset, "size": arguments.size, "width": arguments.width})
     recipe = replace(recipe, labelled_batch=arguments.batch, unlabelled_batch=arguments.batch)
-    record: dict[str, Any] = {"environment": timing.environment(device), "recipe": recipe.to_dict()}
+    record: dict[str, Any] = {"environment": common.environment(str(device)), "recipe": recipe.to_dict()}
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "iteration": lambda: {name: iteration(recipe, device, amp, arguments.rounds) for name, amp in AMP.items()},
         "table_4": lambda: table_4(recipe, device, arguments.rounds),
@@ -81,7 +81,7 @@ def main() -> None:
             record[name] = sections[name]()
     threads = f"_{arguments.threads}_threads" if arguments.threads else ""
     name = "_".join(["step_time", device.type, str(arguments.size), *(arguments.only or ())]) + threads
-    timing.write_json(arguments.results / f"{name}.json", record)
+    common.write_json(arguments.results / f"{name}.json", record)
     if "iteration" in record and "table_4" in record:
         draw(record, arguments.figures / f"{name}.png")
 
@@ -97,8 +97,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="try compiled passes too, and what compiling costs")
     parser.add_argument("--data", type=Path, help="ACDC in the h5 layout, to score its test volumes")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some of the sections")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS)
-    parser.add_argument("--figures", type=Path, default=timing.FIGURES)
+    parser.add_argument("--results", type=Path, default=common.RESULTS)
+    parser.add_argument("--figures", type=Path, default=common.FIGURES)
     return parser.parse_args()
 
 
@@ -136,9 +136,9 @@ def iteration(recipe: Recipe, device: torch.device, amp: torch.dtype | None, rou
             **bare_passes(subject),
             **other_parts(subject, log),
         }
-        taken = timing.interleaved(calls, device, rounds)
+        taken = take_turns(calls, device, rounds)
         log.close()
-    median = timing.medians(taken)
+    median = common.medians(taken)
     bare = median["weak"] + 2 * median["strong"] + median["labelled"]
     whole = median["whole"] + median["logging"] / recipe.log_every
     parts = {name: median[name] / (recipe.log_every if name == "logging" else 1) for name in PARTS}
@@ -149,12 +149,19 @@ def iteration(recipe: Recipe, device: torch.device, amp: torch.dtype | None, rou
     }
     rest = {"not told apart": whole - bare - sum(parts.values())}
     rows = [("whole iteration", whole), ("bare passes", bare), *{**passes, **parts, **rest}.items()]
-    timing.show(
+    common.show(
         f"One GapMatch iteration, {recipe.size} x {recipe.size}, {amp or torch.float32}",
         ("", "ms", "of the bare passes"),
         [(name, f"{1e3 * value:.1f}", f"{value / bare:.3f}") for name, value in rows],
     )
     return {"seconds": dict(rows), "ratio": whole / bare, "taken": taken}
+
+
+def take_turns(calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call in every round."""
+    return common.interleaved(
+        {name: common.whole(call) for name, call in calls.items()}, str(device), rounds, warm_up=2
+    )
 
 
 def bare_passes(subject: Trainer) -> dict[str, Callable[[], object]]:
@@ -257,8 +264,8 @@ def table_4(recipe: Recipe, device: torch.device, rounds: int) -> dict[str, Any]
             subject = trainer(changed, device, amp)
             calls[f"{label} {precision} iteration"] = Steps(subject)
             calls[f"{label} {precision} case"] = partial(segment_volume, subject.model, volume, recipe.size, device)
-    taken = timing.interleaved(calls, device, rounds)
-    median = timing.medians(taken)
+    taken = take_turns(calls, device, rounds)
+    median = common.medians(taken)
     plain = median["UNet float32 iteration"]
     rows = []
     for precision in AMP:
@@ -270,7 +277,7 @@ def table_4(recipe: Recipe, device: torch.device, rounds: int) -> dict[str, Any]
             inference = f"{ours[1]:.4f}", f"{ours[1] / case:.2f}"
             rows.append((f"{label}, {precision}", f"{ours[0]:.4f}", *ratios, *inference))
     columns = ("", "s / it", "/ UNet", "passes", "paper", "/ plain", "s / case", "/ UNet")
-    timing.show(f"Table 4, {recipe.size} x {recipe.size}", columns, rows)
+    common.show(f"Table 4, {recipe.size} x {recipe.size}", columns, rows)
     return {"seconds": median, "columns": columns, "rows": rows, "taken": taken}
 
 
@@ -289,11 +296,11 @@ def choices(recipe: Recipe, device: torch.device, compiled: bool, rounds: int) -
         started = time.perf_counter()  # the C++ compiler is another process
         subjects["compiled"].step(0)
         result["first compiled iteration"] = time.perf_counter() - started
-    taken = timing.interleaved({name: Steps(subject) for name, subject in subjects.items()}, device, rounds)
-    median = timing.medians(taken)
+    taken = take_turns({name: Steps(subject) for name, subject in subjects.items()}, device, rounds)
+    median = common.medians(taken)
     usual = median["as the example runs it"]
     rows = [(name, f"{value:.4f}", f"{value / usual:.2f}") for name, value in median.items()]
-    timing.show(f"One choice at a time, {recipe.size} x {recipe.size}", ("", "s / it", "ratio"), rows)
+    common.show(f"One choice at a time, {recipe.size} x {recipe.size}", ("", "s / it", "ratio"), rows)
     return {**result, "seconds": median, "taken": taken}
 
 
@@ -320,10 +327,10 @@ def scoring(recipe: Recipe, device: torch.device, root: Path) -> dict[str, float
     for precision, amp in AMP.items():
         model = trainer(recipe, device, amp).model
         score = partial(evaluate, model, volumes, size=recipe.size, num_classes=recipe.num_classes, device=device)
-        result[f"{precision} seconds"] = timing.seconds(score, device)
-        predicted = timing.seconds(partial(score, with_asd=False), device)
+        result[f"{precision} seconds"] = common.seconds(score, str(device))
+        predicted = common.seconds(partial(score, with_asd=False), str(device))
         result[f"{precision} seconds without ASD"] = predicted
-    timing.show("Scoring the test volumes", ("", "s"), [(name, f"{value:.1f}") for name, value in result.items()])
+    common.show("Scoring the test volumes", ("", "s"), [(name, f"{value:.1f}") for name, value in result.items()])
     return result
 
 

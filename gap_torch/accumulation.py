@@ -77,11 +77,14 @@ class Accumulation:
     def make_room_for_g2(self) -> None:
         """Arrange g1 so that the perturbed pass can add to it, and watch that it does."""
         in_place: list[tuple[Tensor, Tensor]] = []
+        compiling = torch.compiler.is_compiling()
         for group in self.groups:
             total, here = _Sum(group.alpha, list(group.others)), []
+            # a compiled step has no hooks: a zeroing would go unnoticed
+            nowhere = self.separate or compiling or group.alpha == 0
             for p, g1 in zip(group.params, group.g1, strict=True):
-                gradient = g1.clone() if _borrowed(g1) else g1
-                if self.separate or not _can_accumulate(p, gradient, group.alpha):
+                gradient = g1.clone() if _borrowed(g1, compiling) else g1
+                if nowhere or not _can_accumulate(p, gradient, group.alpha):
                     total.apart.append(p)
                     total.g1.append(gradient)
                     p.grad = None
@@ -94,7 +97,7 @@ class Accumulation:
             if here and group.alpha != 1:
                 multi_tensor.scale_(here, 1 / group.alpha, self.foreach)
             self.sums.append(total)
-        if torch.compiler.is_compiling():  # there all of g1 is apart, and there is nothing to put back
+        if compiling:  # there all of g1 is apart, and there is nothing to put back
             return
         # versions only now that all are scaled: gradients of one storage share theirs
         self.in_place = [(p, gradient, gradient._version) for p, gradient in in_place]
@@ -150,20 +153,21 @@ class Accumulation:
             p.grad = g1  # which model.zero_grad() has detached, or DDP, when it arranged its buckets anew
 
 
-def _borrowed(gradient: Tensor) -> bool:
+def _borrowed(gradient: Tensor, compiling: bool) -> bool:
     """Whether this is somebody else's memory: DDP writes the next gradient into the same bucket."""
-    if torch.compiler.is_compiling():  # where tensors can't be asked
+    if compiling:  # where tensors can't be asked
         return dist.is_available() and dist.is_initialized()
     return not is_sharded(gradient) and gradient._is_view()
 
 
 def _can_accumulate(param: Tensor, g1: Tensor, alpha: float) -> bool:
     """Whether the perturbed pass may add g2 to g1 / alpha where g1 lies."""
-    # FSDP2 accumulates past autograd's hooks, and a compiled step has none: a zeroing would go unnoticed
-    if alpha == 0 or is_sharded(param) or torch.compiler.is_compiling():
+    if is_sharded(param):  # FSDP2 accumulates past autograd's hooks: a zeroing would go unnoticed
         return False
+    if alpha == 1:
+        return True
     narrow = g1.dtype in (torch.float16, torch.bfloat16)
-    return alpha == 1 or (1e-6 < alpha < 1e6 and not narrow)  # else g1 / alpha may overflow
+    return 1e-6 < alpha < 1e6 and not narrow  # else g1 / alpha may overflow
 
 
 def _weighted_sum(param: Tensor, g1: Tensor, g2: Tensor | None, alpha: float) -> Tensor:

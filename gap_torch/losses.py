@@ -31,13 +31,14 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
     Args and result as for `cross_entropy`.
     """
     probabilities = wide(logits).softmax(dim=1)
-    classes = F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(probabilities)
+    index = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (target.ndim - 1))
+    classes = target.unsqueeze(1) == index  # a byte each, where `one_hot` has eight
     if mask is not None:
         probabilities = torch.where(mask.unsqueeze(1), probabilities, 0.0)
-        classes = torch.where(mask.unsqueeze(1), classes, 0.0)
+        classes = classes & mask.unsqueeze(1)
     over = [0, *range(2, logits.ndim)]
     intersection = (probabilities * classes).sum(over)
-    total = (probabilities.square() + classes).sum(over)
+    total = probabilities.square().sum(over) + classes.sum(over)
     return 1 - ((2 * intersection + smooth) / (total + smooth)).mean()
 
 

@@ -48,7 +48,8 @@ def global_norm(tensors: Sequence[Tensor], foreach: bool = True) -> Tensor:
             group = [_unconjugated(tensor) for tensor in group]
         norms.append(_tensor_norms(group, _wide(device), foreach))
     home = tensors[0].device
-    return torch.linalg.vector_norm(torch.cat([_to(n.to(_wide(n.device)), home) for n in norms]))
+    norms = [to_device(n.to(_wide(n.device)), home) for n in norms]
+    return torch.linalg.vector_norm(norms[0] if len(norms) == 1 else torch.cat(norms))
 
 
 def backup(params: Sequence[Tensor], copies: Sequence[Tensor], foreach: bool = True) -> None:
@@ -77,24 +78,21 @@ def perturb(
         foreach: use multi-tensor operations, or the fused kernel where there is one for these tensors.
     """
     for (device, dtype), indices in _by_device_and_dtype(params).items():
-        radius = _to(eps, device) if isinstance(eps, Tensor) else eps
-        scale = radius / _to(norm, device)
+        radius = to_device(eps, device) if isinstance(eps, Tensor) else eps
+        scale = radius / to_device(norm, device)
         if device.type == "cpu" and not torch.compiler.is_compiling():
             _perturb_on_cpu([params[i] for i in indices], [grads[i] for i in indices], float(scale), foreach)
             continue
-        scale = scale.to(_wide_arithmetic(dtype))
-        moves = (scale > 0) & torch.isfinite(scale.float())
+        scale = _usable(scale.to(arithmetic(dtype)))
         pairs = [(_as_real(params[i]), _in_order_of(params[i], grads[i])) for i in indices]
         fusable: list[tuple[Tensor, Tensor]] = []
         rest: list[tuple[Tensor, Tensor]] = []
         for pair in pairs:
             (fusable if foreach and _fusable(*pair) else rest).append(pair)
         if fusable:
-            _perturb_fused([p for p, _ in fusable], [g for _, g in fusable], scale, moves)
-        for param, grad in rest:
-            # `where`, not scale = 0: a gradient with inf or NaN in it times zero is still NaN.
-            # Widened first: CUDA would cast a 0-dim `scale` to float16, where it may overflow.
-            param.add_(torch.where(moves, grad.to(scale.dtype) * scale, 0.0))
+            _perturb_fused([p for p, _ in fusable], [g for _, g in fusable], scale)
+        if rest:
+            _perturb_one_by_one(rest, scale)
 
 
 def scale_(tensors: Sequence[Tensor], factor: float, foreach: bool = True) -> None:
@@ -124,7 +122,7 @@ def _perturb_on_cpu(params: list[Tensor], grads: list[Tensor], scale: float, for
             param.addcmul_(grad, ones[grad.dtype], value=scale)
 
 
-def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor, moves: Tensor) -> None:
+def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor) -> None:
     # theta + scale * g is an ascending SGD step with learning rate `scale`. torch's fused kernel for it makes
     # one pass without a temporary, reads the rate from the device, and does nothing where found_inf is 1.
     torch._fused_sgd_(
@@ -138,12 +136,27 @@ def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor, mov
         nesterov=False,
         maximize=True,
         is_first_step=False,
-        found_inf=(~moves).float(),
+        found_inf=torch.le(scale, 0.0, out=torch.empty_like(scale)),  # 1.0 or 0.0
     )
     # The kernel does not tell autograd. Without this, a backward through a graph that was built at theta
     # would quietly use the weights of theta*.
     for param in params:
         torch.autograd.graph.increment_version(param)
+
+
+def _perturb_one_by_one(pairs: list[tuple[Tensor, Tensor]], scale: Tensor) -> None:
+    moves = scale > 0
+    for param, grad in pairs:
+        # `where`, for a gradient with inf or NaN in it times zero is still NaN.
+        # Widened first: CUDA would cast a 0-dim `scale` to float16, where it may overflow.
+        param.add_(torch.where(moves, grad.to(scale.dtype) * scale, 0.0))
+
+
+def _usable(scale: Tensor) -> Tensor:
+    """`scale`, or zero if it is no finite float32. One operation for a float32: on a GPU each is a launch."""
+    if scale.dtype == torch.float64:
+        scale = torch.where(scale <= LARGEST_SCALE, scale, 0.0)
+    return scale.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _fusable(param: Tensor, grad: Tensor) -> bool:
@@ -165,12 +178,33 @@ def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
     Convolutions under channels_last give such gradients, whose memory is in the same order all the same.
     """
     param, grad = _as_real(param), _unconjugated(grad)
-    same = all(p == g or size == 1 for p, g, size in zip(param.stride(), grad.stride(), param.shape, strict=True))
-    return grad.as_strided(param.shape, param.stride()) if same and grad.stride() != param.stride() else grad
+    if grad.stride() == param.stride() or not same_order(param, grad):
+        return grad
+    return grad.as_strided(param.shape, param.stride())
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, for which the host waits only if that is the CPU."""
+    # a copy to the CPU that is not waited for could be read before it is there
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """float64 parameters move in float64; all narrower ones in float32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors of one shape have the same strides, but for dimensions of size 1, which do not count."""
+    if a.stride() == b.stride():
+        return True
+    return all(p == q or size == 1 for p, q, size in zip(a.stride(), b.stride(), a.shape, strict=True))
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != expected:
@@ -234,18 +268,8 @@ def _by_device_and_dtype(tensors: Sequence[Tensor]) -> Mapping[tuple[torch.devic
     return groups
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    # to the CPU it has to wait: a copy that does not could be read before it is there
-    return tensor.to(device, non_blocking=device.type != "cpu")
-
-
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _wide_arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """float64 parameters move in float64; all narrower ones in float32."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _as_real(tensor: Tensor) -> Tensor:

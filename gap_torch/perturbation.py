@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import multi_tensor, sharding
+from . import fused, multi_tensor, sharding
 from .accumulation import Accumulation, Group
 from .rounding import HALF, warn_if_rounded_away
 from .sharding import all_local, local
@@ -27,23 +27,28 @@ class Perturbation:
         self.accumulation: Accumulation | None = None
         """Of g1 and g2, while perturbed."""
         self.grad_norm: Tensor | None = None
-        self.foreach = True
+        self.foreach, self.fused = True, False
         self.rounding_checked = False
 
-    def begin(self, groups: list[Group], *, foreach: bool, adaptive: bool, separate: bool) -> None:
+    def begin(self, groups: list[Group], *, foreach: bool, fused: bool, adaptive: bool, separate: bool) -> None:
         """Move the parameters of `groups` along their g1, and make room for g2 in `.grad`."""
-        self.foreach = foreach
+        self.foreach, self.fused = foreach, fused
         groups = [group._replace(g1=[*map(sharding.laid_out_as, group.params, group.g1)]) for group in groups]
         self.accumulation = Accumulation(groups, foreach, separate)
         directions = self._directions(groups, adaptive)
-        self._back_up(groups)
         self._move(groups, directions)
+        if not (self.rounding_checked or torch.compiler.is_compiling() or _capturing()):
+            self.rounding_checked = self._check_rounding(groups, directions)
         self.accumulation.make_room_for_g2()
 
     def restore(self) -> None:
         """Put everything back that `begin` moved; `.grad` is not touched."""
         assert self.accumulation is not None
-        multi_tensor.restore(all_local(self.moved), self.theta, self.foreach)
+        shards = all_local(self.moved)
+        if self._by_triton():
+            fused.restore(shards, self.theta)
+        else:
+            multi_tensor.restore(shards, self.theta, self.foreach)
         self.accumulation.stop_watching()
         self.moved, self.theta, self.accumulation = [], [], None
 
@@ -58,28 +63,43 @@ class Perturbation:
         return [all_local(along) for along in directions]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if self._by_triton():
+            return sharding.joint_norm(gradients, fused.global_norm)
         return sharding.joint_norm(gradients, lambda tensors: multi_tensor.global_norm(tensors, self.foreach))
 
-    def _back_up(self, groups: list[Group]) -> None:
-        moving = [p for group in groups if group.moves for p in group.params]
-        shards, theta = all_local(moving), []
+    def _move(self, groups: list[Group], directions: list[list[Tensor]]) -> None:
+        assert self.grad_norm is not None
         if len(self.copies) > sum(len(group.params) + len(group.others) for group in groups):
             self.copies.clear()  # some belong to parameters that have left
-        for p, shard in zip(moving, shards, strict=True):
+        moving = [(group, along) for group, along in zip(groups, directions, strict=True) if group.moves]
+        shards = [all_local(group.params) for group, _ in moving]
+        theta = [self._memory(group.params, parts) for (group, _), parts in zip(moving, shards, strict=True)]
+        if self._by_triton() and fused.disjoint(_flat(shards)):
+            for (group, along), parts, copies in zip(moving, shards, theta, strict=True):
+                fused.backup_and_perturb(parts, copies, along, self.grad_norm, group.eps)
+                self.moved, self.theta = self.moved + group.params, self.theta + copies
+            return
+        multi_tensor.backup(_flat(shards), _flat(theta), self.foreach)
+        self.moved, self.theta = (
+            _flat([group.params for group, _ in moving]),
+            _flat(theta),
+        )  # to be restored from now on
+        for (group, along), parts in zip(moving, shards, strict=True):
+            multi_tensor.perturb(parts, along, self.grad_norm, group.eps, self.foreach)
+
+    def _memory(self, params: list[Tensor], shards: list[Tensor]) -> list[Tensor]:
+        """Where theta of `params` is to be kept."""
+        theta = []
+        for p, shard in zip(params, shards, strict=True):
             copy = self.copies.get(p)
             if copy is None or not _alike(shard, copy):
                 copy = self.copies[p] = torch.empty_like(shard)
             theta.append(copy)
-        multi_tensor.backup(shards, theta, self.foreach)
-        self.moved, self.theta = moving, theta  # only now is there something to restore
+        return theta
 
-    def _move(self, groups: list[Group], directions: list[list[Tensor]]) -> None:
-        assert self.grad_norm is not None
-        for group, along in zip(groups, directions, strict=True):
-            if group.moves:
-                multi_tensor.perturb(all_local(group.params), along, self.grad_norm, group.eps, self.foreach)
-        if not (self.rounding_checked or torch.compiler.is_compiling() or _capturing()):
-            self.rounding_checked = self._check_rounding(groups, directions)
+    def _by_triton(self) -> bool:
+        """Whether this is for the kernels of `fused`, which neither torch.compile nor a CUDA graph can take."""
+        return self.fused and not torch.compiler.is_compiling() and not _capturing()
 
     def _check_rounding(self, groups: list[Group], directions: list[list[Tensor]]) -> bool:
         """Whether that need not be done again. The host waits, if there are half-precision parameters."""
@@ -98,14 +118,19 @@ class Perturbation:
         return True
 
 
+def _flat(lists: list[list[Tensor]]) -> list[Tensor]:
+    return [tensor for tensors in lists for tensor in tensors]
+
+
 def _times_size(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
     """|theta| g, element by element, wide enough for half precision."""
     return [g.to(torch.promote_types(g.dtype, torch.float32)) * p.abs() for p, g in zip(params, gradients, strict=True)]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    same_layout = a.stride() == b.stride() or not multi_tensor.is_dense(a)  # of which there is no like
-    return a.shape == b.shape and same_layout and a.dtype == b.dtype and a.device == b.device
+    if a.dtype is not b.dtype or a.shape != b.shape or a.device != b.device:
+        return False
+    return a.stride() == b.stride() or not multi_tensor.is_dense(a)  # of which there is no like
 
 
 def _capturing() -> bool:

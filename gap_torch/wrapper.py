@@ -13,6 +13,7 @@ Algorithm 1 of Huang et al., "GapMatch", AAAI 2025.
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.optim import LBFGS, Optimizer
 from . import ranks
 from .accumulation import CREATE_GRAPH, Group
 from .batchnorm import frozen_running_stats
+from .fused import chosen
 from .knobs import Eps, Knobs, check_alpha, check_eps
 from .perturbation import Perturbation
 from .rng import RNGState, replayed
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 
 
 # what a pickle holds of the wrapper itself
-_ARGUMENTS = ("base_optimizer", "eps", "alpha", "foreach", "adaptive", "interval")
-_DEFAULTS = {"adaptive": False, "interval": 1}
+_ARGUMENTS = ("base_optimizer", "eps", "alpha", "foreach", "fused", "adaptive", "interval")
+_DEFAULTS = {"fused": False, "adaptive": False, "interval": 1}
 
 
 class _OnBase:
@@ -72,6 +74,8 @@ class GAPWrapper(Optimizer):
             read on the device, or a schedule: a function from the number of updates so far to the radius.
         alpha: weight of g2 (>= 0, line 9).
         foreach: multi-tensor operations (default) or, if False, one tensor after the other.
+        fused: Triton kernels for parameters on CUDA, which read theta once where `foreach` reads it twice; others go as
+            with `foreach`. None leaves the choice to us: not yet, for no GPU has measured them.
         adaptive: ASAM's radius, in units of each weight's own size (Kwon et al., ICML 2021): theta moves by
             eps * |theta|^2 g1 / || |theta| g1 ||, element by element.
         interval: GAP every so many updates; `due` tells whether this one is.
@@ -80,7 +84,8 @@ class GAPWrapper(Optimizer):
 
     Raises:
         TypeError: `base_optimizer` is a class, no optimizer, a GAPWrapper, or an LBFGS.
-        ValueError: `eps` or `alpha` is negative or not finite, or `interval` is less than 1.
+        ValueError: `eps` or `alpha` is negative or not finite, `interval` is less than 1, or `fused` without `foreach`.
+        RuntimeError: `fused` without Triton.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class GAPWrapper(Optimizer):
         alpha: float = 1.0,
         *,
         foreach: bool = True,
+        fused: bool | None = None,
         adaptive: bool = False,
         interval: int = 1,
         process_group: "ProcessGroup | None" = None,
@@ -97,7 +103,8 @@ class GAPWrapper(Optimizer):
         # Optimizer.__init__ is not called: everything that it would set up is the base optimizer's own.
         _check_base(base_optimizer)
         self.base_optimizer = base_optimizer
-        self.foreach, self.adaptive, self.process_group = foreach, adaptive, process_group
+        self.foreach, self.fused, self.adaptive, self.process_group = foreach, fused, adaptive, process_group
+        self._by_triton = chosen(fused, foreach)
         self._knobs = Knobs(base_optimizer, eps, alpha, interval)
         self._perturbation = Perturbation()
         self._aside: dict[Tensor, Tensor] = {}
@@ -143,7 +150,9 @@ class GAPWrapper(Optimizer):
         try:
             groups = [Group.snapshot(group) for group in self.param_groups]
             self._warn_of_unused_sum(groups)
-            self._perturbation.begin(groups, foreach=self.foreach, adaptive=self.adaptive, separate=separate)
+            self._perturbation.begin(
+                groups, foreach=self.foreach, fused=self._by_triton, adaptive=self.adaptive, separate=separate
+            )
             self._watch_base()
             self._forget_casts()
         except BaseException:
@@ -358,7 +367,13 @@ class GAPWrapper(Optimizer):
         self._knobs.scheduled.update(state["scheduled"])
 
     def __repr__(self) -> str:
-        knobs = {"eps": self.eps, "alpha": self.alpha, "adaptive": self.adaptive, "interval": self.interval}
+        knobs = {
+            "eps": self.eps,
+            "alpha": self.alpha,
+            "fused": bool(self.fused),
+            "adaptive": self.adaptive,
+            "interval": self.interval,
+        }
         shown = [f"{name}={value}" for name, value in knobs.items() if value != _DEFAULTS.get(name)]
         return f"GAPWrapper({', '.join(shown)}, base_optimizer={self.base_optimizer!r})"
 
@@ -377,8 +392,8 @@ class GAPWrapper(Optimizer):
     def _note_sum(self) -> None:
         if not torch.compiler.is_compiling():
             # DDP hands the same views out again and again
-            sums = [p.grad for p in self._params() if p.grad is not None and not (is_sharded(p) or p.grad._is_view())]
-            self._unused_sum[:] = sorted(sums, key=Tensor.numel)[:1]
+            sums = (p.grad for p in self._params() if p.grad is not None and not (is_sharded(p) or p.grad._is_view()))
+            self._unused_sum[:] = sorted(islice(sums, 8), key=Tensor.numel)[:1]  # a small one, for it is held
 
     def _warn_of_unused_sum(self, groups: list[Group]) -> None:
         if torch.compiler.is_compiling():

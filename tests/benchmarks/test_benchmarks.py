@@ -38,7 +38,7 @@ def test_overhead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--sets", "UNet", "V-Net", "--shrink", "16", "--repetitions", "2"]
     _run("overhead", tmp_path, monkeypatch, *arguments)
     record = json.loads((tmp_path / "results/overhead_cpu.json").read_text())
-    assert {"device", "torch", "commit", "threads", "load", "date"} < set(record)
+    assert {"device", "torch", "commit", "threads", "cores", "load", "date"} < set(record)
     assert len(record["results"]) == 2 * 2 * 4
     assert all(row["ms"] > 0 for row in record["results"])
 
@@ -47,6 +47,14 @@ def test_parameter_sets_have_the_size_they_are_named_for(tmp_path: Path) -> None
     common = importlib.import_module("common")
     millions = {name: common.numel(getattr(common, name)()) / 1e6 for name in ("unet", "vnet", "resnet50", "vit_b16")}
     assert millions == pytest.approx({"unet": 1.8, "vnet": 9.4, "resnet50": 25.6, "vit_b16": 86.6}, rel=0.02)
+
+
+def test_a_table_in_a_log_has_room(capsys: pytest.CaptureFixture[str]) -> None:
+    common = importlib.import_module("common")
+    names = [f"a column with a long name {i}" for i in range(4)]
+    common.print_table("title", [dict.fromkeys(names, 1.0)])
+    header = capsys.readouterr().out.splitlines()[2]
+    assert all(name in header for name in names)
 
 
 def test_memory_is_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ GROUPS = {  # (gap_eps, gap_alpha) of every third parameter; None for the wrappe
 }
 
 
-def build(network, groups="one group", eps=0.5, alpha=1.0, foreach=True, device="cpu", dtype=torch.float64):
+def build(network, groups="one group", eps=0.5, alpha=1.0, device="cpu", dtype=torch.float64, **path):
     """The model, the wrapper, the unsupervised and supervised closure, each parameter's eps and alpha."""
     model = NETWORKS[network]().to(device)
     model = model if network == "complex" else model.to(dtype)
@@ -118,7 +118,7 @@ def build(network, groups="one group", eps=0.5, alpha=1.0, foreach=True, device=
         group |= {} if group_eps is None else {"gap_eps": group_eps}
         group |= {} if group_alpha is None else {"gap_alpha": group_alpha}
         group_list.append(group)
-    optimizer = GAPWrapper(torch.optim.SGD(group_list, lr=0.1), eps, alpha, foreach=foreach)
+    optimizer = GAPWrapper(torch.optim.SGD(group_list, lr=0.1), eps, alpha, **path)
     radii = [eps if knobs[i % len(knobs)][0] is None else knobs[i % len(knobs)][0] for i in range(len(params))]
     weights = [alpha if knobs[i % len(knobs)][1] is None else knobs[i % len(knobs)][1] for i in range(len(params))]
 
@@ -547,10 +547,10 @@ def test_extra_memory_is_one_copy_of_the_parameters_kept_from_step_to_step():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
-@pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
+@pytest.mark.parametrize("path", [{}, {"foreach": False}, {"fused": True}], ids=["foreach", "loop", "fused"])
 @pytest.mark.parametrize("groups", ["one group", "both"])
-def test_the_host_never_waits_for_the_device(groups, foreach):
-    model, optimizer, unsup, sup, *_ = build("mlp", groups, foreach=foreach, device="cuda", dtype=torch.float32)
+def test_the_host_never_waits_for_the_device(groups, path):
+    model, optimizer, unsup, sup, *_ = build("mlp", groups, device="cuda", dtype=torch.float32, **path)
     gap_step(model, optimizer, unsup, sup)
     torch.cuda.set_sync_debug_mode("error")
     try:
