@@ -23,12 +23,14 @@ from typing import Any
 
 import common
 import torch
+from acdc_gapmatch import ACDC
 from rich.console import Console
-from segmentation.data import Slices, Volume, load_volumes, read_list
-from segmentation.evaluate import evaluate, segment_volume
+from segmentation.data import read_list
+from segmentation.evaluate import evaluate
 from segmentation.logs import RunLog
 from segmentation.networks import Dropout
-from segmentation.recipe import PRESETS, Recipe
+from segmentation.recipe import Recipe
+from segmentation.slices import Slices
 from segmentation.trainer import Trainer
 from torch import Tensor, nn
 
@@ -66,8 +68,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    preset = PRESETS["paper" if arguments.size > 128 else "cpu"]
-    recipe = Recipe(**{**preset, "size": arguments.size, "width": arguments.width})
+    preset = ACDC.presets["paper" if arguments.size > 128 else "cpu"]
+    recipe = Recipe(**{**preset, "size": (arguments.size, arguments.size), "width": arguments.width})
     recipe = replace(recipe, labelled_batch=arguments.batch, unlabelled_batch=arguments.batch)
     record: dict[str, Any] = {"environment": common.environment(str(device)), "recipe": recipe.to_dict()}
     sections: dict[str, Callable[[], dict[str, Any]]] = {
@@ -107,12 +109,12 @@ def trainer(recipe: Recipe, device: torch.device, amp: torch.dtype | None, compi
     generator = torch.Generator().manual_seed(0)
 
     def slices(count: int) -> Slices:
-        shape = (count, recipe.size, recipe.size)
+        shape = (count, *recipe.size)
         images = torch.rand(shape, generator=generator).unsqueeze(1)
-        labels = torch.randint(recipe.num_classes, shape, dtype=torch.uint8, generator=generator)
+        labels = torch.randint(ACDC.num_classes, shape, dtype=torch.uint8, generator=generator)
         return Slices([str(i) for i in range(count)], images, labels)
 
-    return Trainer(recipe, slices(32), slices(128), device, amp, compiled)
+    return Trainer(ACDC, recipe, slices(32), slices(128), device, amp, compiled)
 
 
 class Steps:
@@ -150,7 +152,7 @@ def iteration(recipe: Recipe, device: torch.device, amp: torch.dtype | None, rou
     rest = {"not told apart": whole - bare - sum(parts.values())}
     rows = [("whole iteration", whole), ("bare passes", bare), *{**passes, **parts, **rest}.items()]
     common.show(
-        f"One GapMatch iteration, {recipe.size} x {recipe.size}, {amp or torch.float32}",
+        f"One GapMatch iteration, {recipe.size[0]} x {recipe.size[1]}, {amp or torch.float32}",
         ("", "ms", "of the bare passes"),
         [(name, f"{1e3 * value:.1f}", f"{value / bare:.3f}") for name, value in rows],
     )
@@ -170,7 +172,7 @@ def bare_passes(subject: Trainer) -> dict[str, Callable[[], object]]:
     network = subject.joint
 
     def images(batch: int) -> Tensor:
-        return torch.rand(batch, 1, recipe.size, recipe.size, device=device)
+        return torch.rand(batch, 1, *recipe.size, device=device)
 
     @torch.no_grad()
     def forward(batch: Tensor) -> None:
@@ -194,7 +196,7 @@ def bare_passes(subject: Trainer) -> dict[str, Callable[[], object]]:
 def other_parts(subject: Trainer, log: RunLog) -> dict[str, Callable[[], object]]:
     """What an iteration does beside its passes, each piece alone."""
     recipe, method, optimizer = subject.recipe, subject.method, subject.optimizer
-    logits = torch.randn(recipe.unlabelled_batch, recipe.num_classes, recipe.size, recipe.size, device=subject.device)
+    logits = torch.randn(recipe.unlabelled_batch, ACDC.num_classes, *recipe.size, device=subject.device)
     if subject.model.dtype is not None:
         logits = logits.to(subject.model.dtype)
     logits = logits.to(memory_format=torch.channels_last).requires_grad_()
@@ -203,8 +205,8 @@ def other_parts(subject: Trainer, log: RunLog) -> dict[str, Callable[[], object]
 
     def data() -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(0)
-        index = subject.labelled_stream[1]
-        return subject.images[index], subject.labels[index], subject.unlabelled[subject.unlabelled_stream[1]]
+        labelled = subject.labelled.batch(subject.labelled_stream[1], subject.choices(1))
+        return (*labelled, subject.unlabelled.batch(subject.unlabelled_stream[1], subject.choices(1))[0])
 
     images, labels, unlabelled = data()
 
@@ -263,7 +265,7 @@ def table_4(recipe: Recipe, device: torch.device, rounds: int) -> dict[str, Any]
             changed = replace(recipe, method=entry.method, labelled_batch=batch)  # type: ignore[arg-type]
             subject = trainer(changed, device, amp)
             calls[f"{label} {precision} iteration"] = Steps(subject)
-            calls[f"{label} {precision} case"] = partial(segment_volume, subject.model, volume, recipe.size, device)
+            calls[f"{label} {precision} case"] = partial(ACDC.segment, subject.model, volume, recipe, None, device)
     taken = take_turns(calls, device, rounds)
     median = common.medians(taken)
     plain = median["UNet float32 iteration"]
@@ -277,7 +279,7 @@ def table_4(recipe: Recipe, device: torch.device, rounds: int) -> dict[str, Any]
             inference = f"{ours[1]:.4f}", f"{ours[1] / case:.2f}"
             rows.append((f"{label}, {precision}", f"{ours[0]:.4f}", *ratios, *inference))
     columns = ("", "s / it", "/ UNet", "passes", "paper", "/ plain", "s / case", "/ UNet")
-    common.show(f"Table 4, {recipe.size} x {recipe.size}", columns, rows)
+    common.show(f"Table 4, {recipe.size[0]} x {recipe.size[1]}", columns, rows)
     return {"seconds": median, "columns": columns, "rows": rows, "taken": taken}
 
 
@@ -300,7 +302,7 @@ def choices(recipe: Recipe, device: torch.device, compiled: bool, rounds: int) -
     median = common.medians(taken)
     usual = median["as the example runs it"]
     rows = [(name, f"{value:.4f}", f"{value / usual:.2f}") for name, value in median.items()]
-    common.show(f"One choice at a time, {recipe.size} x {recipe.size}", ("", "s / it", "ratio"), rows)
+    common.show(f"One choice at a time, {recipe.size[0]} x {recipe.size[1]}", ("", "s / it", "ratio"), rows)
     return {**result, "seconds": median, "taken": taken}
 
 
@@ -322,11 +324,12 @@ def with_usual_dropout(subject: Trainer) -> Trainer:
 
 def scoring(recipe: Recipe, device: torch.device, root: Path) -> dict[str, float]:
     """Seconds to score ACDC's test volumes, with an untrained network."""
-    volumes: list[Volume] = load_volumes(root, read_list(root / "test.list"), recipe.num_classes)
+    volumes = ACDC.read_volumes(root, read_list(root / "test.list"))
     result = {"volumes": float(len(volumes))}
     for precision, amp in AMP.items():
         model = trainer(recipe, device, amp).model
-        score = partial(evaluate, model, volumes, size=recipe.size, num_classes=recipe.num_classes, device=device)
+        segment = partial(ACDC.segment, model, recipe=recipe, stride=None, device=device)
+        score = partial(evaluate, segment, volumes, ACDC.num_classes)
         result[f"{precision} seconds"] = common.seconds(score, str(device))
         predicted = common.seconds(partial(score, with_asd=False), str(device))
         result[f"{precision} seconds without ASD"] = predicted

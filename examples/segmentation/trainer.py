@@ -100,7 +100,7 @@ class Trainer:
         """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device."""
         torch.manual_seed(mix(self.recipe.seed, iteration))
         self._set_learning_rate(iteration)
-        batch = self.labelled.batch(self.labelled_stream[iteration], self._choices(iteration))
+        batch = self.labelled.batch(self.labelled_stream[iteration], self.choices(iteration))
         images, labels = self.weak.with_labels(*batch)
         values = {} if self.recipe.method == "supervised" else self._consistency(iteration)
 
@@ -122,7 +122,7 @@ class Trainer:
     def _consistency(self, iteration: int) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
         model, method, optimizer = self.joint, self.method, self.optimizer
-        images, _ = self.unlabelled.batch(self.unlabelled_stream[iteration], self._choices(iteration))
+        images, _ = self.unlabelled.batch(self.unlabelled_stream[iteration], self.choices(iteration))
         views = method.prepare(model, images)
         loss = method.loss(model, views)
         self.scaler.scale(loss).backward()
@@ -137,7 +137,7 @@ class Trainer:
             values["grad_norm"] = optimizer.grad_norm / scale
         return values
 
-    def _choices(self, iteration: int) -> torch.Generator:
+    def choices(self, iteration: int) -> torch.Generator:
         """For what a batch chooses at random on the host, the same for all methods."""
         return torch.Generator().manual_seed(mix(self.recipe.seed, iteration))
 
@@ -194,5 +194,5 @@ def _refuse_wrong_gradients(recipe: Recipe, device: torch.device, amp: torch.dty
     if len(recipe.size) == 3 and device.type == "cpu" and amp == torch.bfloat16 and 2 in sides:
         raise InputError(
             f"size {recipe.size}: on its way down X comes to 2 voxels, where PyTorch's bfloat16 gradients on a CPU are "
-            "wrong; take --amp off, or another size than 16, 32 or a doubling of them."
+            "wrong; take --amp off, or another size than 16 and 32."
         )

@@ -8,7 +8,7 @@ mean and unit variance first and cut to the surroundings of the atrium afterward
 0.05 and 1.9 and its standard deviation between 0.3 and 1.7.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,15 +82,25 @@ class Crops:
         return tuple(slice(start, start + side) for start, side in zip(starts, self.size, strict=True))
 
 
-def load_cases(root: str | Path, names: Sequence[str], num_classes: int = 2) -> list[Volume]:
-    """The named cases of LA's layout, each in its own size.
+def case_path(root: str | Path, name: str) -> Path:
+    """Where LA's layout keeps a case."""
+    return Path(root) / FOLDER / name / FILE
+
+
+def load_cases(
+    root: str | Path,
+    names: Sequence[str],
+    num_classes: int = 2,
+    path_of: Callable[[Path, str], Path] = case_path,
+) -> list[Volume]:
+    """The named cases, each in its own size; `path_of(root, name)` is a case's file.
 
     Raises InputError as `read_case`, or if one is not 3D, has no foreground in its label, or an image that cannot
     come from normalisation to zero mean and unit variance.
     """
     volumes = []
     for name in names:
-        path = case_path(root, name)
+        path = path_of(Path(root), name)
         image, label = read_case(path, num_classes)
         if image.ndim != 3:
             raise InputError(
@@ -101,11 +111,6 @@ def load_cases(root: str | Path, names: Sequence[str], num_classes: int = 2) -> 
         _require_normalised(path, image)
         volumes.append(Volume(name, image, label))
     return volumes
-
-
-def case_path(root: str | Path, name: str) -> Path:
-    """Where LA's layout keeps a case."""
-    return Path(root) / FOLDER / name / FILE
 
 
 def _padded(volume: Tensor, size: Size) -> Tensor:

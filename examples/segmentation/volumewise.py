@@ -1,6 +1,6 @@
 """A data set for a 3D network: crops to learn from, volumes predicted by a sliding window."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,21 +21,27 @@ from .volumes import Crops
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeTask(Task):
-    """Volumes for a V-Net. Validation, too, takes `stride`, the sliding window's default."""
+    """Volumes for a V-Net.
+
+    Attributes:
+        stride: of the sliding window in voxels, if the user does not say; validation takes it in any case.
+        path: where a case lies under the root.
+    """
 
     stride: tuple[int, ...]
+    path: Callable[[Path, str], Path] = volumes.case_path
 
     def training_path(self, root: Path, name: str) -> Path:
-        return volumes.case_path(root, name)
+        return self.path(root, name)
 
     def volume_path(self, root: Path, name: str) -> Path:
-        return volumes.case_path(root, name)
+        return self.path(root, name)
 
     def read_training(self, root: Path, names: Sequence[str], recipe: Recipe) -> Crops:
         return Crops.of(self.read_volumes(root, names), _box(recipe))
 
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
-        return volumes.load_cases(root, names, self.num_classes)
+        return volumes.load_cases(root, names, self.num_classes, self.path)
 
     def network(self, recipe: Recipe) -> nn.Module:
         return VNet(num_classes=self.num_classes, width=recipe.width)
