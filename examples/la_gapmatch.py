@@ -29,7 +29,7 @@ LA = VolumeTask(
     classes=("LA",),
     presets={
         "paper": {**SMALL_BATCH, "size": (112, 112, 80), "iterations": 15_000},
-        "cpu": {**REDUCED, **SMALL_BATCH, "size": (80, 80, 48), "width": 8, "iterations": 400, "validate_every": 50},
+        "cpu": {**REDUCED, **SMALL_BATCH, "size": (80, 80, 48), "width": 8, "iterations": 600, "validate_every": 50},
         "phantom": {
             **REDUCED,
             **SMALL_BATCH,
