@@ -25,7 +25,7 @@ from segmentation.recipe import METHODS, PRESETS, Method, Recipe
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
 COMPILE_PAYS: frozenset[str] = frozenset()
 """Kinds of device where compiled passes were measured to be faster. On a CPU they are slower; a GPU has yet to be tried
-(docs/performance_iteration.md)."""
+(docs/performance.md)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
