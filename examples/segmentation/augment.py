@@ -4,12 +4,14 @@ Random numbers stay on the device, so nothing here waits for a GPU.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLUR_RADIUS = 6  # pixels: three times the greatest sigma
+Adjustment = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Weak:
@@ -60,13 +62,15 @@ class Weak:
 
 
 class Strong:
-    """Brightness and contrast jitter and Gaussian blur: the intensity part of UniMatch's strong view.
+    """Brightness and contrast jitter and Gaussian blur: the intensity part of UniMatch's strong view, in 2D or 3D.
 
     Args:
         p_jitter: probability of the jitter.
         jitter: greatest change of the brightness and contrast factors from 1.
         p_blur: probability of the blur.
         sigma: least and greatest width of the blur in pixels.
+        adjust: what the two factors do: `adjust_unit` to images in [0, 1], `adjust_normalised` to those of zero mean
+            and unit variance.
         generator: source of random numbers on the images' device; None for the default one.
     """
 
@@ -76,16 +80,18 @@ class Strong:
         jitter: float = 0.5,
         p_blur: float = 0.5,
         sigma: tuple[float, float] = (0.1, 2.0),
+        adjust: Adjustment | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self.p_jitter, self.jitter, self.p_blur, self.sigma = p_jitter, jitter, p_blur, sigma
-        self.generator = generator
+        self.adjust, self.generator = adjust or adjust_unit, generator
 
     def __call__(self, images: Tensor) -> Tensor:
-        """`images` (B, C, H, W) in [0, 1], changed in intensity alone."""
-        random = torch.rand(5, len(images), 1, 1, 1, device=images.device, generator=self.generator)
+        """`images` (B, C, *spatial), changed in intensity alone."""
+        each = (len(images), *[1] * (images.ndim - 1))
+        random = torch.rand(5, *each, device=images.device, generator=self.generator)
         jitters, brightness, contrast, blurs, width = random
-        jittered = adjust(images, self._factor(brightness), self._factor(contrast))
+        jittered = self.adjust(images, self._factor(brightness), self._factor(contrast))
         images = torch.where(jitters < self.p_jitter, jittered, images)
         least, greatest = self.sigma
         blurred = gaussian_blur(images, (least + (greatest - least) * width).flatten())
@@ -95,35 +101,60 @@ class Strong:
         return 1 + self.jitter * (2 * uniform - 1)
 
 
-def adjust(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
+def adjust_unit(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
     """Brightness, then contrast around each image's mean, clamped to [0, 1] after both, as torchvision defines them.
 
     Args:
-        images: (B, C, H, W) in [0, 1].
-        brightness: factors (B, 1, 1, 1).
-        contrast: factors (B, 1, 1, 1).
+        images: (B, C, *spatial) in [0, 1].
+        brightness: factors (B, 1, ...).
+        contrast: factors (B, 1, ...).
     """
     images = (images * brightness).clamp(0, 1)
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    mean = images.mean(dim=_all_but_batch(images), keepdim=True)
     return (mean + (images - mean) * contrast).clamp(0, 1)
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of every image by its own width, mirrored at the borders.
-
-    torchvision's takes one width for the whole batch.
+def adjust_normalised(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
+    """Contrast around each image's mean, and a shift by `brightness` - 1 of its standard deviations; no clamping.
 
     Args:
-        images: (B, C, H, W).
-        sigma: widths in pixels, (B,).
+        images: (B, C, *spatial) of any range.
+        brightness: (B, 1, ...).
+        contrast: factors (B, 1, ...).
     """
-    planes_count = images.shape[0] * images.shape[1]
+    std, mean = torch.std_mean(images, dim=_all_but_batch(images), keepdim=True, correction=0)
+    return images * contrast + (mean * (1 - contrast) + std * (brightness - 1))
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of every image by its own width, mirrored at the borders as often as a thin image needs it.
+
+    torchvision's takes one width for the whole batch, and images in the plane alone.
+
+    Args:
+        images: (B, C, *spatial), in 2D or 3D.
+        sigma: widths in pixels, (B,); at most a third of `BLUR_RADIUS`, where the kernel ends.
+    """
     offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
     kernels = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1).repeat_interleave(images.shape[1], dim=0)
-    planes = F.pad(images, [BLUR_RADIUS] * 4, mode="reflect").flatten(0, 1)[None]
-    planes = F.conv2d(planes, kernels[:, None, :, None], groups=planes_count)
-    planes = F.conv2d(planes, kernels[:, None, None, :], groups=planes_count)
+    convolve = F.conv2d if images.ndim == 4 else F.conv3d
+    planes = images.flatten(0, 1)[None]
+    for axis in range(2, images.ndim):
+        along = [-1 if other == axis else 1 for other in range(2, images.ndim)]
+        planes = planes.index_select(axis, _mirrored(planes.shape[axis], images.device))
+        planes = convolve(planes, kernels.view(len(kernels), 1, *along), groups=len(kernels))
     return planes.view(images.shape)
+
+
+def _mirrored(size: int, device: torch.device) -> Tensor:
+    """Where each pixel of a padded axis comes from; F.pad refuses an axis that is no longer than the padding."""
+    period = max(2 * (size - 1), 1)
+    place = torch.arange(-BLUR_RADIUS, size + BLUR_RADIUS, device=device).remainder(period)
+    return torch.minimum(place, period - place)
+
+
+def _all_but_batch(images: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, images.ndim))
 
 
 def _sample(images: Tensor, grid: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from . import sliding, volumes
-from .augment3d import Intensities, Turns
+from .augment import Strong, adjust_normalised
 from .data import Volume
 from .figures import Case
 from .figures3d import save_surfaces, save_volumes
 from .recipe import Recipe
 from .task import Task
+from .turns import Turns
 from .vnet import VNet
 from .volumes import Crops
 
@@ -49,8 +50,8 @@ class VolumeTask(Task):
     def weak(self) -> Turns:
         return Turns()
 
-    def strong(self) -> Intensities:
-        return Intensities()
+    def strong(self) -> Strong:
+        return Strong(adjust=adjust_normalised)
 
     def segment(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segmentation.augment import Strong, Weak, adjust, gaussian_blur
+from segmentation.augment import Strong, Weak, adjust_unit, gaussian_blur
 
 
 def _images(batch: int = 8, size: int = 32) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_brightness_and_contrast_are_torchvisions() -> None:
     torch.manual_seed(5)
     images = _images(4)
     brightness, contrast = torch.tensor([0.5, 0.8, 1.0, 1.5]), torch.tensor([1.5, 0.5, 1.2, 0.9])
-    ours = adjust(images, brightness.view(4, 1, 1, 1), contrast.view(4, 1, 1, 1))
+    ours = adjust_unit(images, brightness.view(4, 1, 1, 1), contrast.view(4, 1, 1, 1))
     for image, b, c, result in zip(images, brightness.tolist(), contrast.tolist(), ours, strict=True):
         torch.testing.assert_close(result, tv.adjust_contrast(tv.adjust_brightness(image, b), c))
 

@@ -1,17 +1,21 @@
 """Geometry and intensity of the batched augmentations of volumes."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-from segmentation.augment import BLUR_RADIUS
-from segmentation.augment3d import Intensities, Turns, adjust, gaussian_blur, turn
+from segmentation.augment import BLUR_RADIUS, Strong, adjust_normalised, gaussian_blur
+from segmentation.turns import Turns, turn
 
 from gap_torch.consistency import CutMix
 
 EIGHT = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)
 """All that `Turns.draw` may say of a sample, one a row."""
+
+intensities = partial(Strong, adjust=adjust_normalised)
 
 
 def _images(batch: int = 8, size: int = 6) -> torch.Tensor:
@@ -107,7 +111,7 @@ def test_image_pseudo_label_and_confidence_get_the_same_boxes(seed: int, side: i
 def test_the_jitter_is_one_straight_line_a_sample(seed: int) -> None:
     torch.manual_seed(seed)
     images = 3 * _images().double() + 2
-    changed = Intensities(p_jitter=1.0, jitter=0.5, p_blur=0.0)(images)
+    changed = intensities(p_jitter=1.0, jitter=0.5, p_blur=0.0)(images)
     for image, result in zip(images, changed, strict=True):
         mean, std = image.mean(), image.std(correction=0)
         contrast = result.std(correction=0) / std
@@ -121,7 +125,7 @@ def test_the_jitter_covers_its_range() -> None:
     torch.manual_seed(3)
     images = _images(1000, 3)
     images = (images - images.mean((1, 2, 3, 4), keepdim=True)) / images.std((1, 2, 3, 4), correction=0, keepdim=True)
-    changed = Intensities(p_jitter=1.0, jitter=0.5, p_blur=0.0)(images).flatten(1)
+    changed = intensities(p_jitter=1.0, jitter=0.5, p_blur=0.0)(images).flatten(1)
     contrast, shift = changed.std(1, correction=0), changed.mean(1)
     for values, middle in ((contrast, 1.0), (shift, 0.0)):
         assert values.min().item() == pytest.approx(middle - 0.5, abs=0.02)
@@ -132,19 +136,19 @@ def test_the_jitter_covers_its_range() -> None:
 def test_brightness_and_contrast_of_a_known_image() -> None:
     image = torch.tensor([0.0, 4.0]).view(1, 1, 1, 1, 2)  # mean 2, standard deviation 2
     one = torch.ones(1, 1, 1, 1, 1)
-    assert adjust(image, 0.25 * one, one).flatten().tolist() == [0.5, 4.5]
-    assert adjust(image, 0 * one, 1.5 * one).flatten().tolist() == [-1.0, 5.0]
-    assert adjust(image, -0.5 * one, 0.5 * one).flatten().tolist() == [0.0, 2.0]
+    assert adjust_normalised(image, 1.25 * one, one).flatten().tolist() == [0.5, 4.5]
+    assert adjust_normalised(image, one, 1.5 * one).flatten().tolist() == [-1.0, 5.0]
+    assert adjust_normalised(image, 0.5 * one, 0.5 * one).flatten().tolist() == [0.0, 2.0]
 
 
 def test_shares_of_jitter_and_blur() -> None:
     torch.manual_seed(4)
     images = _images(1000, 4)
-    changed = Intensities(p_jitter=0.8, p_blur=0.5, sigma=(1.0, 2.0))(images)
+    changed = intensities(p_jitter=0.8, p_blur=0.5, sigma=(1.0, 2.0))(images)
     untouched = (changed == images).flatten(1).all(1).float().mean()
     assert abs(untouched - 0.1) < 0.05
     for options, share in (({"p_blur": 0.0}, 0.8), ({"p_jitter": 0.0, "sigma": (1.0, 2.0)}, 0.5)):
-        touched = (Intensities(**options)(images) != images).flatten(1).any(1).float().mean()
+        touched = (intensities(**options)(images) != images).flatten(1).any(1).float().mean()
         assert abs(touched - share) < 0.08
 
 
@@ -175,13 +179,13 @@ def test_every_sample_has_its_own_random_numbers() -> None:
     torch.manual_seed(5)
     same = _images(1).expand(24, -1, -1, -1, -1).contiguous()
     turned = {tuple(image.flatten().tolist()) for image in Turns()(same)}
-    changed = {tuple(image.flatten().tolist()) for image in Intensities(p_jitter=1.0)(same)}
+    changed = {tuple(image.flatten().tolist()) for image in intensities(p_jitter=1.0)(same)}
     assert len(turned) > 4
     assert len(changed) == 24
 
 
-@pytest.mark.parametrize("augmentation", [Turns(), Intensities()])
-def test_a_sample_does_not_see_the_others(augmentation: Turns | Intensities) -> None:
+@pytest.mark.parametrize("augmentation", [Turns(), intensities()])
+def test_a_sample_does_not_see_the_others(augmentation: Turns | Strong) -> None:
     images = _images()
     others = torch.cat([images[:3], 100 * _images()[3:]])
     outputs = []
@@ -191,7 +195,7 @@ def test_a_sample_does_not_see_the_others(augmentation: Turns | Intensities) -> 
     torch.testing.assert_close(*outputs)
 
 
-@pytest.mark.parametrize("make", [Turns, Intensities])
+@pytest.mark.parametrize("make", [Turns, intensities])
 def test_a_generator_decides_everything(make) -> None:
     images = _images()
 
@@ -206,7 +210,7 @@ def test_the_views_leave_the_batch_as_it_was() -> None:
     images = _images()
     before = images.clone()
     Turns()(images)
-    Intensities()(images)
+    intensities()(images)
     assert torch.equal(images, before)
 
 
@@ -217,6 +221,6 @@ def test_nothing_waits_for_the_gpu() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         Turns().with_labels(images, labels)
-        Intensities()(images)
+        intensities()(images)
     finally:
         torch.cuda.set_sync_debug_mode("default")
