@@ -205,8 +205,7 @@ def other_parts(subject: Trainer, log: RunLog) -> dict[str, Callable[[], object]
 
     def data() -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(0)
-        labelled = subject.labelled.batch(subject.labelled_stream[1], subject.choices(1))
-        return (*labelled, subject.unlabelled.batch(subject.unlabelled_stream[1], subject.choices(1))[0])
+        return (*subject.labelled_batch(1), subject.unlabelled_batch(1))
 
     images, labels, unlabelled = data()
 

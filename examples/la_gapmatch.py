@@ -34,8 +34,10 @@ LA = VolumeTask(
             **REDUCED,
             **SMALL_BATCH,
             "size": (48, 48, 32),
-            "width": 4,
-            "iterations": 200,
+            "width": 8,
+            "iterations": 300,
+            "lr": 0.03,
+            "eps": 0.02,  # of 0.02, 0.05 and 0.1 the best on the phantom of another seed
             "validate_every": 50,
         },
     },

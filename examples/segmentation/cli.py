@@ -83,6 +83,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     knobs = {name: value for name, value in knobs.items() if value is not None}
     recipe = Recipe(seed=arguments.seed, **{**task.presets[preset], **knobs})
     methods: Sequence[Method] = arguments.method or (("fixmatch", "gapmatch") if phantom else ("gapmatch",))
+    stride = _stride(task, arguments, recipe)
     patients = arguments.patients
     if patients is None:
         patients = 1 if phantom else patients_for_share(arguments.labeled or 1, task.training_patients)
@@ -97,10 +98,10 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
         out=out,
         old_runs=_old_runs(arguments),
         title=f"{f'{task.name} phantom' if phantom else task.name} test set, labelled patients: {patients}, "
-        f"preset {preset}, seed {arguments.seed}",
-        stride=_stride(task, arguments, recipe),
+        f"preset {preset}, seed {arguments.seed}{_scored(stride, arguments.largest_component)}",
+        stride=stride,
         largest_component=arguments.largest_component,
-        published={} if phantom or arguments.patients is not None else task.published[arguments.labeled or 1],
+        published={} if phantom or arguments.patients is not None else task.published.get(arguments.labeled or 1, {}),
     )
 
 
@@ -130,6 +131,12 @@ def _stride(task: Task, arguments: argparse.Namespace, recipe: Recipe) -> tuple[
         stride = " ".join(map(str, arguments.stride))
         raise InputError(f"--stride {stride}: must be at least 1 and at most the window, {recipe.size}.")
     return tuple(arguments.stride)
+
+
+def _scored(stride: tuple[int, ...] | None, largest_component: bool) -> str:
+    """What a table has to say of how its predictions were made."""
+    window = "" if stride is None else f", stride {' x '.join(map(str, stride))}"
+    return window + (", largest component" if largest_component else "")
 
 
 def _compiled(choice: str, device: torch.device) -> bool:

@@ -108,7 +108,7 @@ def check_patients(splits: Mapping[str, Sequence[str]]) -> None:
             seen[patient] = split
 
 
-def patients_for_share(percent: float, patients: int = 70) -> int:
+def patients_for_share(percent: float, patients: int) -> int:
     """How many of the training patients a labelled share of `percent` is: rounded down, at least one.
 
     Of ACDC's 70: 1, 3 and 7 patients for 1, 5 and 10 %; of LA's 80: 1, 4 and 8, the field's own numbers.

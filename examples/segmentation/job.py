@@ -22,7 +22,7 @@ from .recipe import Recipe
 from .report import Row, print_table, write_json, write_markdown
 from .task import Scores, Task
 from .train import Progress, fit, resume
-from .trainer import Trainer
+from .trainer import Trainer, refuse_wrong_gradients
 
 LABELS = {"supervised": "Supervised", "fixmatch": "FixMatch", "gapmatch": "GapMatch"}
 PICTURED_CASES = 3
@@ -74,6 +74,7 @@ def run(job: Job) -> list[Row]:
     """
     task, recipe = job.task, job.recipes[0]
     _require_even_shares(recipe)
+    refuse_wrong_gradients(recipe, job.device, job.amp)
     names = ranks.together(lambda: _read_lists(task, job.data))
     labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients)
     folders = [job.out / r.method for r in job.recipes]
@@ -174,7 +175,7 @@ def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe)
         count()
         return largest_component(labels) if job.largest_component else labels
 
-    with counting(f"{recipe.method}: scoring test volumes", len(volumes)) as count:
+    with counting(f"{recipe.method}: scoring test volumes", len(volumes[:: ranks.world()])) as count:
         return evaluate(segment, volumes, job.task.num_classes)
 
 
@@ -216,10 +217,11 @@ def _note(evaluation: Evaluation) -> str:
 
 def _report(job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[Volume], folders: list[Path]) -> None:
     recipe = job.recipes[0]
+    print("drawing pictures", flush=True)
     pictured = test[:: max(1, len(test) // PICTURED_CASES)][:PICTURED_CASES]
     job.task.draw(job.out, [_case(volume, models, job, recipe) for volume in pictured])
     logs = {
-        LABELS[r.method]: RunLog(folder / "train.csv", folder / "validation.csv")
+        LABELS[r.method]: RunLog(folder / "train.csv", folder / "validation.csv" if job.task.validation_list else None)
         for r, folder in zip(job.recipes, folders, strict=True)
     }
     save_curves(job.out / "curves.png", logs)

@@ -124,9 +124,10 @@ def counting(title: str, total: int, console: Console | None = None) -> Iterator
         def count() -> None:
             nonlocal last
             progress.advance(task)
-            if not console.is_terminal and time.monotonic() - last > PAUSE:
+            done = progress.tasks[0].completed
+            if not console.is_terminal and (done == total or time.monotonic() - last > PAUSE):
                 last = time.monotonic()
-                console.print(f"{title} {progress.tasks[0].completed:.0f}/{total}", highlight=False)
+                console.print(f"{title} {done:.0f}/{total}", highlight=False)
 
         yield count
 

@@ -4,7 +4,6 @@ Protocol as in the public code of SSL4MIS and UniMatch: each slice is resized to
 predicted, arg-maxed and resized back (nearest).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from .augment import Strong, Weak
 from .data import Volume
 from .errors import InputError
 from .figures import Case, middle_slice, save_predictions
-from .modes import eval_mode
 from .networks import UNet
+from .predict import entropy_of, eval_mode, labels_of
 from .recipe import Recipe
 from .slices import Slices, resize_nearest
 from .task import Task
@@ -73,7 +72,7 @@ def segment_volume(
     model: nn.Module, volume_image: np.ndarray, size: tuple[int, int], device: torch.device | str, *, batch: int = 32
 ) -> np.ndarray:
     """The labels of `predict_volume` alone, which saves the softmax and half the resizing."""
-    (labels,) = _predicted(model, volume_image, size, device, batch, lambda logits: (_labels(logits),))
+    (labels,) = _predicted(model, volume_image, size, device, batch, lambda logits: (labels_of(logits, 1),))
     return labels
 
 
@@ -103,7 +102,12 @@ def predict_volume(
         InputError: when the image is not a (D, H, W) array with at least one voxel.
     """
     labels, entropy = _predicted(
-        model, volume_image, size, device, batch, lambda logits: (_labels(logits), _entropy(logits))
+        model,
+        volume_image,
+        size,
+        device,
+        batch,
+        lambda logits: (labels_of(logits, 1), entropy_of(logits.float().softmax(1), 1)),
     )
     return labels, entropy
 
@@ -125,18 +129,6 @@ def _predicted(
         parts = [read(model(chunk.to(device))) for chunk in slices.split(batch)]
     height, width = volume_image.shape[1:]
     return [_resize(torch.cat(part).cpu().numpy(), (height, width)) for part in zip(*parts, strict=True)]
-
-
-def _labels(logits: Tensor) -> Tensor:
-    """(B, C, H, W) logits -> (B, H, W) uint8."""
-    return logits.argmax(dim=1).to(torch.uint8)
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    """(B, C, H, W) logits -> (B, H, W) float32 in [0, 1]."""
-    probabilities = logits.float().softmax(dim=1)
-    entropy = torch.special.entr(probabilities).sum(dim=1) / math.log(logits.shape[1])
-    return entropy.clamp(max=1.0)
 
 
 def _resize(volume: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

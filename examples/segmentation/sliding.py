@@ -6,8 +6,7 @@ arg-max. A volume smaller than the window is padded with zeros on both sides (th
 cropped from), half of them rounded down in front, and the prediction cropped back. MONAI's inferer does it all.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,10 +14,7 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from .errors import InputError
-from .modes import eval_mode
-
-WINDOW = (112, 112, 80)  # (X, Y, Z) voxels, the field's on LA
-STRIDE = (18, 18, 4)
+from .predict import entropy_of, eval_mode, labels_of
 
 
 def segment_volume(
@@ -29,10 +25,9 @@ def segment_volume(
     device: torch.device | str,
     *,
     batch: int = 4,
-    progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """The labels of `predict_volume` alone."""
-    return _labels(_probabilities(model, image, window, stride, device, batch, progress))
+    return labels_of(_probabilities(model, image, window, stride, device, batch), 0).cpu().numpy()
 
 
 def predict_volume(
@@ -43,7 +38,6 @@ def predict_volume(
     device: torch.device | str,
     *,
     batch: int = 4,
-    progress: Callable[[int], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segment one volume window by window, in eval mode.
 
@@ -53,12 +47,10 @@ def predict_volume(
         model: (B, 1, *window) float32 images -> (B, C, *window) logits. The training flag of each of its
             modules is put back afterwards.
         image: (X, Y, Z), as `data` reads it: the scan's mean is 0, its standard deviation 1.
-        window: (X, Y, Z) voxels that the network takes; the field's is `WINDOW`.
-        stride: voxels from one window to the next along each axis; the field's is `STRIDE`.
+        window: (X, Y, Z) voxels that the network takes.
+        stride: voxels from one window to the next along each axis.
         device: where the model lives.
         batch: windows per forward pass.
-        progress: called after each forward pass with its number of windows; `windows` tells their total.
-            `functools.partial(bar.advance, task)` moves a bar of rich.
 
     Returns:
         Labels (X, Y, Z) uint8, and the entropy of the averaged softmax (X, Y, Z) float32: in nats over
@@ -68,20 +60,8 @@ def predict_volume(
         InputError: when the image is not an (X, Y, Z) array with at least one voxel, the window or the
             stride not three numbers from 1 up, the stride larger than the window, or the batch below 1.
     """
-    probabilities = _probabilities(model, image, window, stride, device, batch, progress)
-    return _labels(probabilities), _entropy(probabilities)
-
-
-def windows(shape: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> int:
-    """How many windows `predict_volume` predicts for a volume of this shape.
-
-    Raises:
-        InputError: as `predict_volume`.
-    """
-    _check(shape, window, stride)
-    return math.prod(
-        math.ceil(max(size - side, 0) / step) + 1 for size, side, step in zip(shape, window, stride, strict=True)
-    )
+    probabilities = _probabilities(model, image, window, stride, device, batch)
+    return labels_of(probabilities, 0).cpu().numpy(), entropy_of(probabilities, 0).cpu().numpy()
 
 
 def _probabilities(
@@ -91,7 +71,6 @@ def _probabilities(
     stride: Sequence[int],
     device: torch.device | str,
     batch: int,
-    progress: Callable[[int], object] | None,
 ) -> Tensor:
     """The averaged softmax, (C, X, Y, Z) float32 on `device`."""
     _check(image.shape, window, stride)
@@ -99,10 +78,7 @@ def _probabilities(
         raise InputError(f"batch: {batch} windows per forward pass, at least 1 is needed")
 
     def softmax(crops: Tensor) -> Tensor:
-        probabilities = model(crops).float().softmax(dim=1)  # float32 under autocast, too
-        if progress is not None:
-            progress(len(crops))
-        return probabilities
+        return model(crops).float().softmax(dim=1)  # float32 under autocast, too
 
     whole = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).to(device)
     with eval_mode(model), torch.inference_mode():
@@ -119,16 +95,6 @@ def _overlaps(window: Sequence[int], stride: Sequence[int]) -> tuple[float, ...]
     The half voxel keeps rounding from taking one off: int(10 * (1 - (1 - 0.7))) could be 6.
     """
     return tuple(max(0.0, 1 - (step + 0.5) / side) for side, step in zip(window, stride, strict=True))
-
-
-def _labels(probabilities: Tensor) -> np.ndarray:
-    return probabilities.argmax(dim=0).to(torch.uint8).cpu().numpy()
-
-
-def _entropy(probabilities: Tensor) -> np.ndarray:
-    """(C, X, Y, Z) -> (X, Y, Z) float32 in [0, 1]."""
-    entropy = torch.special.entr(probabilities).sum(dim=0) / math.log(len(probabilities))
-    return entropy.clamp(0.0, 1.0).cpu().numpy()
 
 
 def _check(shape: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> None:

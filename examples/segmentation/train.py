@@ -166,6 +166,6 @@ def _export_best(folder: Path, trainer: Trainer, progress: Progress) -> None:
         "model": progress.best_weights,
         "recipe": trainer.recipe.to_dict(),
         "iteration": progress.best_iteration,
-        "dice": progress.best_dice,
+        "dice": progress.best_dice if progress.best_dice >= 0 else None,  # None without validation
     }
     ranks.on_main(lambda: checkpoint.save(folder / "best.pt", content))

@@ -32,7 +32,7 @@ class Autocast(nn.Module):
 
 
 def channels_last(dimensions: int) -> torch.memory_format:
-    """Of images in the plane or in space; the faster layout for both networks (docs/performance.md)."""
+    """Of images in the plane or in space; the faster layout for both networks (docs/performance.md, docs/la.md)."""
     return torch.channels_last if dimensions == 2 else torch.channels_last_3d
 
 
@@ -50,7 +50,7 @@ class Trainer:
         device: where to train.
         amp: autocast dtype (bfloat16 or float16), or None for float32.
         compiled: whether `torch.compile` makes the training passes. One process alone; scoring stays eager, since
-            volumes come in all numbers of slices.
+            volumes come in all sizes.
 
     Raises:
         InputError: PyTorch's gradients are wrong for this size, device and dtype.
@@ -66,7 +66,7 @@ class Trainer:
         amp: torch.dtype | None,
         compiled: bool = False,
     ) -> None:
-        _refuse_wrong_gradients(recipe, device, amp)
+        refuse_wrong_gradients(recipe, device, amp)
         self.task, self.recipe, self.device = task, recipe, device
         self.labelled, self.unlabelled = labelled.to(device), unlabelled.to(device)
         self.statistics_images = self._statistics_images()
@@ -100,8 +100,7 @@ class Trainer:
         """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device."""
         torch.manual_seed(mix(self.recipe.seed, iteration))
         self._set_learning_rate(iteration)
-        batch = self.labelled.batch(self.labelled_stream[iteration], self.choices(iteration))
-        images, labels = self.weak.with_labels(*batch)
+        images, labels = self.weak.with_labels(*self.labelled_batch(iteration))
         values = {} if self.recipe.method == "supervised" else self._consistency(iteration)
 
         loss = ce_dice_loss(self.joint(images), labels.long())
@@ -122,8 +121,7 @@ class Trainer:
     def _consistency(self, iteration: int) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
         model, method, optimizer = self.joint, self.method, self.optimizer
-        images, _ = self.unlabelled.batch(self.unlabelled_stream[iteration], self.choices(iteration))
-        views = method.prepare(model, images)
+        views = method.prepare(model, self.unlabelled_batch(iteration))
         loss = method.loss(model, views)
         self.scaler.scale(loss).backward()
         values = {"loss_unlabelled": loss.detach(), "confident": views.confident.float().mean()}
@@ -137,9 +135,15 @@ class Trainer:
             values["grad_norm"] = optimizer.grad_norm / scale
         return values
 
-    def choices(self, iteration: int) -> torch.Generator:
-        """For what a batch chooses at random on the host, the same for all methods."""
-        return torch.Generator().manual_seed(mix(self.recipe.seed, iteration))
+    def labelled_batch(self, iteration: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of `iteration`, the same for all methods."""
+        generator = torch.Generator().manual_seed(mix(self.recipe.seed, iteration))
+        return self.labelled.batch(self.labelled_stream[iteration], generator)
+
+    def unlabelled_batch(self, iteration: int) -> Tensor:
+        """Images of `iteration`, cut elsewhere than the labelled ones."""
+        generator = torch.Generator().manual_seed(mix(self.recipe.seed + 1, iteration))
+        return self.unlabelled.batch(self.unlabelled_stream[iteration], generator)[0]
 
     def to_host(self, values: dict[str, Tensor]) -> dict[str, float]:
         """What `step` returned as numbers, and its learning rate; one copy, which waits for the device."""
@@ -187,12 +191,15 @@ class Trainer:
         }
 
 
-def _refuse_wrong_gradients(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> None:
-    """In bfloat16 on a CPU (torch 2.6 and 2.15) the weight gradient of a 3x3x3 convolution over an image of which the
-    first axis has 2 voxels is partly memory that nobody has written: another one in each run, now and then infinite."""
+def refuse_wrong_gradients(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> None:
+    """Raise InputError where PyTorch's own gradients are wrong.
+
+    In bfloat16 on a CPU (torch 2.6 and 2.15) the weight gradient of a 3x3x3 convolution over an image of which the first
+    axis has 2 voxels is partly memory that nobody has written: another one in each run, now and then infinite.
+    """
     sides = [recipe.size[0] >> level for level in range(HALVINGS + 1)]
     if len(recipe.size) == 3 and device.type == "cpu" and amp == torch.bfloat16 and 2 in sides:
         raise InputError(
             f"size {recipe.size}: on its way down X comes to 2 voxels, where PyTorch's bfloat16 gradients on a CPU are "
-            "wrong; take --amp off, or another size than 16 and 32."
+            "wrong; take --amp off."
         )

@@ -56,12 +56,16 @@ class VolumeTask(Task):
     def segment(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
     ) -> np.ndarray:
-        return sliding.segment_volume(model, image, recipe.size, stride or self.stride, device)
+        return sliding.segment_volume(model, image, recipe.size, self._step(recipe, stride), device)
 
     def predict(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
     ) -> tuple[np.ndarray, np.ndarray]:
-        return sliding.predict_volume(model, image, recipe.size, stride or self.stride, device)
+        return sliding.predict_volume(model, image, recipe.size, self._step(recipe, stride), device)
+
+    def _step(self, recipe: Recipe, stride: tuple[int, ...] | None) -> tuple[int, ...]:
+        """No longer than the window."""
+        return tuple(map(min, stride or self.stride, recipe.size))
 
     def draw(self, folder: Path, cases: Sequence[Case]) -> None:
         save_volumes(folder / "predictions.png", cases, self.classes)

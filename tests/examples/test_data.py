@@ -297,14 +297,14 @@ def test_a_split_with_an_empty_side_is_refused(patients):
 
 
 def test_the_field_counts_patients_so():
-    assert [patients_for_share(percent) for percent in (1, 5, 10, 20)] == [1, 3, 7, 14]  # ACDC
+    assert [patients_for_share(percent, patients=70) for percent in (1, 5, 10, 20)] == [1, 3, 7, 14]  # ACDC
     assert [patients_for_share(percent, patients=80) for percent in (1, 5, 10)] == [1, 4, 8]  # LA
 
 
 @pytest.mark.parametrize("percent", [0, -1, 100.1, float("nan")])
 def test_a_share_outside_its_range_is_refused(percent):
     with pytest.raises(InputError, match="outside"):
-        patients_for_share(percent)
+        patients_for_share(percent, 70)
 
 
 @pytest.fixture
@@ -321,6 +321,6 @@ def acdc_list(tmp_path):
 def test_acdc_splits_as_in_the_literature(acdc_list, percent, expected):
     names = read_list(acdc_list)
     assert len(names) == 1312
-    labelled, unlabelled = split_by_patients(names, patients_for_share(percent))
+    labelled, unlabelled = split_by_patients(names, patients_for_share(percent, 70))
     assert labelled == names[:expected]
     assert unlabelled == names[expected:]

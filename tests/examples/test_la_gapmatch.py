@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -9,8 +10,10 @@ import la_gapmatch
 import numpy as np
 import pytest
 import torch
+from segmentation import cli
 from segmentation.atrium import write_atrium
 from segmentation.data import read_list
+from segmentation.recipe import Recipe
 from segmentation.trainer import Trainer
 from segmentation.volumes import case_path
 
@@ -67,7 +70,8 @@ def test_end_to_end(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = tmp_path / "out"
     assert _run(data, out, "--method", "supervised", "fixmatch", "gapmatch", "--stride", "8", "8", "8") == 0
     printed = capsys.readouterr().out
-    for label in ("Supervised", "FixMatch", "GapMatch", "LA %"):
+    assert "scoring test volumes 2/2" in printed
+    for label in ("Supervised", "FixMatch", "GapMatch", "LA %", "stride 8 x 8 x 8"):
         assert label in printed
     for name in ("predictions.png", "surfaces.png", "curves.png", "table.md"):
         assert (out / name).stat().st_size > 100
@@ -77,6 +81,7 @@ def test_end_to_end(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert (result["data_set"], result["stride"]) == ("LA", [8, 8, 8])
         assert result["chosen_iteration"] == 4  # without validation the last one
         assert result["validation_dice"] is None
+        assert torch.load(out / method / "best.pt", weights_only=True)["dice"] is None
         assert len((out / method / "train.csv").read_text().splitlines()) == 5
 
 
@@ -165,3 +170,23 @@ def test_acdc_s_files_are_refused(tiny_data: Path, tmp_path: Path, capsys: pytes
 def test_sizes_with_wrong_gradients_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(data, tmp_path / "out", "--amp", "bfloat16") == 2
     assert "--amp off" in capsys.readouterr().err
+
+
+def test_labelled_and_unlabelled_crops_lie_apart(tiny_atrium: Path) -> None:
+    names = read_list(tiny_atrium / "train.list")
+    recipe = Recipe(**{**TINY, "labelled_batch": 1, "unlabelled_batch": 1})
+    pool = la_gapmatch.LA.read_training(tiny_atrium, names[:1], recipe)
+    trainer = Trainer(la_gapmatch.LA, recipe, pool, pool, torch.device("cpu"), None)
+    same = [torch.equal(trainer.labelled_batch(t)[0], trainer.unlabelled_batch(t)) for t in range(20)]
+    assert sum(same) < 3
+    assert torch.equal(trainer.unlabelled_batch(3), trainer.unlabelled_batch(3))
+
+
+def test_validation_takes_no_longer_steps_than_its_window(data: Path, tmp_path: Path) -> None:
+    shutil.copy(data / "test.list", data / "val.list")
+    (data / "test.list").write_text(f"{read_list(data / 'train.list')[-1]}\n")
+    (data / "train.list").write_text("\n".join(read_list(data / "train.list")[:-1]))
+    task = replace(la_gapmatch.LA, validation_list="val")
+    arguments = ["--data", str(data), "--patients", "1", "--preset", "cpu", "--device", "cpu", "--amp", "off"]
+    assert cli.main(task, "", [*arguments, "--method", "supervised", "--out", str(tmp_path / "out")]) == 0
+    assert len((tmp_path / "out/supervised/validation.csv").read_text().splitlines()) == 3

@@ -1,4 +1,4 @@
-"""Sliding windows against a plain triple loop, and what is left of the largest component."""
+"""Sliding windows against a plain triple loop."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from segmentation.errors import InputError
-from segmentation.sliding import STRIDE, WINDOW, _overlaps, predict_volume, segment_volume, windows
+from segmentation.sliding import _overlaps, predict_volume, segment_volume
 from torch import Tensor, nn
 
 CLASSES = 3
@@ -91,10 +91,8 @@ def test_any_shape_is_covered_as_by_the_plain_loop(data):
     shape, window = axes(1, 9), axes(2, 6)
     stride = tuple(data.draw(st.integers(1, side)) for side in window)
     model, image = network(), random_image(shape)
-    counted = []
-    _, entropy = predict_volume(model, image, window, stride, "cpu", batch=7, progress=counted.append)
+    _, entropy = predict_volume(model, image, window, stride, "cpu", batch=7)
     np.testing.assert_allclose(entropy, entropy_of(plain_loop(model, image, window, stride)), atol=1e-6)
-    assert sum(counted) == windows(shape, window, stride)
 
 
 @given(st.integers(1, 512), st.data())
@@ -103,13 +101,6 @@ def test_monai_steps_by_just_the_stride(side, data):
     (overlap, *_) = _overlaps([side], [step])
     assert 0 <= overlap < 1
     assert int(side * (1 - overlap)) == step  # as MONAI reckons
-
-
-def test_the_fields_own_window_and_stride():
-    assert windows((112, 112, 80), WINDOW, STRIDE) == 1
-    assert windows((20, 20, 20), WINDOW, STRIDE) == 1
-    assert windows((113, 112, 80), WINDOW, STRIDE) == 2
-    assert windows((174, 130, 88), WINDOW, STRIDE) == 5 * 2 * 3  # 62 / 18, 18 / 18 and 8 / 4 steps
 
 
 def test_labels_alone_are_the_same_labels():
@@ -149,11 +140,10 @@ def test_entropy_runs_from_certain_to_uniform(logits, expected):
     assert 0 <= entropy.min() <= entropy.max() <= 1
 
 
-def test_windows_come_in_batches_and_count_as_progress():
-    model, counted = Constant(0, 0), []
-    predict_volume(model, random_image((5, 5, 4)), (3, 3, 4), (1, 2, 1), "cpu", batch=4, progress=counted.append)
+def test_windows_come_in_batches():
+    model = Constant(0, 0)
+    predict_volume(model, random_image((5, 5, 4)), (3, 3, 4), (1, 2, 1), "cpu", batch=4)
     assert [tuple(crops.shape) for crops in model.crops] == [(4, 1, 3, 3, 4), (2, 1, 3, 3, 4)]
-    assert counted == [4, 2]
 
 
 def test_zeros_fill_what_is_missing_around_a_small_volume():
@@ -203,8 +193,3 @@ def test_bad_input_names_the_argument(wrong, message):
     for predict in (predict_volume, segment_volume):
         with pytest.raises(InputError, match=message):
             predict(network(), device="cpu", **{**GOOD, **wrong})
-
-
-def test_windows_checks_its_arguments_too():
-    with pytest.raises(InputError, match="stride"):
-        windows((5, 5, 5), (4, 4, 4), (5, 4, 4))
