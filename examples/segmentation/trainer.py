@@ -194,8 +194,8 @@ class Trainer:
 def refuse_wrong_gradients(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> None:
     """Raise InputError where PyTorch's own gradients are wrong.
 
-    In bfloat16 on a CPU (torch 2.6 and 2.15) the weight gradient of a 3x3x3 convolution over an image of which the first
-    axis has 2 voxels is partly memory that nobody has written: another one in each run, now and then infinite.
+    In bfloat16 on a CPU (torch 2.6 and 2.15) the weight gradient of a 3x3x3 convolution over an image of which the
+    first axis has 2 voxels is partly memory that nobody has written: another one in each run, now and then infinite.
     """
     sides = [recipe.size[0] >> level for level in range(HALVINGS + 1)]
     if len(recipe.size) == 3 and device.type == "cpu" and amp == torch.bfloat16 and 2 in sides:
