@@ -233,7 +233,7 @@ def gap_step(optimizer, params):
 
 def test_the_stand_in_has_as_many_tensors_as_the_unet():
     assert len(unet_like()) == 82
-    assert sum(p.numel() for p in unet_like()) == pytest.approx(2.27e6, rel=0.002)
+    assert sum(p.numel() for p in unet_like()) == pytest.approx(2.27e6, rel=0.005)
 
 
 @needs_cuda
