@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))  # the UNet's
 RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 Shapes = list[tuple[int, ...]]
@@ -216,6 +217,16 @@ def make(shapes: Shapes, device: str, dtype: torch.dtype) -> list[nn.Parameter]:
 def second_gradient(params: list[nn.Parameter]) -> None:
     """A backward that gives every parameter a g2 of ones."""
     torch.autograd.backward(list(params), [torch.ones_like(p) for p in params])
+
+
+def shrunk(shapes: Shapes, factor: int) -> Shapes:
+    """With the first dimension divided."""
+    return [(-(-shape[0] // factor), *shape[1:]) for shape in shapes]
+
+
+def device_kind(device: str) -> str:
+    """For the names of files."""
+    return "cuda" if device.startswith("cuda") else "cpu"
 
 
 def numel(shapes: Iterable[tuple[int, ...]]) -> int:

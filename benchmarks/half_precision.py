@@ -6,12 +6,11 @@ A freshly made UNet, and the gradient of cross-entropy + Dice on noise.
 """
 
 import argparse
-import sys
 import warnings
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, print_table, write_results
+from common import RESULTS, print_table, write_results
 
 from gap_torch import GAPWrapper
 from gap_torch.losses import ce_dice_loss
@@ -54,5 +53,4 @@ def left_of(eps: float, dtype: torch.dtype, device: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "examples"))
     main()

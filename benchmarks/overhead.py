@@ -4,8 +4,9 @@
 
 The floor is 7 transfers of the parameters' size: the norm reads g1; the perturbation reads theta and g1 and writes the
 copy and theta*; the restoration reads the copy and writes theta. A transfer costs half of a `copy_` between buffers of
-that size, measured in the same turns. g2's accumulation is autograd's own work and is not timed; where a method asks
-for a sum of two gradients of its own making (naive Algorithm 1), that is.
+that size, measured in the same turns (on CUDA of many in a row, lest a launch be counted as bandwidth). g2's
+accumulation is autograd's own work and is not timed; where a method asks for a sum of two gradients of its own making
+(naive Algorithm 1), that is.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from common import (
     RESULTS,
     Shapes,
     Task,
+    device_kind,
     equal,
     interleaved,
     make,
@@ -30,16 +32,20 @@ from common import (
     resnet50,
     save_plot,
     second_gradient,
+    shrunk,
     unet,
     vit_b16,
     vnet,
-    whole,
     write_results,
 )
 from methods import methods
 
 QUESTION = "Seconds of first_step + second_step, and over the floor of 7 parameter-sized transfers"
 TRANSFERS = 7
+COPIES = {"cpu": 1, "cuda": 20}
+# Some peers put other memory under the parameters, and tables of addresses would be made anew in every turn: each
+# method has parameters and gradients of its own, unless those take more bytes than this.
+OWN = {"cpu": 8e9, "cuda": 32e9}
 SETS: dict[str, Callable[[], Shapes]] = {
     "UNet": unet,
     "V-Net": vnet,
@@ -56,12 +62,16 @@ def measure(
     shapes: Shapes, device: str, dtype: torch.dtype, repetitions: int, chosen: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
     """Median and least seconds by method, and of a copy under "copy"."""
-    params = make(shapes, device, dtype)
-    theta = [p.detach().clone() for p in params]
+    owned = 2 * len(chosen) * numel(shapes) * dtype.itemsize <= OWN[device_kind(device)]
+    shared = [] if owned else make(shapes, device, dtype)
     flat = torch.randn(numel(shapes), device=device).to(dtype)
     other = torch.empty_like(flat)
 
-    def task(method: Any) -> Task:
+    def task(make_method: Any) -> Task:
+        params = shared or make(shapes, device, dtype)
+        method = make_method(params)
+        theta = [p.detach()[:1].clone() for p in params]
+
         def run(clock: Callable[[], float]) -> float:
             for p in params:
                 assert p.grad is not None
@@ -79,16 +89,22 @@ def measure(
 
         return run
 
-    copy = whole(lambda: other.copy_(flat))
-    tasks = {name: task(make_method(params)) for name, make_method in chosen.items()}
+    def copy(clock: Callable[[], float]) -> float:
+        count = COPIES[device_kind(device)]
+        start = clock()
+        for _ in range(count):
+            other.copy_(flat)
+        return (clock() - start) / count
+
+    tasks = {name: task(make_method) for name, make_method in chosen.items()}
     taken = interleaved({"copy": copy, **tasks}, device, repetitions)
     return {name: {"median": median(seconds), "min": min(seconds)} for name, seconds in taken.items()}
 
 
 @torch.no_grad()
 def check_restored(params: list[torch.nn.Parameter], theta: list[torch.Tensor]) -> None:
-    """The cheapest look at whether a method came back."""
-    if not all(torch.equal(p[:1], t[:1]) for p, t in zip(params, theta, strict=True)):
+    """The cheapest look at whether a method came back to `theta`, the first row of each."""
+    if not all(torch.equal(p[:1], t) for p, t in zip(params, theta, strict=True)):
         raise RuntimeError("a method did not come back to theta.")
 
 
@@ -110,7 +126,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
         for name in arguments.sets:
-            shapes: Shapes = [(-(-s[0] // arguments.shrink), *s[1:]) for s in SETS[name]()]
+            shapes = shrunk(SETS[name](), arguments.shrink)
             seconds = measure(shapes, arguments.device, getattr(torch, dtype), arguments.repetitions, chosen)
             for method in chosen:
                 taken = {
@@ -132,7 +148,7 @@ def main() -> None:
                 )
             shown = [{k: v for k, v in row.items() if k not in ("parameters", "dtype")} for row in rows[-len(chosen) :]]
             print_table(f"{name}, {dtype}", shown)
-    kind = "cuda" if arguments.device.startswith("cuda") else "cpu"
+    kind = device_kind(arguments.device)
     write_results(arguments.results / f"overhead_{kind}.json", QUESTION, arguments.device, rows)
     draw(rows, arguments.figures / f"overhead_{kind}.png")
 

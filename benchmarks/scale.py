@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import COLOURS, FIGURES, RESULTS, equal, new_plot, print_table, save_plot, write_results
-from methods import METHODS
+from common import COLOURS, FIGURES, RESULTS, device_kind, equal, new_plot, print_table, save_plot, write_results
+from methods import methods
 from overhead import TRANSFERS, measure
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -41,15 +41,17 @@ def over_tensors(total: int, device: str, repetitions: int) -> list[dict[str, An
 
 
 def _point(parameters: int, tensors: int, device: str, repetitions: int) -> dict[str, Any]:
-    seconds = measure(equal(parameters, tensors), device, torch.float32, repetitions, METHODS)
+    chosen = methods(device)
+    seconds = measure(equal(parameters, tensors), device, torch.float32, repetitions, chosen)
     floor = TRANSFERS / 2 * seconds["copy"]["min"] * 1e3
-    taken = {f"{method} ms": seconds[method]["min"] * 1e3 for method in METHODS}
+    taken = {f"{method} ms": seconds[method]["min"] * 1e3 for method in chosen}
     return {"millions": parameters / 1e6, "tensors": tensors, "floor ms": floor, **taken}
 
 
 def draw_points(rows: list[dict[str, Any]], x: str, label: str, path: Path) -> None:
     figure, axes = new_plot()
-    for method, colour in zip(METHODS, COLOURS, strict=False):
+    names = [key.removesuffix(" ms") for key in rows[0] if key.endswith(" ms") and key != "floor ms"]
+    for method, colour in zip(names, COLOURS, strict=False):
         axes.loglog([r[x] for r in rows], [r[f"{method} ms"] for r in rows], "o-", color=colour, label=method)
     axes.loglog([r[x] for r in rows], [r["floor ms"] for r in rows], "k--", label="floor")
     axes.set_xlabel(label)
@@ -191,16 +193,16 @@ def main() -> None:
     }
     for name, rows in results.items():
         print_table(name, rows)
-    write_results(arguments.results / "scale_cpu.json", QUESTION, device, results)
-    figures = arguments.figures
-    draw_points(
-        results["parameters"], "millions", "millions of parameters, in 10 tensors", figures / "scale_parameters.png"
-    )
-    draw_points(
-        results["tensors"], "tensors", f"tensors, {arguments.total:,} parameters", figures / "scale_tensors.png"
-    )
-    draw_ranks(results["ranks"], figures / "scale_ranks.png")
-    draw_bytes(results["gigabytes"], figures / "scale_bytes.png")
+    kind = device_kind(device)
+    write_results(arguments.results / f"scale_{kind}.json", QUESTION, device, results)
+
+    def figure(name: str) -> Path:
+        return arguments.figures / f"scale_{name}_{kind}.png"
+
+    draw_points(results["parameters"], "millions", "millions of parameters, in 10 tensors", figure("parameters"))
+    draw_points(results["tensors"], "tensors", f"tensors, {arguments.total:,} parameters", figure("tensors"))
+    draw_ranks(results["ranks"], figure("ranks"))
+    draw_bytes(results["gigabytes"], figure("bytes"))
 
 
 if __name__ == "__main__":

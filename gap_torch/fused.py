@@ -29,6 +29,8 @@ BY_DEFAULT = False
 DEVICES = {"cuda"}
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 Row = tuple[Tensor, ...]
+Moved = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Parameters at theta*, and the copies of their theta."""
 
 
 def available() -> bool:
@@ -65,7 +67,12 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def backup_and_perturb(
-    params: Sequence[Tensor], copies: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps: float | Tensor
+    params: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    norm: Tensor,
+    eps: float | Tensor,
+    moved: list[Moved],
 ) -> None:
     """`multi_tensor.backup` and `multi_tensor.perturb` in one.
 
@@ -75,25 +82,20 @@ def backup_and_perturb(
         grads: g1.
         norm: ||g1||, 0-dim.
         eps: radius of the perturbation.
-
-    Raises:
-        Exception: whatever a launch raises. Then all are at theta again.
+        moved: takes in what has moved, as it does, so that the caller can put it back if this raises.
     """
     batches, rest = _split(list(zip(params, copies, grads, strict=True)))
-    moved: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
-    try:
-        if rest:
-            theta, memory, g1 = zip(*rest, strict=True)
-            multi_tensor.backup(theta, memory)
-            moved.append((theta, memory))
-            multi_tensor.perturb(theta, g1, norm, eps)
-        for batch in batches:
-            _backup_and_perturb(batch, norm, eps)
-            moved.append((batch.lists[0], batch.lists[1]))
-    except BaseException:  # a kernel that does not compile, say
-        for those, copied in moved:
-            multi_tensor.restore(those, copied)
-        raise
+    if rest:
+        theta, memory, g1 = zip(*rest, strict=True)
+        multi_tensor.backup(theta, memory)
+        moved.append((theta, memory))
+        multi_tensor.perturb(theta, g1, norm, eps)
+    for batch in batches:
+        _backup_and_perturb(batch, norm, eps)
+        # Right after the launch: sooner, and a launch that fails would be undone from copies that were not written. (A
+        # KeyboardInterrupt in the last lines of Triton's launcher would still be missed.)
+        moved.append((batch.lists[0], batch.lists[1]))
+        _tell_autograd(batch.lists[0])
 
 
 def restore(params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
@@ -183,7 +185,6 @@ def _backup_and_perturb(batch: _Batch, norm: Tensor, eps: float | Tensor) -> Non
             WIDE=_type(arithmetic(batch.dtypes[0])),
             **batch.options,
         )
-    _tell_autograd(batch.lists[0])
 
 
 def _take(row: Row) -> bool:
@@ -224,7 +225,7 @@ def _constant(value: float, device: torch.device, stream: int) -> Tensor:
 @lru_cache(maxsize=64)
 def _table(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """`values` as int64, without the host waiting for the device."""
-    table = torch.tensor(values, dtype=torch.int64)
+    table = torch.tensor(values, dtype=torch.int64, device="cpu")  # whatever the user's default device
     if device.type != "cuda":
         return table.to(device)
     # The copy is still under way when the pinned memory is given back: torch's allocator of pinned memory is told of

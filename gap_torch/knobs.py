@@ -82,7 +82,7 @@ class Knobs:
         for group, old in zip(self.base.param_groups, before, strict=True):
             for key in KEYS[:2]:
                 if isinstance(old[key], Tensor):  # the user, or a CUDA graph, holds this very tensor
-                    group[key] = old[key].copy_(torch.as_tensor(group.get(key, old[key])))
+                    group[key] = old[key].copy_(torch.as_tensor(group.get(key, old[key]), device=old[key].device))
                 group.setdefault(key, old[key])
         self.fill_in()
 

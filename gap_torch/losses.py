@@ -12,12 +12,17 @@ def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) ->
 
     Args:
         logits: (B, C, *spatial), any floating dtype; computed in float32 at least.
-        target: (B, *spatial), int64 class indices.
+        target: (B, *spatial), int64 class indices from 0 to C - 1, under the mask and beside it.
         mask: (B, *spatial), bool; None for every pixel.
 
     Returns:
         0-dim tensor.
+
+    Raises:
+        ValueError: another dtype or shape; on the CPU also an index out of range. On CUDA and under torch.compile
+            indices are not looked at, for the host would have to wait: what comes of wrong ones there is undefined.
     """
+    _check(logits, target, mask)
     losses = F.cross_entropy(wide(logits), target, reduction="none")
     return losses.mean() if mask is None else torch.where(mask, losses, 0.0).mean()
 
@@ -28,8 +33,9 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
     1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth), the sums over batch and space (Milletari et al.,
     "V-Net", 2016). An empty mask gives 0.
 
-    Args and result as for `cross_entropy`.
+    Args, result and errors as for `cross_entropy`.
     """
+    _check(logits, target, mask)
     probabilities = wide(logits).softmax(dim=1)
     index = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (target.ndim - 1))
     classes = target.unsqueeze(1) == index  # a byte each, where `one_hot` has eight
@@ -45,7 +51,7 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
 def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of cross-entropy and Dice loss, as the field weighs them.
 
-    Args and result as for `cross_entropy`.
+    Args, result and errors as for `cross_entropy`.
     """
     return (cross_entropy(logits, target, mask) + dice_loss(logits, target, mask)) / 2
 
@@ -53,3 +59,28 @@ def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> 
 def wide(logits: Tensor) -> Tensor:
     """`logits` in float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _check(logits: Tensor, target: Tensor, mask: Tensor | None) -> None:
+    # Dice would take a wrong index for a pixel of no class, and broadcast a target of another shape.
+    shape = (*logits.shape[:1], *logits.shape[2:])
+    _check_kind("target", target, torch.int64, shape)
+    if mask is not None:
+        _check_kind("mask", mask, torch.bool, shape)
+    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+        _check_range(target, logits.shape[1])
+
+
+def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be of {dtype}, got {tensor.dtype}.")
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} must be of shape {shape}, as the logits without their classes, got {(*tensor.shape,)}."
+        )
+
+
+def _check_range(target: Tensor, classes: int) -> None:
+    low, high = target.aminmax()
+    if low < 0 or high >= classes:
+        raise ValueError(f"target must hold classes from 0 to {classes - 1}, got values from {low} to {high}.")

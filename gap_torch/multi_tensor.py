@@ -114,7 +114,7 @@ def _perturb_on_cpu(params: list[Tensor], grads: list[Tensor], scale: float, for
     if params[0].is_complex():
         params, grads = [_as_real(p) for p in params], [_unconjugated(g) for g in grads]
     # theta + scale * g * 1: addcmul computes that in float32 for half precision, where add rounds `scale` first
-    ones = {dtype: torch.ones((), dtype=dtype) for dtype in {g.dtype for g in grads}}
+    ones = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in {g.dtype for g in grads}}
     if foreach:
         torch._foreach_addcmul_(params, grads, [ones[g.dtype] for g in grads], value=scale)
     else:

@@ -20,10 +20,8 @@ class Perturbation:
     def __init__(self) -> None:
         self.copies: dict[Tensor, Tensor] = {}
         """Parameter -> memory for its theta, kept from step to step."""
-        self.moved: list[Tensor] = []
-        """Parameters at theta*, and"""
-        self.theta: list[Tensor] = []
-        """where they come from."""
+        self.moved: list[fused.Moved] = []
+        """What is to be put back."""
         self.accumulation: Accumulation | None = None
         """Of g1 and g2, while perturbed."""
         self.grad_norm: Tensor | None = None
@@ -44,13 +42,14 @@ class Perturbation:
     def restore(self) -> None:
         """Put everything back that `begin` moved; `.grad` is not touched."""
         assert self.accumulation is not None
-        shards = all_local(self.moved)
+        shards = all_local([p for params, _ in self.moved for p in params])
+        theta = [copy for _, copies in self.moved for copy in copies]
         if self._by_triton():
-            fused.restore(shards, self.theta)
+            fused.restore(shards, theta)
         else:
-            multi_tensor.restore(shards, self.theta, self.foreach)
+            multi_tensor.restore(shards, theta, self.foreach)
         self.accumulation.stop_watching()
-        self.moved, self.theta, self.accumulation = [], [], None
+        self.moved, self.accumulation = [], None
 
     def _directions(self, groups: list[Group], adaptive: bool) -> list[list[Tensor]]:
         """What each group's parameters move along, by eps / `grad_norm` of it."""
@@ -75,15 +74,15 @@ class Perturbation:
         shards = [all_local(group.params) for group, _ in moving]
         theta = [self._memory(group.params, parts) for (group, _), parts in zip(moving, shards, strict=True)]
         if self._by_triton() and fused.disjoint(_flat(shards)):
-            for (group, along), parts, copies in zip(moving, shards, theta, strict=True):
-                fused.backup_and_perturb(parts, copies, along, self.grad_norm, group.eps)
-                self.moved, self.theta = self.moved + group.params, self.theta + copies
+            try:
+                for (group, along), parts, copies in zip(moving, shards, theta, strict=True):
+                    fused.backup_and_perturb(parts, copies, along, self.grad_norm, group.eps, self.moved)
+            except BaseException:
+                self.fused = False  # what can't be launched must not be what puts theta back
+                raise
             return
         multi_tensor.backup(_flat(shards), _flat(theta), self.foreach)
-        self.moved, self.theta = (
-            _flat([group.params for group, _ in moving]),
-            _flat(theta),
-        )  # to be restored from now on
+        self.moved = [(_flat([group.params for group, _ in moving]), _flat(theta))]  # to be restored from now on
         for (group, along), parts in zip(moving, shards, strict=True):
             multi_tensor.perturb(parts, along, self.grad_norm, group.eps, self.foreach)
 
@@ -104,10 +103,10 @@ class Perturbation:
     def _check_rounding(self, groups: list[Group], directions: list[list[Tensor]]) -> bool:
         """Whether that need not be done again. The host waits, if there are half-precision parameters."""
         assert self.grad_norm is not None
-        theta, half = iter(self.theta), []
+        half = []
         for group, along in zip(groups, directions, strict=True):
             moved = zip(group.params, along, strict=True) if group.moves else ()
-            half += [(group.eps, local(p), t, g) for (p, g), t in zip(moved, theta, strict=False) if p.dtype in HALF]
+            half += [(group.eps, local(p), self.copies[p], g) for p, g in moved if p.dtype in HALF]
         if not half:
             return True
         norm = self.grad_norm.item()

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .multi_tensor import is_dense, same_order
+
 HALF = (torch.float16, torch.bfloat16)
 ENOUGH = 0.5
+# Elements that are widened at a time.
+PART = 2**16
 
 
 def warn_if_rounded_away(
@@ -28,7 +32,7 @@ def warn_if_rounded_away(
         norm: ||g1||, finite and not zero.
     """
     wanted = math.hypot(*(float(e) / norm * _norm(g) for e, g in zip(eps, directions, strict=True)))
-    found = math.hypot(*(_norm(a.float() - b.float()) for a, b in zip(theta_star, theta, strict=True)))
+    found = math.hypot(*(_distance(a, b) for a, b in zip(theta_star, theta, strict=True)))
     if found < ENOUGH * wanted:
         dtype = str(theta[0].dtype).removeprefix("torch.")
         warnings.warn(
@@ -39,4 +43,23 @@ def warn_if_rounded_away(
 
 
 def _norm(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).item()
+    (flat,) = _flat(tensor)
+    return _joined([torch.linalg.vector_norm(part, dtype=torch.float32) for part in flat.split(PART)])
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    x, y = _flat(a, b)
+    pairs = zip(x.split(PART), y.split(PART), strict=True)
+    return _joined([torch.linalg.vector_norm(p.float() - q.float()) for p, q in pairs])
+
+
+def _joined(norms: list[Tensor]) -> float:
+    return torch.linalg.vector_norm(torch.stack(norms)).item()
+
+
+def _flat(*tensors: Tensor) -> list[Tensor]:
+    """Their elements in one order, without a copy where they fill a block of memory each in the same order."""
+    first = tensors[0]
+    if is_dense(first) and all(same_order(first, other) for other in tensors):
+        return [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    return [tensor.reshape(-1) for tensor in tensors]

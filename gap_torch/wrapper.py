@@ -23,7 +23,7 @@ from torch.optim import LBFGS, Optimizer
 from . import ranks
 from .accumulation import CREATE_GRAPH, Group
 from .batchnorm import frozen_running_stats
-from .fused import chosen
+from .fused import available, chosen
 from .knobs import Eps, Knobs, check_alpha, check_eps
 from .perturbation import Perturbation
 from .rng import RNGState, replayed
@@ -103,8 +103,8 @@ class GAPWrapper(Optimizer):
         # Optimizer.__init__ is not called: everything that it would set up is the base optimizer's own.
         _check_base(base_optimizer)
         self.base_optimizer = base_optimizer
-        self.foreach, self.fused, self.adaptive, self.process_group = foreach, fused, adaptive, process_group
-        self._by_triton = chosen(fused, foreach)
+        self.foreach, self.adaptive, self.process_group = foreach, adaptive, process_group
+        self._fused, self._by_triton = fused, chosen(fused, foreach)
         self._knobs = Knobs(base_optimizer, eps, alpha, interval)
         self._perturbation = Perturbation()
         self._aside: dict[Tensor, Tensor] = {}
@@ -292,6 +292,15 @@ class GAPWrapper(Optimizer):
         return self._knobs.interval
 
     @property
+    def fused(self) -> bool | None:
+        """As given. It can't be changed."""
+        return self._fused
+
+    @fused.setter
+    def fused(self, fused: bool | None) -> None:
+        raise AttributeError(f"fused is decided when the wrapper is made: make a new wrapper with fused={fused}.")
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's own list."""
         return self.base_optimizer.param_groups
@@ -361,9 +370,13 @@ class GAPWrapper(Optimizer):
         return {**{key: getattr(self, key) for key in _ARGUMENTS}, "scheduled": self._knobs.scheduled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        fused = state["fused"]
+        if fused and not available():
+            warnings.warn("GAP: this was saved with fused=True, which needs Triton: going on without it.", stacklevel=2)
+            fused = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the groups have their knobs already, and keep them
-            self.__init__(**{key: state[key] for key in _ARGUMENTS})  # type: ignore[misc]
+            self.__init__(**{key: state[key] for key in _ARGUMENTS} | {"fused": fused})  # type: ignore[misc]
         self._knobs.scheduled.update(state["scheduled"])
 
     def __repr__(self) -> str:

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,12 +59,46 @@ def test_a_table_in_a_log_has_room(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in header for name in names)
 
 
+@pytest.mark.filterwarnings("ignore:GAP. only")
 def test_memory_is_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _run("memory", tmp_path, monkeypatch, "--sets", "UNet")
     rows = json.loads((tmp_path / "results/memory_cpu.json").read_text())["results"]
-    copies = {row["method"]: row["extra copies"] for row in rows}
-    assert copies["gap-torch"] == pytest.approx(1, abs=0.002)
-    assert copies["naive Algorithm 1"] >= 3
+    copies = {(row["method"], row["dtype"]): row["extra copies"] for row in rows}
+    assert copies["gap-torch", "float32"] == pytest.approx(1, abs=0.002)
+    # and in bfloat16 the largest tensor in float32, for the norm
+    assert copies["gap-torch", "bfloat16"] == pytest.approx(1 + 2 * 256 * 256 * 9 / 1.8138e6, abs=0.01)
+    assert copies["naive Algorithm 1", "float32"] >= 3
+
+
+@pytest.mark.parametrize("name", ["overhead", "memory"])
+def test_it_runs_as_documented(name: str, tmp_path: Path) -> None:
+    """`python benchmarks/NAME.py`, where gap_torch is installed and the examples are not."""
+    command = [sys.executable, f"benchmarks/{name}.py", "--device", "cpu", "--sets", "UNet", "--dtypes", "float32"]
+    small = ["--shrink", "16", "--results", str(tmp_path), "--figures", str(tmp_path)]
+    small += ["--repetitions", "1"] if name == "overhead" else []
+    root = FOLDER.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    child = subprocess.run([*command, *small], cwd=root, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_peers_that_swap_memory_leave_other_methods_parameters_alone(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overhead, methods = (importlib.import_module(name) for name in ("overhead", "methods"))
+    monkeypatch.setattr(overhead, "OWN", {"cpu": 1e9 if own else 0})
+    places: list[int] = []
+
+    class Watched(methods.Ours):  # type: ignore[misc, name-defined]
+        def first(self) -> None:
+            (p,) = self.optimizer.param_groups[0]["params"]
+            places.append(p.data_ptr())
+            super().first()
+
+    chosen = {"ours": Watched, "plain SAM": methods.PlainSAM}
+    overhead.measure([(10_000,)], "cpu", torch.float32, 3, chosen)
+    assert (len(set(places)) == 1) == own
 
 
 def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +108,8 @@ def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _run("scale", tmp_path, monkeypatch, "--largest", "1000000", "--total", "1000", "--repetitions", "2")
     results = json.loads((tmp_path / "results/scale_cpu.json").read_text())["results"]
     assert [row["tensors"] for row in results["tensors"]] == [10, 100, 1000]
+    names = {path.name for path in (tmp_path / "figures").glob("*")}
+    assert names == {f"scale_{what}_cpu.png" for what in ("parameters", "tensors", "ranks", "bytes")}
 
 
 def test_bytes_on_the_wire() -> None:

@@ -4,6 +4,7 @@ TRITON_INTERPRET=1 python -m pytest tests/gap_torch/interpreted_kernels.py
 """
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -29,9 +30,15 @@ def _on_the_cpu(monkeypatch):
 @pytest.fixture(autouse=True)
 def _no_fallback(monkeypatch, request):
     """Tensors that the kernels leave to `multi_tensor` fail a test, but for those marked with `with_a_rest`."""
+    split = fused._split
+
+    def all_taken(rows):
+        batches, rest = split(rows)
+        assert not rest, "a tensor was left to multi_tensor"
+        return batches, rest
+
     if "_a_rest" not in request.fixturenames:
-        for name in ("perturb", "backup", "restore"):
-            monkeypatch.setattr(multi_tensor, name, lambda *_: pytest.fail("a tensor was left to multi_tensor"))
+        monkeypatch.setattr(fused, "_split", all_taken)
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def bits(tensors):
 def moved(params, grads, eps=EPS, norm=None):
     """`params` moved in place; their copies."""
     copies = [torch.full_like(p, 7.0) for p in params]
-    fused.backup_and_perturb(params, copies, grads, fused.global_norm(grads) if norm is None else norm, eps)
+    fused.backup_and_perturb(params, copies, grads, fused.global_norm(grads) if norm is None else norm, eps, [])
     return copies
 
 
@@ -115,6 +122,7 @@ def test_norm_of_what_is_not_finite_is_not_finite(dtype, value):
     assert not fused.global_norm(tensors).isfinite()
 
 
+@with_a_rest
 def test_norm_over_several_dtypes_and_what_the_kernels_do_not_take():
     tensors = [t for dtype in FLOATS for t in mixed(dtype)]
     tensors += [torch.randn(6, 6)[:, ::2], torch.empty(0, 3), nn.Parameter(torch.randn(3)).detach()]
@@ -227,7 +235,7 @@ def test_the_rest_goes_the_other_way_with_the_same_norm(change):
 
     params = [spread, beside]
     copies = [torch.empty(spread.shape), torch.empty(10)]
-    fused.backup_and_perturb(params, copies, grads, fused.global_norm(grads), EPS)
+    fused.backup_and_perturb(params, copies, grads, fused.global_norm(grads), EPS, [])
     torch.testing.assert_close([memory, beside], expected)
     fused.restore(params, copies)
     assert torch.equal(memory, before)
@@ -252,9 +260,17 @@ def test_gradients_in_another_order_than_their_parameters_and_complex_ones():
         assert (c == 0).all()
 
 
+def of_three_kinds():
+    """A wrapper with gradients whose parameters take two launches and, with gaps in memory, none."""
+    tensors = [torch.ones(3), torch.ones(6)[::2], torch.ones(3, dtype=torch.float64)]
+    params = [nn.Parameter(t) for t in tensors]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params, GAPWrapper(torch.optim.SGD(params, 0.1), fused=True)
+
+
 @with_a_rest
 def test_what_has_moved_when_a_launch_fails_moves_back(monkeypatch):
-    params = [torch.ones(3), torch.ones(3)[::2], torch.ones(3, dtype=torch.float64)]
     launch, seen = fused._backup_and_perturb, []
 
     def fails_the_second_time(batch, norm, eps):
@@ -262,10 +278,43 @@ def test_what_has_moved_when_a_launch_fails_moves_back(monkeypatch):
             raise RuntimeError("no such kernel")
         seen.append(launch(batch, norm, eps))
 
+    params, optimizer = of_three_kinds()
     monkeypatch.setattr(fused, "_backup_and_perturb", fails_the_second_time)
+    monkeypatch.setattr(fused, "restore", lambda *_: pytest.fail("a path that failed was to put theta back"))
     with pytest.raises(RuntimeError, match="no such kernel"):
-        moved(params, [torch.ones_like(p) for p in params])
+        optimizer.first_step()
     assert all((p == 1).all() for p in params)
+
+
+@with_a_rest
+@pytest.mark.parametrize("when", [0, 1])
+def test_an_interrupt_after_a_launch_leaves_theta(monkeypatch, when):
+    tell, calls = fused._tell_autograd, []
+
+    def interrupted(tensors):
+        calls.append(tensors)
+        if len(calls) == when + 1:
+            raise KeyboardInterrupt
+        tell(tensors)
+
+    params, optimizer = of_three_kinds()
+    monkeypatch.setattr(fused, "_tell_autograd", interrupted)
+    with suppress(KeyboardInterrupt):
+        optimizer.first_step()
+    assert len(calls) == when + 1
+    assert all((p == 1).all() for p in params)
+    optimizer.state_dict()  # an error while perturbed
+
+
+def test_tables_are_made_whatever_the_default_device():
+    fused._table.cache_clear()
+    fused._blocks.cache_clear()
+    params = [torch.zeros(2), torch.zeros(3)]
+    grads = [torch.ones(2), torch.ones(3)]
+    with torch.device("meta"):
+        copies = [torch.empty_like(p) for p in params]
+        fused.backup_and_perturb(params, copies, grads, fused.global_norm(grads), EPS, [])
+    assert exact_norm(params) == pytest.approx(EPS)
 
 
 def test_memory_that_is_shared():

@@ -47,7 +47,7 @@ def main():
         copies = [torch.empty_like(p) for p in params]
         fused.global_norm(params)
         for eps in (0.1, torch.tensor(0.1)):
-            fused.backup_and_perturb(params, copies, params, torch.tensor(1.0, dtype=torch.float64), eps)
+            fused.backup_and_perturb(params, copies, params, torch.tensor(1.0, dtype=torch.float64), eps, [])
         fused.restore(params, copies)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from gap_torch import GAPWrapper, fused, multi_tensor
+from gap_torch import GAPWrapper, fused, multi_tensor, wrapper
 
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
@@ -64,6 +65,23 @@ def test_copies_and_repr_know_of_it():
     assert "fused=True" in repr(wrapped(fused=True))
     assert "fused" not in repr(wrapped()).split("base_optimizer")[0]
     assert copy.deepcopy(wrapped(fused=True)).fused is True
+
+
+def test_what_was_saved_with_fused_is_read_where_triton_is_missing(monkeypatch):
+    monkeypatch.setattr(fused, "available", lambda: True)
+    saved = pickle.dumps(wrapped(fused=True, eps=0.3))
+    monkeypatch.setattr(fused, "available", lambda: False)
+    monkeypatch.setattr(wrapper, "available", lambda: False)
+    with pytest.warns(UserWarning, match="going on without it"):
+        loaded = pickle.loads(saved)
+    assert (loaded.fused, loaded.eps) == (None, 0.3)
+
+
+def test_fused_can_not_be_changed_afterwards():
+    optimizer = wrapped()
+    with pytest.raises(AttributeError, match="make a new wrapper"):
+        optimizer.fused = True
+    assert optimizer.fused is None
 
 
 @needs_triton
@@ -196,7 +214,7 @@ def test_the_sum_compiles(assembled, capability):
 
 
 def unet_like():
-    """82 tensors with 1.8 M elements, as the ACDC example's UNet."""
+    """82 tensors, as many as the ACDC example's UNet has, with 2.27 M elements (the UNet: 1.8 M)."""
     widths = [16, 32, 64, 128, 256]
     layers = [nn.Conv2d(w, w, 3) for w in widths for _ in range(2)]
     layers += [nn.BatchNorm2d(w) for w in widths for _ in range(2)]
@@ -215,6 +233,7 @@ def gap_step(optimizer, params):
 
 def test_the_stand_in_has_as_many_tensors_as_the_unet():
     assert len(unet_like()) == 82
+    assert sum(p.numel() for p in unet_like()) == pytest.approx(2.27e6, rel=0.005)
 
 
 @needs_cuda
@@ -259,7 +278,7 @@ def test_the_numbers_of_multi_tensor_on_a_gpu(dtype):
     norm = multi_tensor.global_norm(grads)
     torch.testing.assert_close(fused.global_norm(grads), norm, rtol=1e-6, atol=0)
     multi_tensor.perturb(theirs, grads, norm, 0.5)
-    fused.backup_and_perturb(params, copies, grads, norm, 0.5)
+    fused.backup_and_perturb(params, copies, grads, norm, 0.5, [])
     torch.testing.assert_close(params, theirs)
     assert all(map(torch.equal, copies, before))
     fused.restore(params, copies)
@@ -278,5 +297,5 @@ def test_norm_of_extreme_values_on_a_gpu(dtype, value):
 def test_without_a_finite_direction_nothing_moves_on_a_gpu(bad):
     param, grad = torch.randn(5000, device="cuda"), torch.full((5000,), bad, device="cuda")
     before, memory = param.clone(), torch.empty_like(param)
-    fused.backup_and_perturb([param], [memory], [grad], fused.global_norm([grad]), 0.5)
+    fused.backup_and_perturb([param], [memory], [grad], fused.global_norm([grad]), 0.5, [])
     assert torch.equal(param, before)

@@ -80,3 +80,48 @@ def test_a_masked_pixel_may_be_infinite(loss) -> None:
     logits, target, mask = _problem(SHAPES[0])
     spoilt = torch.where(mask.unsqueeze(1), logits, float("inf"))
     torch.testing.assert_close(loss(spoilt, target, mask), loss(logits, target, mask))
+
+
+ALL = pytest.mark.parametrize("loss", [cross_entropy, dice_loss, ce_dice_loss])
+
+
+@ALL
+@pytest.mark.parametrize("wrong", [4, 255, -1, -100])
+def test_a_class_out_of_range_is_an_error_on_the_cpu(loss, wrong: int) -> None:
+    logits, target, _ = _problem(SHAPES[0])
+    target[1, 2, 3] = wrong
+    with pytest.raises(ValueError, match="target must hold classes from 0 to 3"):
+        loss(logits, target)
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int32, torch.bool])
+def test_targets_are_int64(loss, dtype: torch.dtype) -> None:
+    logits, target, _ = _problem(SHAPES[0])
+    with pytest.raises(ValueError, match=r"target must be of torch\.int64"):
+        loss(logits, target.to(dtype))
+
+
+@ALL
+def test_targets_and_masks_have_the_shape_of_the_logits(loss) -> None:
+    logits, target, mask = _problem(SHAPES[0])
+    for wrong in (target[:1], target[:, None], target[0], torch.softmax(logits, 1).long()):
+        with pytest.raises(ValueError, match="target must be of shape"):
+            loss(logits, wrong)
+    with pytest.raises(ValueError, match="mask must be of shape"):
+        loss(logits, target, mask[:1])
+    with pytest.raises(ValueError, match=r"mask must be of torch\.bool"):
+        loss(logits, target, mask.float())
+
+
+@ALL
+def test_an_empty_batch_and_an_unknown_one_pass_the_checks(loss) -> None:
+    logits, target, _ = _problem(SHAPES[0])
+    assert loss(logits[:0], target[:0]).shape == ()
+    assert loss(logits.to("meta"), target.to("meta")).shape == ()  # as on CUDA, nobody looks at the values
+
+
+def test_the_losses_compile_in_one_graph() -> None:
+    logits, target, mask = _problem(SHAPES[0])
+    compiled = torch.compile(ce_dice_loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(logits, target, mask), ce_dice_loss(logits, target, mask))

@@ -559,3 +559,19 @@ def test_the_host_never_waits_for_the_device(groups, path):
         optimizer.zero_grad()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("knobs", [{}, {"foreach": False}, {"adaptive": True}, {"eps": torch.tensor(0.3)}], ids=str)
+def test_the_default_device_may_be_another_than_the_parameters(knobs):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GAPWrapper(torch.optim.SGD([p], 0.1), **{"eps": 0.3, **knobs})
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        with torch.device("meta"):
+            optimizer.first_step()
+            assert (p > 1).all()
+            p.square().sum().backward()
+            optimizer.second_step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.zero_grad()
+        assert (p == 1).all()
