@@ -29,7 +29,15 @@ LA = VolumeTask(
     classes=("LA",),
     presets={
         "paper": {**SMALL_BATCH, "size": (112, 112, 80), "iterations": 15_000},
-        "cpu": {**REDUCED, **SMALL_BATCH, "size": (80, 80, 48), "width": 8, "iterations": 600, "validate_every": 50},
+        "cpu": {
+            **REDUCED,
+            **SMALL_BATCH,
+            "size": (80, 80, 48),
+            "width": 8,
+            "iterations": 500,
+            "lr": 0.03,  # at 0.01 training has hardly begun after as many iterations (docs/la.md)
+            "validate_every": 50,
+        },
         "phantom": {
             **REDUCED,
             **SMALL_BATCH,
