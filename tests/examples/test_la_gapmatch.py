@@ -190,3 +190,9 @@ def test_validation_takes_no_longer_steps_than_its_window(data: Path, tmp_path: 
     arguments = ["--data", str(data), "--patients", "1", "--preset", "cpu", "--device", "cpu", "--amp", "off"]
     assert cli.main(task, "", [*arguments, "--method", "supervised", "--out", str(tmp_path / "out")]) == 0
     assert len((tmp_path / "out/supervised/validation.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("amp", ["bfloat16", "float16", "off"])
+def test_end_to_end_on_cuda(data: Path, tmp_path: Path, amp: str) -> None:
+    assert _run(data, tmp_path / "out", "--device", "cuda", "--amp", amp) == 0
