@@ -34,8 +34,7 @@ LA = VolumeTask(
             **SMALL_BATCH,
             "size": (80, 80, 48),
             "width": 8,
-            "iterations": 500,
-            "lr": 0.03,  # at 0.01 training has hardly begun after as many iterations (docs/la.md)
+            "iterations": 600,
             "validate_every": 50,
         },
         "phantom": {
