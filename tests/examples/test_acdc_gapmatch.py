@@ -294,7 +294,7 @@ def test_ctrl_c_is_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     def press_ctrl_c(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "load_volumes", press_ctrl_c)
+    monkeypatch.setattr(job, "check_files", press_ctrl_c)
     assert _run(data, tmp_path / "out") == 130
     assert capsys.readouterr().err == "interrupted\n"
 
