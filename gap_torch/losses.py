@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMOOTH = 1e-5  # of the Dice loss, for classes that are not there
+
 
 def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Cross-entropy, summed over the pixels of `mask` and divided by the number of all pixels.
@@ -23,11 +25,10 @@ def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) ->
             indices are not looked at, for the host would have to wait: what comes of wrong ones there is undefined.
     """
     _check(logits, target, mask)
-    losses = F.cross_entropy(wide(logits), target, reduction="none")
-    return losses.mean() if mask is None else torch.where(mask, losses, 0.0).mean()
+    return _cross_entropy(logits, target, mask)
 
 
-def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth: float = 1e-5) -> Tensor:
+def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth: float = SMOOTH) -> Tensor:
     """Soft Dice loss over the pixels of `mask`, mean over the classes, background included.
 
     1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth), the sums over batch and space (Milletari et al.,
@@ -36,6 +37,29 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
     Args, result and errors as for `cross_entropy`.
     """
     _check(logits, target, mask)
+    return _dice_loss(logits, target, mask, smooth)
+
+
+def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of cross-entropy and Dice loss, as the field weighs them.
+
+    Args, result and errors as for `cross_entropy`.
+    """
+    _check(logits, target, mask)
+    return (_cross_entropy(logits, target, mask) + _dice_loss(logits, target, mask, SMOOTH)) / 2
+
+
+def wide(logits: Tensor) -> Tensor:
+    """`logits` in float32, or in float64 if they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    losses = F.cross_entropy(wide(logits), target, reduction="none")
+    return losses.mean() if mask is None else torch.where(mask, losses, 0.0).mean()
+
+
+def _dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None, smooth: float) -> Tensor:
     probabilities = wide(logits).softmax(dim=1)
     index = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (target.ndim - 1))
     classes = target.unsqueeze(1) == index  # a byte each, where `one_hot` has eight
@@ -46,19 +70,6 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
     intersection = (probabilities * classes).sum(over)
     total = probabilities.square().sum(over) + classes.sum(over)
     return 1 - ((2 * intersection + smooth) / (total + smooth)).mean()
-
-
-def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean of cross-entropy and Dice loss, as the field weighs them.
-
-    Args, result and errors as for `cross_entropy`.
-    """
-    return (cross_entropy(logits, target, mask) + dice_loss(logits, target, mask)) / 2
-
-
-def wide(logits: Tensor) -> Tensor:
-    """`logits` in float32, or in float64 if they are."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _check(logits: Tensor, target: Tensor, mask: Tensor | None) -> None:
