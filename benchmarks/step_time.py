@@ -34,7 +34,7 @@ from segmentation.slices import Slices
 from segmentation.trainer import Trainer
 from torch import Tensor, nn
 
-from gap_torch.consistency.fixmatch import _in_mode
+from gap_torch.consistency.targets import in_mode
 from gap_torch.losses import ce_dice_loss, wide
 
 AMP = {"bfloat16": torch.bfloat16, "float32": None}
@@ -176,7 +176,7 @@ def bare_passes(subject: Trainer) -> dict[str, Callable[[], object]]:
 
     @torch.no_grad()
     def forward(batch: Tensor) -> None:
-        with _in_mode(network, recipe.targets):
+        with in_mode(network, recipe.targets):
             network(batch)
 
     def forward_backward(batch: Tensor) -> None:

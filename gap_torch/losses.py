@@ -1,9 +1,16 @@
 """Cross-entropy plus Dice: the paper's H (equation 1) and, with a mask of confident pixels, its R (equation 7)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""Logits and target to a 0-dim loss."""
+MaskedLoss = Callable[[Tensor, Any, Any], Tensor]
+"""The same with a mask, or None, as third argument."""
 SMOOTH = 1e-5  # of the Dice loss, for classes that are not there
 
 

@@ -62,7 +62,7 @@ def names() -> dict:
         "supervised": F.cross_entropy,
         "supervised_loss": lambda model: F.cross_entropy(model(x), y),
         "consistency_loss": lambda model: method.loss(model, views),
-        "consistency": lambda logits, views: ce_dice_loss(logits, views.pseudo_label, views.confident),
+        "consistency": lambda logits, views: ce_dice_loss(logits, views.target, views.mask),
     }
 
 

@@ -124,7 +124,9 @@ class Trainer:
         views = method.prepare(model, self.unlabelled_batch(iteration))
         loss = method.loss(model, views)
         self.scaler.scale(loss).backward()
-        values = {"loss_unlabelled": loss.detach(), "confident": views.confident.float().mean()}
+        values = {"loss_unlabelled": loss.detach()}
+        if views.mask is not None:
+            values["confident"] = views.mask.float().mean()
         if self.recipe.method == "gapmatch":
             with optimizer.perturbed(model):
                 perturbed_loss = method.loss(model, views)

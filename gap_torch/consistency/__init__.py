@@ -5,7 +5,19 @@
 """
 
 from .cutmix import CutMix
-from .fixmatch import FixMatch, Views
-from .method import Method
+from .fixmatch import FixMatch
+from .method import Method, Outputs, Views, logits_of
+from .teacher import Teacher
+from .thresholds import FixedThreshold, Threshold
 
-__all__ = ["CutMix", "FixMatch", "Method", "Views"]
+__all__ = [
+    "CutMix",
+    "FixMatch",
+    "FixedThreshold",
+    "Method",
+    "Outputs",
+    "Teacher",
+    "Threshold",
+    "Views",
+    "logits_of",
+]

@@ -1,15 +1,64 @@
-"""The protocol that every consistency method follows."""
+"""What every consistency method is: views with fixed targets, and a loss that compares them with predictions."""
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from ..losses import Criterion
 
-class Method(Protocol):
-    """A consistency loss whose targets are fixed before it is evaluated."""
+Augmentation = Callable[[Tensor], Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
+"""Logits (B, K, *spatial); with auxiliary ones behind them where a method asks for those."""
+Auxiliary = Literal["pyramid", "decoders"]
 
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Any:
-        """Views of `unlabelled` (B, C, *spatial) and their targets, made at theta without gradient."""
 
-    def loss(self, model: nn.Module, views: Any) -> Tensor:
-        """0-dim consistency loss of `model` on `views`: at theta for g1, at theta* for g2."""
+@dataclass(frozen=True)
+class Views:
+    """What `prepare` fixes at theta, for any number of passes."""
+
+    inputs: Tensor
+    """What the model predicts on, (B, C, *spatial)."""
+    target: Tensor | None = None
+    """Class indices (B, *spatial), int64, or probabilities (B, K, *spatial); None where a loss needs none."""
+    mask: Tensor | None = None
+    """Where the target counts, (B, *spatial), bool; None for everywhere."""
+
+
+class Method(nn.Module, ABC):
+    """A consistency method. One training step is `prepare`, `loss` at theta, `loss` at theta* with GAP, `update`.
+
+    A module, so that whatever state a method has (a teacher, thresholds) is in its `state_dict` and follows `to`.
+    None of it is trained: parameters to train belong to the model.
+    """
+
+    auxiliary: ClassVar[Auxiliary | None] = None
+    """Further logits that the model has to return in training mode, (logits, *auxiliary): from each level of its
+    decoder ("pyramid"), or from further decoders behind perturbed features ("decoders"). All in the size of the
+    input. In eval mode it returns logits alone."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
+        """Views of `unlabelled` (B, C, *spatial) and their targets, made at theta; no gradient reaches `model`."""
+
+    @abstractmethod
+    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+        """The loss of what the model made of `views.inputs`, 0-dim."""
+
+    def loss(self, model: nn.Module, views: Views) -> Tensor:
+        """The consistency loss of `model` on `views`, 0-dim: at theta for g1, at theta* for g2."""
+        return self.compare(model(views.inputs), views)
+
+    def labelled_loss(self, criterion: Criterion, outputs: Outputs, target: Tensor) -> Tensor:
+        """`criterion` of labelled images' logits: of the model's own alone, unless a method trains auxiliary ones."""
+        return criterion(logits_of(outputs), target)
+
+    def update(self, model: nn.Module) -> None:
+        """To be called after each optimizer step; a teacher follows `model` here."""
+
+
+def logits_of(outputs: Outputs) -> Tensor:
+    """The model's own logits, without auxiliary ones."""
+    return outputs if isinstance(outputs, Tensor) else outputs[0]

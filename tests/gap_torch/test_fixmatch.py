@@ -27,13 +27,13 @@ def test_pseudo_labels_are_the_weak_views_confident_classes() -> None:
     probabilities = torch.tensor([[0.96, 0.94, 0.01], [0.02, 0.05, 0.98], [0.02, 0.01, 0.01]])
     images = probabilities.log()[None, :, None, :].double()
     views = FixMatch(_identity, _identity, tau=0.95).prepare(Fixed(), images)
-    assert views.pseudo_label.tolist() == [[[0, 0, 1]]]
-    assert views.confident.tolist() == [[[True, False, True]]]
+    assert views.target.tolist() == [[[0, 0, 1]]]
+    assert views.mask.tolist() == [[[True, False, True]]]
 
 
 def test_tau_itself_is_confident() -> None:
     images = torch.zeros(1, 2, 1, 1, dtype=torch.float64)
-    assert FixMatch(_identity, _identity, tau=0.5).prepare(Fixed(), images).confident.all()
+    assert FixMatch(_identity, _identity, tau=0.5).prepare(Fixed(), images).mask.all()
 
 
 def test_the_strong_view_is_made_of_the_weak_one() -> None:
@@ -41,7 +41,7 @@ def test_the_strong_view_is_made_of_the_weak_one() -> None:
     method = FixMatch(lambda x: x + 1, lambda x: seen.append(x) or 10 * x, tau=0)
     views = method.prepare(Fixed(), torch.zeros(2, 3, 4, 4, dtype=torch.float64))
     assert torch.equal(seen[0], torch.ones(2, 3, 4, 4, dtype=torch.float64))
-    assert torch.equal(views.strong, 10 * seen[0])
+    assert torch.equal(views.inputs, 10 * seen[0])
 
 
 @pytest.mark.parametrize("spatial", [(6, 7), (4, 5, 6)])
@@ -53,21 +53,21 @@ def test_the_loss_is_r_of_equation_7(spatial: tuple[int, ...]) -> None:
         torch.rand(2, *spatial) < 0.5,
     )
     loss = FixMatch(_identity, _identity).loss(Fixed(), views)
-    torch.testing.assert_close(loss, ce_dice_loss(views.strong, views.pseudo_label, views.confident))
+    torch.testing.assert_close(loss, ce_dice_loss(views.inputs, views.target, views.mask))
 
 
 def test_targets_carry_no_gradient_and_stay_fixed() -> None:
     model, images = Fixed(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     method = FixMatch(_identity, _identity, tau=0.3)
     views = method.prepare(model, images)
-    assert not views.strong.requires_grad
-    before = views.pseudo_label.clone(), views.confident.clone()
+    assert not views.inputs.requires_grad
+    before = views.target.clone(), views.mask.clone()
     method.loss(model, views).backward()
     with torch.no_grad():
         model.weight.neg_()
     method.loss(model, views).backward()
-    assert torch.equal(views.pseudo_label, before[0])
-    assert torch.equal(views.confident, before[1])
+    assert torch.equal(views.target, before[0])
+    assert torch.equal(views.mask, before[1])
 
 
 def test_cutmix_pastes_targets_along() -> None:
@@ -75,8 +75,8 @@ def test_cutmix_pastes_targets_along() -> None:
     classes = torch.arange(4).view(4, 1, 1).expand(4, 16, 16)
     images = 20.0 * nn.functional.one_hot(classes, 4).movedim(-1, 1).double()
     views = FixMatch(_identity, _identity, cutmix=CutMix(p=1.0)).prepare(Fixed(), images)
-    assert torch.equal(views.strong.argmax(1), views.pseudo_label)
-    assert (views.pseudo_label != classes).any()
+    assert torch.equal(views.inputs.argmax(1), views.target)
+    assert (views.target != classes).any()
 
 
 @pytest.mark.parametrize(

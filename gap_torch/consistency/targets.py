@@ -1,0 +1,48 @@
+"""Predictions to learn from: without gradient, in the mode that the method wants."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..losses import wide
+from .method import logits_of
+
+Mode = Literal["eval", "batch", "train"]
+"""Of a model while it makes targets. "eval": running statistics, no dropout. "batch": no dropout either, but batch norm
+takes its statistics from the batch, and its running ones see it. "train": the model's own, as a rule with dropout."""
+
+
+@torch.no_grad()
+def probabilities(model: nn.Module, images: Tensor, mode: Mode) -> Tensor:
+    """Softmax of `model` (a teacher, or the model itself at theta) on `images`, (B, K, *spatial), float32 at least."""
+    with in_mode(model, mode):
+        outputs = model(images)
+    torch.clear_autocast_cache()  # an autocast region around this and the loss would reuse casts without gradient
+    return wide(logits_of(outputs)).softmax(dim=1)
+
+
+@contextmanager
+def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """`model` in `mode` for a while; then every sub-module has its own training flag again.
+
+    No mode puts a layer into training that the user has frozen.
+    """
+    before = {module: module.training for module in model.modules()}
+    for module in before:
+        if mode == "eval" or (mode == "batch" and not isinstance(module, _BatchNorm)):
+            module.training = False
+    try:
+        yield
+    finally:
+        for module, was_training in before.items():
+            module.training = was_training
+
+
+def check_mode(mode: str) -> None:
+    """Raise ValueError for an unknown mode."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}.")

@@ -1,0 +1,51 @@
+"""A second network that follows the first: the moving average of Mean Teacher (Tarvainen and Valpola, 2017)."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .method import Outputs
+
+
+class Teacher(nn.Module):
+    """A copy of `model` whose parameters are a moving average of the model's; its buffers are copies of the latest.
+
+    theta' <- a theta' + (1 - a) theta with a = min(decay, 1 - 1 / (updates + 1)), so that the random initial weights
+    leave early. It is never trained: its parameters require no gradient and are in no optimizer.
+
+    Args:
+        model: what is averaged; the teacher starts as a copy.
+        decay: weight of the old average once it is warm, in [0, 1).
+
+    Raises:
+        ValueError: `decay` is outside [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.99) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, got {decay}.")
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    def forward(self, images: Tensor) -> Outputs:
+        """What the averaged model makes of `images`, without gradient to it."""
+        return self.model(images)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the present parameters of `model`."""
+        self.updates += 1
+        weight = 1 - min(self.decay, 1 - 1 / self.updates)
+        torch._foreach_lerp_([*self.model.parameters()], [p.detach() for p in model.parameters()], weight)
+        for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
+
+    def get_extra_state(self) -> Tensor:
+        """The number of updates, for `state_dict`."""
+        return torch.tensor(self.updates)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """What `get_extra_state` gave."""
+        self.updates = int(state)

@@ -1,0 +1,35 @@
+"""Which pseudo-labels count: those whose confidence reaches a threshold."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Threshold(nn.Module, ABC):
+    """Called once an iteration with the probabilities that pseudo-labels are made of."""
+
+    @abstractmethod
+    def forward(self, probabilities: Tensor) -> Tensor:
+        """Where the highest of `probabilities` (B, K, *spatial) is high enough, (B, *spatial), bool."""
+
+
+class FixedThreshold(Threshold):
+    """FixMatch's: confidence of at least `tau` (equation 5).
+
+    Raises:
+        ValueError: `tau` is outside [0, 1].
+    """
+
+    def __init__(self, tau: float = 0.95) -> None:
+        super().__init__()
+        if not 0 <= tau <= 1:
+            raise ValueError(f"tau must be between 0 and 1, got {tau}.")
+        self.tau = tau
+
+    def forward(self, probabilities: Tensor) -> Tensor:
+        return probabilities.amax(dim=1) >= self.tau
+
+
+def threshold(tau: float | Threshold) -> Threshold:
+    """`tau` as a threshold: a number is a fixed one."""
+    return tau if isinstance(tau, Threshold) else FixedThreshold(tau)
