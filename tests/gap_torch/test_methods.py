@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency import CutMix, FixMatch, Method, MixUp, Views
+from gap_torch.consistency import (
+    CurriculumThreshold,
+    CutMix,
+    CutMixSeg,
+    EntropyMinimisation,
+    FixMatch,
+    Method,
+    MixUp,
+    PseudoLabel,
+    SelfAdaptiveThreshold,
+    Teacher,
+    Views,
+)
 
 
 def _weak(images: Tensor) -> Tensor:
@@ -22,9 +34,15 @@ def _strong(images: Tensor) -> Tensor:
 
 
 METHODS: dict[str, Callable[[nn.Module, int], Method]] = {  # called with the model and its number of classes
+    "em": lambda model, classes: EntropyMinimisation(_weak),
+    "pseudo label": lambda model, classes: PseudoLabel(_weak, tau=0.6),
+    "mixup": lambda model, classes: MixUp(_weak),
+    "cutmix": lambda model, classes: CutMixSeg(_weak, tau=0.6),
+    "cutmix, teacher": lambda model, classes: CutMixSeg(_weak, tau=0.6, teacher=Teacher(model)),
     "fixmatch": lambda model, classes: FixMatch(_weak, _strong, tau=0.6),
     "fixmatch, cutmix": lambda model, classes: FixMatch(_weak, _strong, tau=0.6, cutmix=CutMix(p=1.0)),
-    "mixup": lambda model, classes: MixUp(_weak),
+    "flexmatch": lambda model, classes: FixMatch(_weak, _strong, tau=CurriculumThreshold(classes)),
+    "freematch": lambda model, classes: FixMatch(_weak, _strong, tau=SelfAdaptiveThreshold(classes)),
 }
 SPATIAL = [(6, 8), (4, 6, 8)]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
