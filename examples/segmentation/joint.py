@@ -51,8 +51,20 @@ class Joint(nn.Module):
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        own = images.unflatten(0, (ranks.world(), -1))[ranks.rank()]
-        return _Gather.apply(wide(self.network(own)))
+        return _Gather.apply(wide(self.network(_Share.apply(images))))
+
+
+class _Share(torch.autograd.Function):
+    """The rows of all ranks -> this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return images.unflatten(0, (ranks.world(), -1))[ranks.rank()]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Those of all ranks, for methods that perturb images (VAT); over world, which `_Gather` has put in for DDP."""
+        return ranks.stacked(grad).flatten(0, 1) / ranks.world()
 
 
 class _Gather(torch.autograd.Function):
