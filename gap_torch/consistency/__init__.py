@@ -4,22 +4,40 @@
 `loss(model, views)` may then be called any number of times on the same views, at theta and at theta*.
 """
 
+from .alignment import alignment
+from .cct import CCT
 from .cutmix import CutMix
+from .feature_perturbations import ChannelDropout, FeatureDrop, FeatureNoise, FeaturePerturbation
 from .fixmatch import FixMatch
-from .method import Method, Outputs, Views, logits_of
+from .ict import ICT
+from .mean_teacher import MeanTeacher
+from .method import Method, Outputs, Views, auxiliary_logits, logits_of
 from .mixup import MixUp
 from .teacher import Teacher
 from .thresholds import FixedThreshold, Threshold
+from .urpc import URPC
+from .vat import VAT
 
 __all__ = [
+    "CCT",
+    "ICT",
+    "URPC",
+    "VAT",
+    "ChannelDropout",
     "CutMix",
+    "FeatureDrop",
+    "FeatureNoise",
+    "FeaturePerturbation",
     "FixMatch",
     "FixedThreshold",
+    "MeanTeacher",
     "Method",
     "MixUp",
     "Outputs",
     "Teacher",
     "Threshold",
     "Views",
+    "alignment",
+    "auxiliary_logits",
     "logits_of",
 ]
