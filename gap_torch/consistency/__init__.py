@@ -7,12 +7,17 @@
 from .alignment import alignment
 from .cct import CCT
 from .cutmix import CutMix
+from .cutmix_seg import CutMixSeg
+from .em import EntropyMinimisation
 from .feature_perturbations import ChannelDropout, FeatureDrop, FeatureNoise, FeaturePerturbation
 from .fixmatch import FixMatch
+from .flexmatch import CurriculumThreshold
+from .freematch import SelfAdaptiveThreshold
 from .ict import ICT
 from .mean_teacher import MeanTeacher
 from .method import Method, Outputs, Views, auxiliary_logits, logits_of
 from .mixup import MixUp
+from .pseudo_label import PseudoLabel
 from .teacher import Teacher
 from .thresholds import FixedThreshold, Threshold
 from .urpc import URPC
@@ -24,7 +29,10 @@ __all__ = [
     "URPC",
     "VAT",
     "ChannelDropout",
+    "CurriculumThreshold",
     "CutMix",
+    "CutMixSeg",
+    "EntropyMinimisation",
     "FeatureDrop",
     "FeatureNoise",
     "FeaturePerturbation",
@@ -34,6 +42,8 @@ __all__ = [
     "Method",
     "MixUp",
     "Outputs",
+    "PseudoLabel",
+    "SelfAdaptiveThreshold",
     "Teacher",
     "Threshold",
     "Views",
