@@ -15,7 +15,7 @@ from .components import largest_component
 from .data import Volume, check_files, check_patients, patient_of, read_list, split_by_patients
 from .errors import InputError
 from .evaluate import Evaluation, evaluate
-from .figures import Case, RunLog, save_curves
+from .figures import METHOD_COLOURS, Case, RunLog, save_curves
 from .identity import Identity, identity
 from .logs import counting
 from .methods import label
@@ -219,12 +219,17 @@ def _report(job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[
     recipe = job.recipes[0]
     print("drawing pictures", flush=True)
     pictured = test[:: max(1, len(test) // PICTURED_CASES)][:PICTURED_CASES]
-    job.task.draw(job.out, [_case(volume, models, job, recipe) for volume in pictured])
     logs = {
         label(r): RunLog(folder / "train.csv", folder / "validation.csv" if job.task.validation_list else None)
         for r, folder in zip(job.recipes, folders, strict=True)
     }
-    save_curves(job.out / "curves.png", logs)
+    names, at_once = [*logs], len(METHOD_COLOURS)
+    for first in range(0, len(names), at_once):
+        page = names[first : first + at_once]
+        folder = job.out / f"pictures_{first // at_once + 1}" if first else job.out
+        of_page = {name: models[name] for name in page}
+        job.task.draw(folder, [_case(volume, of_page, job, recipe) for volume in pictured])
+        save_curves(folder / "curves.png", {name: logs[name] for name in page})
     write_markdown(job.out / "table.md", rows, job.title, job.task.classes, job.published)
     print_table(rows, job.title, job.task.classes, job.published)
     print(f"table, pictures, logs and checkpoints: {job.out}")

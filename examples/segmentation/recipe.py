@@ -23,6 +23,7 @@ Method = Literal[
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 GAPMATCH: tuple[Method, bool] = ("fixmatch", True)
+NO_GAP: tuple[Method, bool] = ("supervised", True)  # nothing to perturb by
 WITH_GAP = "+gap"  # what a run's name ends with
 AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
 HALVINGS = 4  # of the image on its way down the UNet and the V-Net
@@ -102,7 +103,7 @@ class Recipe:
             raise InputError(f"statistics_samples must not be negative, not {self.statistics_samples}.")
         if not 0 <= self.average_decay < 1:
             raise InputError(f"average_decay must be at least 0 and below 1, not {self.average_decay}.")
-        if self.gap and self.method == "supervised":
+        if (self.method, self.gap) == NO_GAP:
             raise InputError("supervised with GAP: there is no consistency loss to perturb by; take a method that has.")
         if self.ramp_up < 0:
             raise InputError(f"ramp_up must not be negative, not {self.ramp_up}.")
@@ -130,6 +131,10 @@ class Recipe:
 def run_name(method: Method, gap: bool) -> str:
     """METHOD, METHOD+gap, or gapmatch."""
     return "gapmatch" if (method, gap) == GAPMATCH else method + WITH_GAP * gap
+
+
+RUNS = tuple(run_name(method, gap) for method in METHODS for gap in (False, True) if (method, gap) != NO_GAP)
+"""Names of all runs."""
 
 
 def method_of(name: str) -> tuple[Method, bool]:
