@@ -1,5 +1,6 @@
-"""Every code block of the wrapper's page and the README runs, and leaves theta and the gradients in order."""
+"""Every code block of the pages in PAGES runs, and leaves theta and the gradients in order."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,18 +12,23 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gap_torch import GAPWrapper
-from gap_torch.consistency import FixMatch
+from gap_torch import GAPWrapper, consistency
+from gap_torch.consistency import FixedThreshold, FixMatch, Method, Threshold
 from gap_torch.losses import ce_dice_loss
 
 ROOT = Path(__file__).parents[1]
 
 
 def _blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", _read(page), re.DOTALL)
 
 
-BLOCKS = [(page, i) for page in ("README.md", "docs/wrapper.md") for i in range(len(_blocks(page)))]
+def _read(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+PAGES = ("README.md", "docs/wrapper.md", "docs/methods.md")
+BLOCKS = [(page, i) for page in PAGES for i in range(len(_blocks(page)))]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,3 +79,15 @@ def test_the_block_runs(page: str, index: int, names: dict) -> None:
     exec(compile(_blocks(page)[index], f"{page}, block {index}", "exec"), names)
     names["optimizer"].state_dict()  # an error while perturbed
     assert all(torch.isfinite(p).all() for p in names["model"].parameters())
+
+
+def _methods() -> list[str]:
+    exported = [getattr(consistency, name) for name in consistency.__all__]
+    classes = [c for c in exported if isinstance(c, type) and issubclass(c, (Method, Threshold))]
+    return [c.__name__ for c in classes if not inspect.isabstract(c) and c is not FixedThreshold]
+
+
+@pytest.mark.parametrize("name", _methods())
+def test_the_table_has_every_method(name: str) -> None:
+    table = _read("docs/methods.md").split("\n## ")[0]
+    assert re.search(rf"\| `[^`|]*\b{name}\b[^`|]*` \|", table)

@@ -37,10 +37,7 @@ def joint(model: nn.Module) -> nn.Module:
 
 
 class Joint(nn.Module):
-    """What `joint` makes: (B, ...) images -> (B, ...) logits in float32 at least; the ranks divide B.
-
-    A gradient in the images is that of one process too.
-    """
+    """What `joint` makes: (B, ...) images -> (B, ...) logits in float32 at least; the ranks divide B."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -65,7 +62,7 @@ class Joint(nn.Module):
 
 
 class _Share(torch.autograd.Function):
-    """All rows -> this rank's."""
+    """The rows of all ranks -> this rank's."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
@@ -73,7 +70,7 @@ class _Share(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """The gradient in all rows; each rank's is times world, see `_Gather`."""
+        """Those of all ranks, for methods that perturb images (VAT); over world, which `_Gather` has put in for DDP."""
         return ranks.stacked(grad).flatten(0, 1) / ranks.world()
 
 

@@ -86,9 +86,7 @@ def _gradient(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
     images = images.detach().requires_grad_()
     # a sum, for a mean over so many pixels would vanish in float16
     total = divergence(logits_of(model(images)), target).sum()
-    (gradient,) = torch.autograd.grad(total, images)
-    torch.clear_autocast_cache()  # as in `probabilities`
-    return gradient
+    return torch.autograd.grad(total, images)[0]
 
 
 def _normalised(d: Tensor) -> Tensor:

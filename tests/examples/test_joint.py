@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -25,8 +25,8 @@ from segmentation.errors import InputError
 from segmentation.evaluate import evaluate
 from segmentation.identity import identity
 from segmentation.job import _require_even_shares
-from segmentation.joint import JointBatchNorm, JointDropout, _Gather
-from segmentation.networks import Dropout
+from segmentation.joint import JointBatchNorm, JointDropout, _Gather, joint
+from segmentation.networks import Dropout, UNet
 from segmentation.recipe import Recipe
 from segmentation.slices import Slices, load_slices, load_volumes
 from segmentation.slicewise import segment_volume
@@ -36,6 +36,8 @@ from segmentation.volumes import Crops
 from torch import Tensor, nn
 
 from gap_torch import frozen_running_stats
+from gap_torch.consistency import VAT
+from gap_torch.consistency.targets import Mode
 
 EXACT = {"atol": 1e-11, "rtol": 1e-11}
 CPU = torch.device("cpu")
@@ -130,6 +132,7 @@ def _worker(rank: int, slices, volumes: list[Volume], half_done: Path, folder: P
         "norms": {name: _norm(name) for name in NORMS},
         "masked": {name: _masked(name) for name in MASKED},
         "gathered": _gathered_gradient(),
+        "adversarial": {mode: _adversarial(mode) for mode in get_args(Mode)},
         "steps": {name: _steps(name, slices) for name in RECIPES},
         "float32": _float32_step(slices),
         "scores": _scores(volumes),
@@ -191,6 +194,26 @@ def _gathered_gradient() -> list[Tensor]:
     rows = _Gather.apply(own)
     (rows * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
     return [rows.detach(), own.grad]
+
+
+def _adversarial(mode: Mode) -> dict[str, Tensor]:
+    """VAT's views, its loss, and the gradient and statistics that it leaves; two rounds, as DDP minds what came before.
+
+    Its step of power iteration is a gradient in the joint batch's images.
+    """
+    torch.manual_seed(0)
+    network = UNet(width=2, dropout=(0.3,) * 5)
+    model, method = joint(network), VAT(lambda images: images.flip(-1), radius=0.5, iterations=2, mode=mode)
+    for _ in range(2):
+        network.zero_grad()
+        views = method.prepare(model, torch.randn(4, 1, 32, 32))
+        assert all(p.grad is None for p in network.parameters())
+        loss = method.loss(model, views)
+        loss.backward()
+    assert views.target is not None
+    made = {"inputs": views.inputs, "target": views.target, "loss": loss.detach()}
+    gradient = {f"gradient of {name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return {**made, **gradient, **dict(network.named_buffers())}
 
 
 def _recipe(**changes: Any) -> Recipe:
@@ -317,6 +340,13 @@ def test_batch_norm_is_that_of_the_joint_batch(both, name: str) -> None:
 
 def test_joint_batch_norm_has_the_keys_of_batch_norm() -> None:
     assert list(JointBatchNorm(3).state_dict()) == list(nn.BatchNorm2d(3).state_dict())
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_an_adversarial_perturbation_is_that_of_the_joint_batch(both, mode: Mode) -> None:
+    expected = _adversarial(mode)
+    for one in both:
+        _assert_close(one["adversarial"][mode], expected, **EXACT)
 
 
 @pytest.mark.parametrize("name", MASKED)

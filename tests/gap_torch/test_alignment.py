@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gap_torch.consistency import alignment
@@ -54,6 +56,17 @@ def test_the_gradient_goes_to_what_came_after_alone() -> None:
     alignment((outputs, outputs), (before, before)).backward()
     assert before.grad is None
     torch.testing.assert_close(outputs.grad, (outputs.softmax(1) - before.softmax(1)).detach() / 32)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), classes=st.integers(2, 6), spatial=st.sampled_from([(3,), (4, 3), (2, 3, 2)]))
+def test_it_is_not_negative_and_the_order_of_batch_and_classes_does_not_matter(seed, classes, spatial) -> None:
+    outputs, before = _logits((4, classes, *spatial), seed), _logits((4, classes, *spatial), seed + 1)
+    value = alignment(outputs, before)
+    assert value > 0
+    generator = torch.Generator().manual_seed(seed)
+    samples, order = (torch.randperm(n, generator=generator) for n in (4, classes))
+    torch.testing.assert_close(alignment(outputs[samples][:, order], before[samples][:, order]), value)
 
 
 def test_half_precision_logits_are_widened() -> None:

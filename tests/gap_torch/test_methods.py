@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from gap_torch.consistency import (
+    CCT,
+    ICT,
+    URPC,
+    VAT,
     CurriculumThreshold,
     CutMix,
     CutMixSeg,
     EntropyMinimisation,
     FixMatch,
+    MeanTeacher,
     Method,
     MixUp,
     PseudoLabel,
@@ -43,6 +48,12 @@ METHODS: dict[str, Callable[[nn.Module, int], Method]] = {  # called with the mo
     "fixmatch, cutmix": lambda model, classes: FixMatch(_weak, _strong, tau=0.6, cutmix=CutMix(p=1.0)),
     "flexmatch": lambda model, classes: FixMatch(_weak, _strong, tau=CurriculumThreshold(classes)),
     "freematch": lambda model, classes: FixMatch(_weak, _strong, tau=SelfAdaptiveThreshold(classes)),
+    "ict": lambda model, classes: ICT(Teacher(model), _weak),
+    "vat": lambda model, classes: VAT(_weak),
+    "vat, confident": lambda model, classes: VAT(_weak, tau=0.6),
+    "mean teacher": lambda model, classes: MeanTeacher(Teacher(model), _weak),
+    "urpc": lambda model, classes: URPC(_weak),
+    "cct": lambda model, classes: CCT(_weak),
 }
 SPATIAL = [(6, 8), (4, 6, 8)]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
@@ -86,6 +97,11 @@ def _tensors(views: Views) -> list[Tensor]:
     return [t for t in (views.inputs, views.target, views.mask) if t is not None]
 
 
+def _learning(model: nn.Module, method: Method) -> tuple[Tensor, Tensor]:
+    """A weight of the body and one of a head that the loss trains: not CCT's main one, which learns from labels."""
+    return model.body[0].weight, model.heads[0 if method.auxiliary is None else 1].weight
+
+
 def _without_gradient(module: nn.Module) -> bool:
     return all(p.grad is None for p in module.parameters())
 
@@ -113,7 +129,7 @@ def test_the_loss_reaches_the_model_and_nothing_else(name: str, spatial: tuple[i
     loss.backward()
     assert loss.shape == ()
     assert torch.isfinite(loss)
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in (model.body[0].weight, model.heads[0].weight))
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in _learning(model, method))
     assert images.grad is None
     assert _without_gradient(method)
     assert not any(p.requires_grad for p in method.parameters())
@@ -133,7 +149,7 @@ def test_the_loss_moves_with_the_model(name: str, spatial: tuple[int, ...], clas
     views = method.prepare(model, images)
     before = method.loss(model, views).item()
     with torch.no_grad():
-        model.heads[0].weight.mul_(-3)
+        _learning(model, method)[1].mul_(-3)
     assert method.loss(model, views).item() != pytest.approx(before)
 
 
@@ -149,7 +165,8 @@ def test_the_state_comes_back(name: str, spatial: tuple[int, ...], classes: int)
     for _ in range(3):
         method.loss(model, method.prepare(model, images)).backward()
         with torch.no_grad():
-            model.heads[0].weight.sub_(0.1 * model.heads[0].weight.grad)
+            weight = _learning(model, method)[1]
+            weight.sub_(0.1 * weight.grad)
         method.update(model)
     restored = METHODS[name](Tiny(len(spatial), classes).double(), classes)
     restored.load_state_dict(method.state_dict())
@@ -168,7 +185,7 @@ def test_autocast(name: str, spatial: tuple[int, ...], classes: int, dtype: torc
         loss = method.loss(model, method.prepare(model, images))
     loss.backward()
     assert loss.dtype == torch.float32
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in (model.body[0].weight, model.heads[0].weight))
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in _learning(model, method))
 
 
 def test_no_value_is_looked_at(name: str, spatial: tuple[int, ...], classes: int) -> None:

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gap_torch.consistency import URPC, Views
@@ -77,10 +79,16 @@ def test_the_gradient_reaches_every_scale_and_is_right() -> None:
     assert torch.autograd.gradcheck(lambda *scales: _loss(scales), outputs)
 
 
-def test_the_order_of_scales_and_of_the_batch_does_not_matter() -> None:
-    outputs = _scales((4, 3, 5, 5))
-    order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(_loss(tuple(o[order] for o in outputs[::-1])), _loss(outputs))
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), count=st.integers(2, 5), sharpness=st.floats(0.0, 30.0))
+def test_no_order_matters_and_the_loss_has_bounds(seed: int, count: int, sharpness: float) -> None:
+    """||p_s - p_c||^2 is at most 2, and D_s at most ln S, as p_c is at least p_s / S."""
+    outputs = tuple(sharpness * o.detach() for o in _scales((4, 3, 5, 5), count, seed))
+    generator = torch.Generator().manual_seed(seed)
+    order, classes = (torch.randperm(n, generator=generator) for n in (4, 3))
+    loss = _loss(outputs)
+    assert -1e-12 < loss.item() < 2 + math.log(count)
+    torch.testing.assert_close(_loss(tuple(o[order][:, classes] for o in outputs[::-1])), loss)
 
 
 def test_opposite_certainties_stay_finite() -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -162,21 +164,39 @@ def test_the_gradient_goes_to_every_parameter() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("mode", ["eval", "batch"])
-def test_an_autocast_region_around_prepare_and_loss(mode) -> None:
-    """Its cache of casts mustn't hold those of the power iteration, whose graph is gone."""
-    model, images = _network(), torch.randn(2, 1, 8, 8)
-    method = VAT(_identity, iterations=2, mode=mode)
-    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1))
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_an_autocast_region_around_prepare_and_both_losses(iterations: int) -> None:
+    """Its cache of casts, which the power iteration fills anew, doesn't change the loss's gradient."""
+    model, images = _network().eval(), torch.randn(2, 1, 8, 8)
+    method = VAT(_identity, iterations=iterations)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), alpha=1.0)
+
+    def gradients(region: Callable[[], AbstractContextManager]) -> list[Tensor]:
+        """After both passes, each in a `region` of its own."""
+        optimizer.zero_grad()
+        with region():
+            method.loss(model, views).backward()
+        with optimizer.perturbed(model), region():
+            method.loss(model, views).backward()
+        return [p.grad for p in model.parameters()]
+
     with torch.autocast("cpu", torch.bfloat16):
         views = method.prepare(model, images)
-        assert views.inputs.dtype == views.target.dtype == torch.float32
-        torch.testing.assert_close(_size(views.inputs - images), torch.full((2,), 6 / 256), rtol=1e-3, atol=0)
-        method.loss(model, views).backward()
-        with optimizer.perturbed(model):
-            method.loss(model, views).backward()
-    optimizer.step()
-    assert all(p.isfinite().all() for p in model.parameters())
+        around = gradients(nullcontext)
+    assert views.inputs.dtype == views.target.dtype == torch.float32
+    expected = gradients(lambda: torch.autocast("cpu", torch.bfloat16))
+    assert all(map(torch.equal, around, expected))
+
+
+def test_float16_finds_the_direction_of_float32() -> None:
+    """Over so many pixels, the gradient of a mean would not be in its range."""
+    model, images, method = _network().eval(), torch.randn(4, 1, 96, 96), VAT(_identity, radius=1.0)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            found.append(method.prepare(model, images).inputs - images)
+    assert torch.cosine_similarity(*(r.flatten(1) for r in found)).min() > 0.95
 
 
 def _ddp_worker(rank: int) -> dict[str, Tensor]:
