@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from gap_torch.consistency import Outputs
+from gap_torch.consistency.feature_perturbations import FeaturePerturbation
 from gap_torch.losses import wide
 
 from . import ranks
@@ -50,8 +52,13 @@ class Joint(nn.Module):
                 broadcast_buffers=False,  # joint statistics are the same everywhere
             )
 
-    def forward(self, images: Tensor) -> Tensor:
-        return _Gather.apply(wide(self.network(_Share.apply(images))))
+    def forward(self, images: Tensor) -> Outputs:
+        outputs = self.network(_Share.apply(images))
+        if isinstance(outputs, Tensor):
+            return _Gather.apply(wide(outputs))
+        # As one tensor: then every parameter gets a gradient, zeros where the loss leaves some of them out, for which
+        # DistributedDataParallel would wait in vain.
+        return _Gather.apply(torch.stack([wide(logits) for logits in outputs], dim=1)).unbind(dim=1)
 
 
 class _Share(torch.autograd.Function):
@@ -88,6 +95,8 @@ def _with_joint_layers(network: nn.Module) -> nn.Module:
             layer.__class__ = JointDropout
         elif isinstance(layer, ChannelDropout):
             layer.__class__ = JointChannelDropout
+        elif isinstance(layer, FeaturePerturbation):
+            layer.rand = _joint_rand  # type: ignore[method-assign]
         elif isinstance(layer, _BatchNorm) and on_cpu:
             layer.__class__ = JointBatchNorm
     return network if on_cpu else nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -114,6 +123,12 @@ class JointChannelDropout(ChannelDropout):
             return input
         batch = input.new_empty(ranks.world() * len(input), input.shape[1], 1, 1, 1)
         return input * channel_mask(batch, self.p).unflatten(0, (ranks.world(), -1))[ranks.rank()]
+
+
+def _joint_rand(features: Tensor, *size: int) -> Tensor:
+    """This rank's rows of what `FeaturePerturbation.rand` would draw for the joint batch."""
+    batch = torch.rand(ranks.world() * len(features), *size, device=features.device)
+    return batch.unflatten(0, (ranks.world(), -1))[ranks.rank()]
 
 
 class JointBatchNorm(_BatchNorm):

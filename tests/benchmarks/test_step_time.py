@@ -1,12 +1,17 @@
 """The benchmark of the iteration runs, at a tiny size, and writes its numbers and its plot."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from segmentation.recipe import Recipe
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,5 +34,22 @@ def test_it_runs_and_writes(tmp_path: Path) -> None:
         seconds = one["seconds"]
         parts = sum(value for name, value in seconds.items() if name not in ("whole iteration", "bare passes"))
         assert parts == pytest.approx(seconds["whole iteration"])
-    assert len(record["table_4"]["rows"]) == 4
-    assert "GapMatch" in run.stdout
+    assert len(record["table_4"]["rows"]) == 2 * 5
+    for method in ("UNet", "Mean Teacher", "URPC", "CCT", "GapMatch"):
+        assert method in run.stdout
+
+
+def test_passes_are_what_the_methods_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    step_time = importlib.import_module("step_time")
+    recipe = Recipe(size=(64, 64), labelled_batch=2, unlabelled_batch=2)
+    counted = {}
+    for label, entry in step_time.TABLE_4.items():
+        batch = 4 if entry.all_labelled else 2
+        subject = step_time.trainer(replace(recipe.for_run(entry.run), labelled_batch=batch), torch.device("cpu"), None)
+        with FlopCounterMode(display=False) as counter:
+            subject.step(0)
+        counted[label] = counter.get_total_flops()
+    passes = {label: entry.passes for label, entry in step_time.TABLE_4.items()}
+    assert {label: count / counted["UNet"] for label, count in counted.items()} == pytest.approx(passes, rel=3e-3)

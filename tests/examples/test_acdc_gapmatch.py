@@ -16,7 +16,7 @@ from segmentation import cli, job
 from segmentation.errors import InputError
 from segmentation.evaluate import Evaluation
 from segmentation.metrics import ClassScore
-from segmentation.recipe import Recipe
+from segmentation.recipe import RUNS, Recipe
 
 TINY = {
     "size": (32, 32),
@@ -71,9 +71,38 @@ def test_end_to_end(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for method in ("supervised", "fixmatch", "gapmatch"):
         result = json.loads((out / method / "result.json").read_text())
         assert 0 <= result["test"]["dice"] <= 100
-        assert result["recipe"]["method"] == method
+        recipe = Recipe(**{**result["recipe"], "size": (32, 32)})
+        assert recipe.name == method
         assert len((out / method / "train.csv").read_text().splitlines()) == 5
         assert list((out / method / "tensorboard").iterdir())
+
+
+def test_every_method_with_and_without_gap(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert _run(data, out, "--iterations", "1", "--method", *RUNS) == 0
+    assert {path.name for path in out.iterdir() if (path / "result.json").is_file()} == set(RUNS)
+    methods = [line.split("|")[1].strip() for line in (out / "table.md").read_text().splitlines()[4:]]
+    assert len(set(methods)) == len(RUNS) == 25
+    assert {"Supervised", "FixMatch", "GapMatch", "Pseudo Label + GAP", "Mean Teacher", "CCT + GAP"} <= set(methods)
+    for folder in ("", "pictures_2", "pictures_3", "pictures_4"):  # seven runs each
+        assert (out / folder / "predictions.png").is_file()
+        assert (out / folder / "curves.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ["gapmatch"]),
+        (["--no-gap"], ["fixmatch"]),
+        (["--method", "fixmatch", "--gap"], ["gapmatch"]),
+        (["--method", "ict", "vat", "--gap"], ["ict+gap", "vat+gap"]),
+        (["--method", "supervised", "cct", "--no-gap"], ["supervised", "cct"]),
+        (["--method", "ict", "ict+gap", "gapmatch"], ["ict", "ict+gap", "gapmatch"]),
+    ],
+)
+def test_which_runs_are_meant(options: list[str], expected: list[str], data: Path) -> None:
+    arguments = cli.parse(acdc_gapmatch.ACDC, "", ["--data", str(data), "--device", "cpu", *options])
+    assert [recipe.name for recipe in cli.job(acdc_gapmatch.ACDC, arguments).recipes] == expected
 
 
 def test_resume_repeats_a_finished_job_without_training(
@@ -87,9 +116,13 @@ def test_resume_repeats_a_finished_job_without_training(
 
 def test_knobs_reach_the_recipe(data: Path, tmp_path: Path) -> None:
     knobs = ["--eps", "0.3", "--alpha", "0.7", "--tau", "0.8", "--iterations", "2", "--seed", "5"]
+    knobs += ["--aligned", "predictions", "--no-freeze-statistics", "--replay-dropout", "--weight", "0.5"]
+    knobs += ["--ramp-up", "3"]
     assert _run(data, tmp_path / "out", *knobs) == 0
     recipe = json.loads((tmp_path / "out" / "gapmatch" / "result.json").read_text())["recipe"]
     assert [recipe[k] for k in ("eps", "alpha", "tau", "iterations", "seed")] == [0.3, 0.7, 0.8, 2, 5]
+    assert [recipe[k] for k in ("aligned", "freeze_statistics", "replay_dropout")] == ["predictions", False, True]
+    assert [recipe[k] for k in ("weight", "ramp_up")] == [0.5, 3]
 
 
 def _first_slice(data: Path) -> Path:
@@ -166,6 +199,17 @@ def test_bad_data_is_one_line_before_any_training(
         (["--device", "cpu:3"], "cpu:3"),
         (["--labeled", "5"], "--labeled and --patients"),
         (["--method", "fixmatch", "fixmatch"], "twice"),
+        (["--method", "ict", "ict+gap", "--gap"], "twice"),
+        (["--method", "fixmatch", "gapmatch", "--gap"], "twice"),
+        (["--method", "fixmatch+gap", "gapmatch"], "twice"),
+        (["--method", "gapmatch", "--no-gap"], "--method gapmatch --no-gap: contradict"),
+        (["--method", "vat", "ict+gap", "--no-gap"], "--method ict+gap --no-gap: contradict"),
+        (["--method", "supervised", "--gap"], "supervised with GAP"),
+        (["--method", "supervised+gap"], "supervised with GAP"),
+        (["--method", "gapmatch+gap"], "'gapmatch+gap': not one of supervised, em"),
+        (["--method", "UNet"], "'UNet': not one of"),
+        (["--weight", "-1"], "weight"),
+        (["--ramp-up", "-1"], "ramp_up"),
     ],
 )
 def test_bad_arguments_are_one_line(

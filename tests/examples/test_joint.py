@@ -62,9 +62,17 @@ RECIPES = {
     "batch": {},
     "eval": {"targets": "eval"},
     "train": {"targets": "train"},
-    "fixmatch, cross-entropy": {"method": "fixmatch", "unlabelled_loss": "ce_dice"},
-    "supervised, not averaged": {"method": "supervised", "average_decay": 0.0},
+    "fixmatch, cross-entropy": {"gap": False, "unlabelled_loss": "ce_dice"},
+    "supervised, not averaged": {"method": "supervised", "gap": False, "average_decay": 0.0},
     "in 3D": {"size": (16, 16, 16)},
+    "a gradient in the images": {"method": "vat", "targets": "train"},
+    "a teacher": {"method": "ict", "targets": "train", "replay_dropout": True, "aligned": "predictions"},
+    "heads": {"method": "urpc"},
+    "decoders": {"method": "cct"},
+    "decoders without GAP": {"method": "cct", "gap": False},
+    # FeatureDrop takes away all of a single voxel, and rounding decides on the signs that batch norm makes of constants
+    "decoders in 3D": {"method": "cct", "size": (32, 32, 16)},
+    "adaptive thresholds": {"method": "flexmatch"},
 }
 STEPS = 2
 
@@ -230,23 +238,25 @@ def _recipe(**changes: Any) -> Recipe:
 
 def _steps(name: str, slices: tuple[Slices, Slices], steps: int = STEPS) -> dict[str, Tensor]:
     """Everything that training changes, and what it logs, after a few iterations."""
-    task, pools = (LA, _crops()) if name == "in 3D" else (ACDC, slices)
-    trainer = Trainer(task, _recipe(**RECIPES[name]), *pools, CPU, None)
+    recipe = _recipe(**RECIPES[name])
+    task, pools = (LA, _crops(recipe.size)) if name.endswith("in 3D") else (ACDC, slices)
+    trainer = Trainer(task, recipe, *pools, CPU, None)
     logged = [trainer.step(iteration) for iteration in range(steps)]
+    of_method = {} if trainer.method is None else trainer.method.state_dict()
     return {
         **trainer.model.state_dict(),
+        **{f"method {n}": v for n, v in of_method.items()},
         **{f"average {n}": v for n, v in trainer.average.module.state_dict().items()},
         **{f"scored {n}": v for n, v in trainer.scored_model().state_dict().items()},
         **{f"{n} of {t}": v for t, values in enumerate(logged) for n, v in values.items()},
     }
 
 
-def _crops() -> tuple[Crops, Crops]:
+def _crops(size: tuple[int, ...]) -> tuple[Crops, Crops]:
     """Noise: two labelled volumes and three without, whose dropout masks are of whole channels."""
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(20, 18, 17, generator=generator, dtype=torch.float64) for _ in range(5)]
+    images = [torch.randn(34, 33, 17, generator=generator, dtype=torch.float64) for _ in range(5)]
     labels = [(image > 0.5).byte() for image in images]
-    size = RECIPES["in 3D"]["size"]
     parts = [slice(2), slice(2, 5)]
     labelled, unlabelled = (Crops(["case"] * len(images[p]), images[p], labels[p], size) for p in parts)
     return labelled, unlabelled

@@ -85,6 +85,14 @@ def test_end_to_end(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert len((out / method / "train.csv").read_text().splitlines()) == 5
 
 
+def test_methods_of_every_kind_in_3d(data: Path, tmp_path: Path) -> None:
+    runs = ("em", "ict+gap", "vat+gap", "cutmix+gap", "freematch", "urpc+gap", "cct+gap")
+    stride = ["--stride", "16", "16", "16"]
+    assert _run(data, tmp_path / "out", "--iterations", "2", "--method", *runs, *stride) == 0
+    for run in runs:
+        assert (tmp_path / "out" / run / "result.json").is_file()
+
+
 def test_another_stride_scores_a_finished_run_without_training(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,7 @@ from segmentation.trainer import Trainer
 acdc_gapmatch.ACDC.presets["cpu"] = {TINY!r}
 step = Trainer.step
 def press_ctrl_c(self, iteration):
-    if iteration == 2 and self.recipe.method == "gapmatch" and ranks.rank() == 1:
+    if iteration == 2 and self.recipe.gap and ranks.rank() == 1:
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(5)
     return step(self, iteration)

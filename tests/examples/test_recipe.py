@@ -4,7 +4,7 @@ import acdc_gapmatch
 import la_gapmatch
 import pytest
 from segmentation.errors import InputError
-from segmentation.recipe import Recipe
+from segmentation.recipe import METHODS, RUNS, Recipe, method_of
 from segmentation.task import Task
 
 
@@ -28,8 +28,25 @@ def test_presets_are_valid(task: Task, preset: str) -> None:
         {"seed": 2**32},
         {"lr": float("inf")},
         {"tau": 1.01},
+        {"weight": -0.1},
+        {"ramp_up": -1},
     ],
 )
 def test_bad_values_are_refused_by_name(bad: dict) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         Recipe(**bad)
+
+
+def test_names_and_back() -> None:
+    assert len(RUNS) == 2 * len(METHODS) - 1
+    assert all(Recipe().for_run(name).name == name for name in RUNS)
+    assert [Recipe(method="fixmatch").name, Recipe(method="ict").name] == ["gapmatch", "ict+gap"]
+    assert method_of("fixmatch+gap") == method_of("gapmatch") == ("fixmatch", True)
+    for unknown in ("", "+gap", "gap", "gapmatch+gap", "ict+gap+gap"):
+        with pytest.raises(InputError, match="not one of"):
+            method_of(unknown)
+
+
+def test_without_a_consistency_loss_there_is_nothing_to_perturb_by() -> None:
+    with pytest.raises(InputError, match="supervised with GAP"):
+        Recipe(method="supervised", gap=True)

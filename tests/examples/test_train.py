@@ -1,5 +1,6 @@
 """The training step against Algorithm 1, and runs that go on as if they had not been interrupted."""
 
+import math
 import os
 import signal
 import subprocess
@@ -11,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from acdc_gapmatch import ACDC
-from segmentation import checkpoint, train
+from segmentation import checkpoint, methods, train
 from segmentation.data import Volume, read_list, split_by_patients
 from segmentation.errors import InputError, RunError
 from segmentation.identity import identity
 from segmentation.interrupt import interruptible
-from segmentation.recipe import METHODS, Recipe
+from segmentation.recipe import RUNS, Recipe
 from segmentation.slices import Slices, load_slices, load_volumes
 from segmentation.train import Result, fit
 from segmentation.trainer import Trainer
@@ -57,10 +58,12 @@ def _assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_gapmatch_step_is_algorithm_1(slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("aligned", ["targets", "predictions"])
+def test_a_gapmatch_step_is_algorithm_1(aligned, slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = replace(
         tiny_recipe, alpha=0.5, eps=0.3, tau=0.25, momentum=0.0, weight_decay=0.0, targets="eval", average_decay=0
     )
+    recipe = replace(recipe, aligned=aligned, weight=0.7)
     trainer = _trainer(recipe, slices)
     trainer.model.double()
     for layer in trainer.model.modules():
@@ -84,9 +87,19 @@ def test_a_gapmatch_step_is_algorithm_1(slices, tiny_recipe: Recipe, monkeypatch
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
     images, labels = labelled["batch"]
+    unperturbed: list[torch.Tensor] = []
+
+    def consistency() -> torch.Tensor:
+        logits = twin(views["views"].inputs)
+        if unperturbed and aligned == "predictions":
+            before = unperturbed[0].log_softmax(1)
+            return 0.7 * (before.exp() * (before - logits.log_softmax(1))).sum(1).mean()
+        unperturbed.append(logits.detach())
+        return 0.7 * trainer.method.compare(logits, views["views"])
+
     expected = algorithm_1(
         list(twin.parameters()),
-        lambda: trainer.method.loss(twin, views["views"]),
+        consistency,
         lambda: ce_dice_loss(twin(images), labels.long()),
         eps=0.3,
         alpha=0.5,
@@ -112,7 +125,8 @@ def test_compiled_passes_give_the_same_weights_and_are_not_for_scoring(
 
 
 def test_methods_differ_in_the_consistency_alone(slices, tiny_recipe: Recipe) -> None:
-    values = {method: _trainer(replace(tiny_recipe, method=method), slices).step(0) for method in METHODS}
+    runs = ("supervised", "fixmatch", "gapmatch")
+    values = {run: _trainer(tiny_recipe.for_run(run), slices).step(0) for run in runs}
     assert "loss_unlabelled" not in values["supervised"]
     assert set(values["gapmatch"]) - set(values["fixmatch"]) == {"loss_perturbed", "grad_norm"}
     assert torch.equal(values["fixmatch"]["loss_unlabelled"], values["gapmatch"]["loss_unlabelled"])
@@ -127,12 +141,12 @@ def test_unlabelled_labels_are_never_looked_at(slices, tiny_recipe: Recipe) -> N
     _assert_equal(_weights(ours), _weights(theirs))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("run", ["supervised", "fixmatch", "gapmatch"])
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
-    slices, validation, tiny_recipe: Recipe, tmp_path: Path, method, amp, monkeypatch: pytest.MonkeyPatch
+    slices, validation, tiny_recipe: Recipe, tmp_path: Path, run: str, amp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = replace(tiny_recipe, method=method)
+    recipe = tiny_recipe.for_run(run)
     whole = Trainer(ACDC, recipe, *slices, CPU, amp)
     uninterrupted = _fit(whole, validation, _folder(tmp_path / "whole"), resume=False)
 
@@ -157,6 +171,72 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     for log in ("train.csv", "validation.csv"):
         rows = [(folder / log).read_text().splitlines() for folder in (tmp_path / "whole", tmp_path / "parts")]
         assert [row.split(",")[:-1] for row in rows[0]] == [row.split(",")[:-1] for row in rows[1]]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_method_goes_on_from_a_checkpoint_bit_for_bit(
+    run: str, slices, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = replace(tiny_recipe.for_run(run), targets="train", replay_dropout=True, ramp_up=3)
+    whole, first = _trainer(recipe, slices), _trainer(recipe, slices)
+    for t in range(4):
+        whole.step(t)
+    for t in range(2):
+        first.step(t)
+    checkpoint.save(tmp_path / "last.pt", first.state_dict())
+    second = _trainer(recipe, slices)
+    second.load_state_dict(checkpoint.load(tmp_path / "last.pt", CPU))
+    for t in range(2, 4):
+        second.step(t)
+    _assert_equal(_weights(second), _weights(whole))
+    if whole.method is not None:
+        ours, theirs = second.method.state_dict(), whole.method.state_dict()
+        assert list(ours) == list(theirs)
+        _assert_equal([*ours.values()], [*theirs.values()])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_network_has_what_its_method_declares(run: str, slices, tiny_recipe: Recipe) -> None:
+    trainer = _trainer(tiny_recipe.for_run(run), slices)
+    declared = None if trainer.method is None else trainer.method.auxiliary
+    assert methods.auxiliary(trainer.recipe) == declared
+    assert isinstance(trainer.model(slices[0].images[:2]), tuple) is (declared is not None)
+
+
+def test_a_teacher_follows_and_is_not_trained(slices, tiny_recipe: Recipe) -> None:
+    trainer = _trainer(tiny_recipe.for_run("mean_teacher"), slices)
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    teacher = trainer.method.teacher
+    assert not any(id(p) in trained or p.requires_grad for p in teacher.parameters())
+    trainer.step(0)  # after the first update it is the model itself
+    _assert_equal([*teacher.model.parameters()], [*trainer.model.parameters()])
+
+
+def test_without_a_perturbation_predictions_are_aligned_if_dropout_is_replayed(slices, tiny_recipe: Recipe) -> None:
+    recipe = replace(tiny_recipe, eps=0.0, aligned="predictions", replay_dropout=True)
+    replayed, drawn = (_trainer(r, slices).step(0) for r in (recipe, replace(recipe, replay_dropout=False)))
+    assert replayed["loss_perturbed"].abs() < 1e-6
+    assert drawn["loss_perturbed"] > 1e-4
+
+
+@pytest.mark.parametrize(("freeze", "seen"), [(True, 3), (False, 4)])
+def test_the_perturbed_pass_moves_running_statistics_if_asked_to(
+    freeze: bool, seen: int, slices, tiny_recipe: Recipe
+) -> None:
+    trainer = _trainer(replace(tiny_recipe, freeze_statistics=freeze), slices)  # targets of "batch" count too
+    trainer.step(0)
+    counts = [n for name, n in trainer.model.state_dict().items() if name.endswith("num_batches_tracked")]
+    assert {int(n) for n in counts} == {seen}
+
+
+def test_the_weight_rises_as_a_sigmoid_and_scales_both_losses(slices, tiny_recipe: Recipe) -> None:
+    plain = _trainer(tiny_recipe, slices).step(0)
+    half = _trainer(replace(tiny_recipe, weight=0.5, eps=0.0), slices).step(0)
+    rising = _trainer(replace(tiny_recipe, ramp_up=4, weight=2.0), slices)
+    assert half["loss_unlabelled"] == plain["loss_unlabelled"] / 2
+    assert rising.step(0)["loss_unlabelled"].item() == pytest.approx(2 * plain["loss_unlabelled"].item() / math.e**5)
+    weights = [rising._weight(t) for t in range(6)]
+    assert weights == pytest.approx([2 * math.exp(-5 * (1 - t / 4) ** 2) for t in range(4)] + [2, 2])
 
 
 KILLED = """
@@ -203,7 +283,7 @@ def test_a_finished_run_is_not_trained_again(slices, validation, tiny_recipe: Re
     assert _fit(again, validation, tmp_path, resume=True).progress.iteration == tiny_recipe.iterations
 
 
-@pytest.mark.parametrize("change", [{"width": 4}, {"eps": 0.5}, {"iterations": 8}, {"method": "fixmatch"}])
+@pytest.mark.parametrize("change", [{"width": 4}, {"eps": 0.5}, {"iterations": 8}, {"gap": False}])
 def test_a_checkpoint_of_another_recipe_is_refused_by_name(
     slices, validation, tiny_recipe: Recipe, tmp_path: Path, change
 ) -> None:
@@ -328,9 +408,9 @@ def test_statistics_are_of_the_same_slices_every_time(slices, tiny_recipe: Recip
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_does_not_wait_for_the_gpu(slices, tiny_recipe: Recipe, method) -> None:
-    trainer = Trainer(replace(tiny_recipe, method=method), *slices, torch.device("cuda"), torch.bfloat16)
+@pytest.mark.parametrize("run", RUNS)
+def test_a_step_does_not_wait_for_the_gpu(slices, tiny_recipe: Recipe, run: str) -> None:
+    trainer = Trainer(ACDC, tiny_recipe.for_run(run), *slices, torch.device("cuda"), torch.bfloat16)
     trainer.step(0)
     torch.cuda.set_sync_debug_mode("error")
     try:
