@@ -45,7 +45,8 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     parser.add_argument("--labeled", type=int, choices=(1, 5, 10), help="labelled share in percent (default: 1)")
     parser.add_argument("--patients", type=int, help="labelled patients, instead of --labeled")
     parser.add_argument("--method", nargs="+", choices=METHODS, help="one or more, run in this order")
-    parser.add_argument("--preset", choices=("paper", "cpu"), help="recipe (default: paper on a GPU, cpu else)")
+    presets = [name for name in task.presets if name != "phantom"]
+    parser.add_argument("--preset", choices=presets, help="recipe (default: paper on a GPU, cpu else)")
     parser.add_argument("--eps", type=float, help="radius of the perturbation")
     parser.add_argument("--alpha", type=float, help="weight of g2")
     parser.add_argument("--tau", type=float, help="confidence threshold of the pseudo-labels")
