@@ -1,4 +1,7 @@
-"""Cross-entropy plus Dice: the paper's H (equation 1) and, with a mask of confident pixels, its R (equation 7)."""
+"""Cross-entropy plus Dice: the paper's H (equation 1) and, with a mask of confident pixels, its R (equation 7).
+
+And losses whose target is probabilities, for the methods that learn from soft predictions.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +14,8 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 """Logits and target to a 0-dim loss."""
 MaskedLoss = Callable[[Tensor, Any, Any], Tensor]
 """The same with a mask, or None, as third argument."""
+SoftLoss = Callable[[Tensor, Any], Tensor]
+"""Logits and target probabilities to a 0-dim loss."""
 SMOOTH = 1e-5  # of the Dice loss, for classes that are not there
 
 
@@ -56,6 +61,36 @@ def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> 
     return (_cross_entropy(logits, target, mask) + _dice_loss(logits, target, mask, SMOOTH)) / 2
 
 
+def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """Cross-entropy with soft targets: the sum over classes of -p log softmax(logits), mean over pixels.
+
+    Least, at the entropy of the target, where the two agree; its gradient is the Kullback-Leibler divergence's.
+
+    Args:
+        logits: (B, K, *spatial), any floating dtype; computed in float32 at least.
+        probabilities: (B, K, *spatial), any floating dtype, each pixel's summing to 1 (not checked).
+
+    Returns:
+        0-dim tensor.
+
+    Raises:
+        ValueError: the target is of another shape, or not of floating dtype.
+    """
+    _check_soft(logits, probabilities)
+    return -(probabilities * wide(logits).log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def mean_squared(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """Squared difference of softmax(logits) and the target, mean over pixels and classes.
+
+    Over classes too, as in the field's code for Mean Teacher and ICT: with a sum, weights would depend on K.
+
+    Args, result and errors as for `soft_cross_entropy`.
+    """
+    _check_soft(logits, probabilities)
+    return (wide(logits).softmax(dim=1) - probabilities).square().mean()
+
+
 def wide(logits: Tensor) -> Tensor:
     """`logits` in float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -95,6 +130,15 @@ def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int,
     if tensor.shape != shape:
         raise ValueError(
             f"{name} must be of shape {shape}, as the logits without their classes, got {(*tensor.shape,)}."
+        )
+
+
+def _check_soft(logits: Tensor, probabilities: Tensor) -> None:
+    if not probabilities.is_floating_point():
+        raise ValueError(f"probabilities must be of a floating dtype, got {probabilities.dtype}.")
+    if probabilities.shape != logits.shape:
+        raise ValueError(
+            f"probabilities must be of shape {(*logits.shape,)}, as the logits, got {(*probabilities.shape,)}."
         )
 
 

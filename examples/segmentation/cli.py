@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -13,10 +14,22 @@ from . import ranks
 from .data import patients_for_share
 from .errors import InputError, UserError
 from .job import Job, OldRuns, run
-from .recipe import METHODS, Method, Recipe
+from .recipe import GAPMATCH, METHODS, Method, Recipe, method_of
 from .task import Task
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
+KNOBS = (
+    "eps",
+    "alpha",
+    "tau",
+    "weight",
+    "ramp_up",
+    "aligned",
+    "freeze_statistics",
+    "replay_dropout",
+    "iterations",
+)
+"""Options that say what a field of the recipe is."""
 COMPILE_PAYS: frozenset[str] = frozenset()
 """Kinds of device where compiled passes were measured to be faster. On a CPU they are slower; a GPU has yet to be tried
 (docs/performance.md)."""
@@ -44,12 +57,28 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     parser.add_argument("--data", type=Path, help=f"{task.name} in the h5 layout; without it a phantom is made")
     parser.add_argument("--labeled", type=int, choices=(1, 5, 10), help="labelled share in percent (default: 1)")
     parser.add_argument("--patients", type=int, help="labelled patients, instead of --labeled")
-    parser.add_argument("--method", nargs="+", choices=METHODS, help="one or more, run in this order")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        metavar="NAME",
+        help=f"one or more, run in this order: {', '.join(METHODS)}; each also as NAME+gap; gapmatch is fixmatch+gap",
+    )
+    on_or_off = argparse.BooleanOptionalAction
+    parser.add_argument("--gap", action=on_or_off, help="every method with GAP, or every one without")
     presets = [name for name in task.presets if name != "phantom"]
     parser.add_argument("--preset", choices=presets, help="recipe (default: paper on a GPU, cpu else)")
     parser.add_argument("--eps", type=float, help="radius of the perturbation")
     parser.add_argument("--alpha", type=float, help="weight of g2")
     parser.add_argument("--tau", type=float, help="confidence threshold of the pseudo-labels")
+    parser.add_argument("--weight", type=float, help="of the consistency loss")
+    parser.add_argument("--ramp-up", type=int, help="iterations over which that weight rises")
+    parser.add_argument(
+        "--aligned",
+        choices=get_args(get_type_hints(Recipe)["aligned"]),
+        help="hold the perturbed prediction to the method's targets, or to the unperturbed prediction",
+    )
+    parser.add_argument("--freeze-statistics", action=on_or_off, help="of batch norm, in the perturbed pass")
+    parser.add_argument("--replay-dropout", action=on_or_off, help="the same masks in the perturbed pass")
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps or xpu (default: cuda if there is one)")
@@ -80,10 +109,10 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     phantom = arguments.data is None
     out = arguments.out or (_folder(task).with_name(f"{_folder(task).name}-phantom") if phantom else _folder(task))
     preset = "phantom" if phantom else arguments.preset or ("cpu" if device.type == "cpu" else "paper")
-    knobs = {name: getattr(arguments, name) for name in ("eps", "alpha", "tau", "iterations")}
+    knobs = {name: getattr(arguments, name) for name in KNOBS}
     knobs = {name: value for name, value in knobs.items() if value is not None}
     recipe = Recipe(seed=arguments.seed, **{**task.presets[preset], **knobs})
-    methods: Sequence[Method] = arguments.method or (("fixmatch", "gapmatch") if phantom else ("gapmatch",))
+    methods = _methods(arguments.method, arguments.gap, both=phantom)
     stride = _stride(task, arguments, recipe)
     patients = arguments.patients
     if patients is None:
@@ -92,7 +121,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
         task=task,
         data=_phantom(task, out / "phantom") if phantom else arguments.data,
         patients=patients,
-        recipes=[replace(recipe, method=method) for method in methods],
+        recipes=[replace(recipe, method=method, gap=gap) for method, gap in methods],
         device=device,
         amp=AMP[arguments.amp],
         compiled=_compiled(arguments.compile, device),
@@ -117,9 +146,27 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{option}: means nothing on the phantom; give --data, or leave it out.")
     if arguments.labeled is not None and arguments.patients is not None:
         raise InputError("--labeled and --patients: both say how much is labelled; give one of them.")
-    methods = arguments.method or []
+
+
+def _methods(names: Sequence[str] | None, gap: bool | None, both: bool) -> list[tuple[Method, bool]]:
+    """What to run, each method with or without GAP. Raises InputError for what can't be, or would be twice.
+
+    Args:
+        names: as given; None for FixMatch.
+        gap: as given; None leaves it to the names.
+        both: run FixMatch with and without GAP where nothing was said.
+    """
+    method, _ = GAPMATCH
+    if names is None:
+        return [(method, with_gap) for with_gap in ((False, True) if both and gap is None else (gap is not False,))]
+    asked = [method_of(name) for name in names]
+    for name, (_, with_gap) in zip(names, asked, strict=True):
+        if with_gap and gap is False:
+            raise InputError(f"--method {name} --no-gap: contradict each other; leave one of them out.")
+    methods = [(method, with_gap or gap is True) for method, with_gap in asked]
     if len(set(methods)) < len(methods):
-        raise InputError(f"--method {' '.join(methods)}: names a method twice.")
+        raise InputError(f"--method {' '.join(names)}{' --gap' * (gap is True)}: names a method twice.")
+    return methods
 
 
 def _stride(task: Task, arguments: argparse.Namespace, recipe: Recipe) -> tuple[int, ...] | None:

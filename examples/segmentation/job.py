@@ -18,13 +18,13 @@ from .evaluate import Evaluation, evaluate
 from .figures import Case, RunLog, save_curves
 from .identity import Identity, identity
 from .logs import counting
+from .methods import label
 from .recipe import Recipe
 from .report import Row, print_table, write_json, write_markdown
 from .task import Scores, Task
 from .train import Progress, fit, resume
 from .trainer import Trainer, refuse_wrong_gradients
 
-LABELS = {"supervised": "Supervised", "fixmatch": "FixMatch", "gapmatch": "GapMatch"}
 PICTURED_CASES = 3
 
 OldRuns = Literal["refuse", "resume", "replace"]
@@ -70,7 +70,7 @@ class Job:
 
     def folder(self, recipe: Recipe) -> Path:
         """Where the run of `recipe` has its checkpoints, logs and `result.json`."""
-        return self.out / recipe.method
+        return self.out / recipe.name
 
 
 def run(job: Job) -> list[Row]:
@@ -124,7 +124,7 @@ def run(job: Job) -> list[Row]:
             write_json(folder / "result.json", _record(job, recipe, result.progress, evaluation))
         if evaluation:
             rows.append(_row(recipe, result.progress, evaluation))
-        models[LABELS[recipe.method]] = result.model
+        models[label(recipe)] = result.model
     if job.goal == "pictures" and ranks.is_main():
         _report(job, rows, models, test, folders)
     return rows
@@ -167,17 +167,17 @@ def _prepare_folder(folder: Path, recipe: Recipe, old_runs: OldRuns) -> None:
     except OSError as error:
         raise InputError(f"{folder}: can't be written ({error.strerror}); choose another --out.") from None
     if (folder / "last.pt").exists() and old_runs == "refuse":
-        raise InputError(f"{folder}: holds a {recipe.method} run already; add --resume, or choose another --out.")
+        raise InputError(f"{folder}: holds a {recipe.name} run already; add --resume, or choose another --out.")
 
 
 def _resume(trainer: Trainer, folder: Path, run_identity: Identity, old_runs: OldRuns) -> Progress | None:
     if old_runs != "resume":
         return None
-    progress, method = resume(trainer, folder, run_identity), trainer.recipe.method
+    progress, name = resume(trainer, folder, run_identity), trainer.recipe.name
     if progress is None:
-        print(f"{method}: no run to resume in {folder}, starting from zero", flush=True)
+        print(f"{name}: no run to resume in {folder}, starting from zero", flush=True)
     else:
-        print(f"resuming {method} at iteration {progress.iteration}", flush=True)
+        print(f"resuming {name} at iteration {progress.iteration}", flush=True)
     return progress
 
 
@@ -187,7 +187,7 @@ def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe)
         count()
         return largest_component(labels) if job.largest_component else labels
 
-    with counting(f"{recipe.method}: scoring test volumes", len(volumes[:: ranks.world()])) as count:
+    with counting(f"{recipe.name}: scoring test volumes", len(volumes[:: ranks.world()])) as count:
         return evaluate(segment, volumes, job.task.num_classes)
 
 
@@ -217,7 +217,7 @@ def _device_name(device: torch.device) -> str:
 
 def _row(recipe: Recipe, progress: Progress, evaluation: Evaluation) -> Row:
     seconds = progress.seconds / progress.iteration
-    return Row(LABELS[recipe.method], evaluation, seconds, progress.best_iteration, _note(evaluation))
+    return Row(label(recipe), evaluation, seconds, progress.best_iteration, _note(evaluation))
 
 
 def _note(evaluation: Evaluation) -> str:
@@ -233,7 +233,7 @@ def _report(job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[
     pictured = test[:: max(1, len(test) // PICTURED_CASES)][:PICTURED_CASES]
     job.task.draw(job.out, [_case(volume, models, job, recipe) for volume in pictured])
     logs = {
-        LABELS[r.method]: RunLog(folder / "train.csv", folder / "validation.csv" if job.task.validation_list else None)
+        label(r): RunLog(folder / "train.csv", folder / "validation.csv" if job.task.validation_list else None)
         for r, folder in zip(job.recipes, folders, strict=True)
     }
     save_curves(job.out / "curves.png", logs)

@@ -2,12 +2,28 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import InputError
 
-Method = Literal["supervised", "fixmatch", "gapmatch"]
-METHODS: tuple[Method, ...] = ("supervised", "fixmatch", "gapmatch")
+Method = Literal[
+    "supervised",
+    "em",
+    "pseudo_label",
+    "ict",
+    "mixup",
+    "cutmix",
+    "vat",
+    "fixmatch",
+    "flexmatch",
+    "freematch",
+    "mean_teacher",
+    "urpc",
+    "cct",
+]
+METHODS: tuple[Method, ...] = get_args(Method)
+GAPMATCH: tuple[Method, bool] = ("fixmatch", True)
+WITH_GAP = "+gap"  # what a run's name ends with
 AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
 HALVINGS = 4  # of the image on its way down the UNet and the V-Net
 
@@ -19,7 +35,9 @@ class Recipe:
     Defaults are the field's common recipe for ACDC; presets say where they differ (`task.Task.presets`).
     """
 
-    method: Method = "gapmatch"
+    method: Method = "fixmatch"
+    gap: bool = True
+    """The gradient at theta* too, on top of the method's own; with FixMatch this is GapMatch."""
     seed: int = 0
     iterations: int = 30_000
 
@@ -38,14 +56,27 @@ class Recipe:
     power: float = 0.9
     """lr(t) = lr * (1 - t / iterations) ** power."""
 
-    # FixMatch and GAP
+    # the consistency method
     tau: float = 0.95
-    eps: float = 0.1
-    alpha: float = 1.0
     targets: Literal["eval", "batch", "train"] = "batch"
-    """The model's mode while it makes pseudo-labels (`gap_torch.consistency.FixMatch`)."""
+    """Mode of the model, or of its teacher, while it makes targets (`gap_torch.consistency.targets.Mode`)."""
     unlabelled_loss: Literal["ce_dice", "dice"] = "ce_dice"
     """R of equation 7: cross-entropy and Dice as in the paper, or Dice alone as in UniMatch."""
+    weight: float = 1.0
+    """Of the consistency loss, at theta and at theta*."""
+    ramp_up: int = 0
+    """Iterations over which that weight rises from almost nothing, as exp(-5 (1 - t / ramp_up)^2)."""
+
+    # GAP
+    eps: float = 0.1
+    alpha: float = 1.0
+    aligned: Literal["targets", "predictions"] = "targets"
+    """What the perturbed prediction is held to: the method's own targets, fixed at theta (equations 8-9), or the
+    unperturbed prediction (`gap_torch.consistency.alignment`)."""
+    freeze_statistics: bool = True
+    """Whether batch-norm running statistics stay still in the perturbed pass."""
+    replay_dropout: bool = False
+    """Whether the perturbed pass draws the random numbers of the first pass again."""
 
     # the weights that are scored
     average_decay: float = 0.0
@@ -71,15 +102,40 @@ class Recipe:
             raise InputError(f"statistics_samples must not be negative, not {self.statistics_samples}.")
         if not 0 <= self.average_decay < 1:
             raise InputError(f"average_decay must be at least 0 and below 1, not {self.average_decay}.")
-        for name in ("lr", "eps", "alpha"):
+        if self.gap and self.method == "supervised":
+            raise InputError("supervised with GAP: there is no consistency loss to perturb by; take a method that has.")
+        if self.ramp_up < 0:
+            raise InputError(f"ramp_up must not be negative, not {self.ramp_up}.")
+        for name in ("lr", "eps", "alpha", "weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"{name} must be finite and not negative, not {getattr(self, name)}.")
         if not 0 <= self.tau <= 1:
             raise InputError(f"tau must be between 0 and 1, not {self.tau}.")
 
+    @property
+    def name(self) -> str:
+        """Of the run, in folders and on the command line; `method_of` reads it."""
+        return run_name(self.method, self.gap)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON and checkpoints."""
         return asdict(self)
+
+
+def run_name(method: Method, gap: bool) -> str:
+    """METHOD, METHOD+gap, or gapmatch."""
+    return "gapmatch" if (method, gap) == GAPMATCH else method + WITH_GAP * gap
+
+
+def method_of(name: str) -> tuple[Method, bool]:
+    """Method, and whether with GAP, of the run called `name`. Raises InputError for an unknown one."""
+    if name == run_name(*GAPMATCH):
+        return GAPMATCH
+    plain = name.removesuffix(WITH_GAP)
+    for method in METHODS:
+        if method == plain:
+            return method, name != plain
+    raise InputError(f"method {name!r}: not one of {', '.join(METHODS)} (each also as NAME{WITH_GAP}) and gapmatch.")
 
 
 # The reduced recipe for a CPU. At this length cross-entropy on confident background threatens to win over the organ,

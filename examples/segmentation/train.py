@@ -64,7 +64,7 @@ def fit(
         RunError: a loss is not finite.
     """
     recipe, progress = trainer.recipe, progress or Progress()
-    log = RunLog(folder, recipe.method, progress.iteration, recipe.iterations) if ranks.is_main() else Log()
+    log = RunLog(folder, recipe.name, progress.iteration, recipe.iterations) if ranks.is_main() else Log()
     if progress.best_weights:
         _export_best(folder, trainer, progress)  # `last.pt` is right where the two differ
     try:
@@ -77,7 +77,7 @@ def fit(
                     _validate(trainer, validation, progress, log, folder)
                 _save_last(folder, trainer, progress, identity)
                 if interrupted():
-                    log.say(f"{recipe.method}: stopped after iteration {progress.iteration}; --resume goes on.")
+                    log.say(f"{recipe.name}: stopped after iteration {progress.iteration}; --resume goes on.")
                     raise KeyboardInterrupt
     finally:
         log.close()

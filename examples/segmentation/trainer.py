@@ -1,22 +1,23 @@
 """One training run's model, optimizer and data, and its step: Algorithm 1."""
 
+import math
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gap_torch import GAPWrapper
-from gap_torch.consistency import CutMix, FixMatch
-from gap_torch.losses import ce_dice_loss, dice_loss
+from gap_torch import GAPWrapper, RNGState
+from gap_torch.consistency import Method, Outputs, Views
+from gap_torch.losses import ce_dice_loss
 
+from . import methods
 from .average import Average, with_statistics_of
 from .batches import ShuffledStream, mix
 from .errors import InputError
 from .joint import joint
 from .recipe import HALVINGS, Recipe
 from .task import Pool, Task
-
-UNLABELLED_LOSSES = {"ce_dice": ce_dice_loss, "dice": dice_loss}
 
 
 class Autocast(nn.Module):
@@ -87,27 +88,24 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = Average(self.model, recipe.average_decay)
         self.weak = task.weak()
-        self.method = FixMatch(
-            self.weak,
-            task.strong(),
-            recipe.tau,
-            cutmix=CutMix(),
-            loss=UNLABELLED_LOSSES[recipe.unlabelled_loss],
-            mode=recipe.targets,
-        )
+        self.method = methods.build(recipe, task, self.model)
 
     def step(self, iteration: int) -> dict[str, Tensor]:
         """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device."""
         torch.manual_seed(mix(self.recipe.seed, iteration))
         self._set_learning_rate(iteration)
         images, labels = self.weak.with_labels(*self.labelled_batch(iteration))
-        values = {} if self.recipe.method == "supervised" else self._consistency(iteration)
+        method = self.method
+        values = {} if method is None else self._consistency(method, iteration)
 
-        loss = ce_dice_loss(self.joint(images), labels.long())
+        criterion = ce_dice_loss if method is None else partial(method.labelled_loss, ce_dice_loss)
+        loss = criterion(self.joint(images), labels.long())
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        if method is not None:
+            method.update(self.model)
         if self.recipe.average_decay:
             self.average.update(self.model)
         return {"loss_labelled": loss.detach(), **values}
@@ -118,24 +116,39 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * (1 - iteration / recipe.iterations) ** recipe.power
 
-    def _consistency(self, iteration: int) -> dict[str, Tensor]:
+    def _consistency(self, method: Method, iteration: int) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
-        model, method, optimizer = self.joint, self.method, self.optimizer
+        model, optimizer, weight = self.joint, self.optimizer, self._weight(iteration)
         views = method.prepare(model, self.unlabelled_batch(iteration))
-        loss = method.loss(model, views)
+        rng = RNGState.now([self.device] if self.device.type == "cuda" else []) if self.recipe.replay_dropout else None
+        outputs = model(views.inputs)
+        loss = weight * method.compare(outputs, views)
         self.scaler.scale(loss).backward()
         values = {"loss_unlabelled": loss.detach()}
         if views.mask is not None:
             values["confident"] = views.mask.float().mean()
-        if self.recipe.method == "gapmatch":
-            with optimizer.perturbed(model):
-                perturbed_loss = method.loss(model, views)
+        if self.recipe.gap:
+            with optimizer.perturbed(model if self.recipe.freeze_statistics else None, rng=rng):
+                perturbed_loss = weight * self._alignment(method, views, model(views.inputs), outputs)
                 self.scaler.scale(perturbed_loss).backward()
             assert optimizer.grad_norm is not None
             values["loss_perturbed"] = perturbed_loss.detach()
             scale = self.scaler.scale(torch.ones_like(optimizer.grad_norm))  # on the device, as it is in this step
             values["grad_norm"] = optimizer.grad_norm / scale
         return values
+
+    def _alignment(self, method: Method, views: Views, perturbed: Outputs, unperturbed: Outputs) -> Tensor:
+        """The loss at theta*, by either reading of "aligned before and after perturbation"."""
+        if self.recipe.aligned == "targets":
+            return method.compare(perturbed, views)
+        from gap_torch.consistency import alignment
+
+        return alignment(perturbed, unperturbed)
+
+    def _weight(self, iteration: int) -> float:
+        """Of the consistency loss."""
+        rest = max(0.0, 1 - iteration / self.recipe.ramp_up) if self.recipe.ramp_up else 0.0
+        return self.recipe.weight * math.exp(-5 * rest**2)
 
     def labelled_batch(self, iteration: int) -> tuple[Tensor, Tensor]:
         """Images and labels of `iteration`, the same for all methods."""
@@ -190,6 +203,7 @@ class Trainer:
             "average": self.average,
             "optimizer": self.optimizer,
             "scaler": self.scaler,
+            **({} if self.method is None else {"method": self.method}),
         }
 
 

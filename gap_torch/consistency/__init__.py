@@ -7,6 +7,7 @@
 from .cutmix import CutMix
 from .fixmatch import FixMatch
 from .method import Method, Outputs, Views, logits_of
+from .mixup import MixUp
 from .teacher import Teacher
 from .thresholds import FixedThreshold, Threshold
 
@@ -15,6 +16,7 @@ __all__ = [
     "FixMatch",
     "FixedThreshold",
     "Method",
+    "MixUp",
     "Outputs",
     "Teacher",
     "Threshold",
