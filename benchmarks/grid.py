@@ -57,7 +57,7 @@ class Cell:
         gap: whether GAP is on it.
         share: labelled part of the training patients, percent.
         seed: of the run.
-        changes: recipe fields in which it differs from the preset, as sorted pairs; `cell` leaves out those that don't.
+        changes: recipe fields in which it differs from the preset, as pairs in the recipe's order; `cell` sees to that.
     """
 
     data_set: str
@@ -98,8 +98,9 @@ def cell(
     """A cell of the grid. Changes that change nothing are left out, so that one recipe has one name."""
     plain = Cell(data_set, preset, *method, share, seed)
     values = plain.recipe.to_dict()
-    real = {name: value for name, value in (changes or {}).items() if values[name] != value}
-    return Cell(data_set, preset, *method, share, seed, tuple(sorted(real.items())))
+    changes = changes or {}
+    real = tuple((name, changes[name]) for name in values if name in changes and changes[name] != values[name])
+    return Cell(data_set, preset, *method, share, seed, real)
 
 
 class Batch(NamedTuple):

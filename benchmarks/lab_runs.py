@@ -22,6 +22,10 @@ from segmentation.errors import RunError, UserError
 from segmentation.job import Job, run
 
 
+CLOCK = "seconds"
+"""File in a cell's folder: wall time so far."""
+
+
 @dataclass(frozen=True)
 class Lab:
     """Where the cells are run.
@@ -43,9 +47,10 @@ class Lab:
     def folder(self, cell: Cell) -> Path:
         return self.work / cell.name
 
-    def begun(self, cell: Cell) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return any(self.folder(cell).glob("*/last.pt"))
+    def spent(self, cell: Cell) -> float:
+        """Seconds that earlier attempts have taken, if there is a checkpoint of them to go on from."""
+        folder = self.folder(cell)
+        return _seconds(folder / CLOCK) if any(folder.glob("*/last.pt")) else 0.0
 
     def attempt(self, cell: Cell) -> bool:
         """Run `cell` and record it, unless it is recorded or another process is at it. Returns whether it was run.
@@ -56,7 +61,7 @@ class Lab:
             if not mine or self.records.read(cell):
                 return False
             print(f"\n{cell.name}", flush=True)
-            with stopwatch(self.folder(cell) / "seconds") as seconds:
+            with stopwatch(self.folder(cell) / CLOCK) as seconds:
                 outcome = self._outcome(cell)
             self.records.write(cell, {**outcome, "wall_seconds": seconds()})
             for checkpoint in self.folder(cell).glob("*/last.pt"):
@@ -130,7 +135,7 @@ def claimed(folder: Path) -> Iterator[bool]:
 @contextmanager
 def stopwatch(path: Path) -> Iterator[Callable[[], float]]:
     """A clock that goes on from what `path` says, and leaves there what it has come to."""
-    started = time.perf_counter() - (float(path.read_text()) if path.exists() else 0.0)
+    started = time.perf_counter() - _seconds(path)
     try:
         yield lambda: time.perf_counter() - started
     finally:
@@ -138,21 +143,26 @@ def stopwatch(path: Path) -> Iterator[Callable[[], float]]:
 
 
 @contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
-    """Within the context, what Ctrl-C does also happens after `seconds`, and on SIGTERM."""
+def interrupted_after(seconds: float | None = None) -> Iterator[None]:
+    """Within the context, what Ctrl-C does also happens after `seconds` (None: never), and on SIGTERM."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         on_ctrl_c = signal.getsignal(signal.SIGINT)  # a job in the background has none
         (on_ctrl_c if callable(on_ctrl_c) else signal.default_int_handler)(signal.SIGINT, frame)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGALRM, signal.SIGTERM)}
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))  # 0 would mean never
+    if seconds is not None:
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))  # 0 would mean never
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _seconds(path: Path) -> float:
+    return float(path.read_text()) if path.exists() else 0.0
 
 
 def _labelled_patients(job: Job) -> list[str]:
