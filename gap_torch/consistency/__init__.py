@@ -4,22 +4,50 @@
 `loss(model, views)` may then be called any number of times on the same views, at theta and at theta*.
 """
 
+from .alignment import alignment
+from .cct import CCT
 from .cutmix import CutMix
+from .cutmix_seg import CutMixSeg
+from .em import EntropyMinimisation
+from .feature_perturbations import ChannelDropout, FeatureDrop, FeatureNoise, FeaturePerturbation
 from .fixmatch import FixMatch
-from .method import Method, Outputs, Views, logits_of
+from .flexmatch import CurriculumThreshold
+from .freematch import SelfAdaptiveThreshold
+from .ict import ICT
+from .mean_teacher import MeanTeacher
+from .method import Method, Outputs, Views, auxiliary_logits, logits_of
 from .mixup import MixUp
+from .pseudo_label import PseudoLabel
 from .teacher import Teacher
 from .thresholds import FixedThreshold, Threshold
+from .urpc import URPC
+from .vat import VAT
 
 __all__ = [
+    "CCT",
+    "ICT",
+    "URPC",
+    "VAT",
+    "ChannelDropout",
+    "CurriculumThreshold",
     "CutMix",
+    "CutMixSeg",
+    "EntropyMinimisation",
+    "FeatureDrop",
+    "FeatureNoise",
+    "FeaturePerturbation",
     "FixMatch",
     "FixedThreshold",
+    "MeanTeacher",
     "Method",
     "MixUp",
     "Outputs",
+    "PseudoLabel",
+    "SelfAdaptiveThreshold",
     "Teacher",
     "Threshold",
     "Views",
+    "alignment",
+    "auxiliary_logits",
     "logits_of",
 ]

@@ -62,3 +62,17 @@ class Method(nn.Module, ABC):
 def logits_of(outputs: Outputs) -> Tensor:
     """The model's own logits, without auxiliary ones."""
     return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+def auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:
+    """The auxiliary logits behind the model's own.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(outputs, Tensor) or len(outputs) < 2:
+        raise ValueError(
+            "this method needs a model that returns (logits, *auxiliary) in training mode, as `auxiliary` says, but "
+            "its outputs have no auxiliary logits. Is it in eval mode?"
+        )
+    return outputs[1:]

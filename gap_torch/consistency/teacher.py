@@ -35,10 +35,17 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the present parameters of `model`."""
+        """Take in the present parameters of `model`.
+
+        Raises:
+            ValueError: they, or its buffers, are of other shapes than the teacher's.
+        """
+        average, latest = ([p.detach() for p in each.parameters()] for each in (self.model, model))
+        _check_alike(average, latest)
+        _check_alike(list(self.model.buffers()), list(model.buffers()))
         self.updates += 1
         weight = 1 - min(self.decay, 1 - 1 / self.updates)
-        torch._foreach_lerp_([*self.model.parameters()], [p.detach() for p in model.parameters()], weight)
+        torch._foreach_lerp_(average, latest, weight)
         for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
 
@@ -49,3 +56,8 @@ class Teacher(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """What `get_extra_state` gave."""
         self.updates = int(state)
+
+
+def _check_alike(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    if [t.shape for t in ours] != [t.shape for t in theirs]:  # which would broadcast, or be averaged halfway
+        raise ValueError("model must be of the teacher's architecture: its parameters or buffers are of other shapes.")

@@ -33,3 +33,21 @@ class FixedThreshold(Threshold):
 def threshold(tau: float | Threshold) -> Threshold:
     """`tau` as a threshold: a number is a fixed one."""
     return tau if isinstance(tau, Threshold) else FixedThreshold(tau)
+
+
+def check_classes(num_classes: int) -> None:
+    """Raise ValueError unless there is more than one class to tell apart."""
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be 2 or more, got {num_classes}.")
+
+
+def check_momentum(momentum: float) -> None:
+    """Raise ValueError for a momentum with which an average would never move."""
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
+
+
+def check_probabilities(probabilities: Tensor, num_classes: int) -> None:
+    """Raise ValueError unless `probabilities` are of `num_classes` classes."""
+    if probabilities.shape[1] != num_classes:
+        raise ValueError(f"probabilities must be of {num_classes} classes, got shape {(*probabilities.shape,)}.")

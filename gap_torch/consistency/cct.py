@@ -1,0 +1,45 @@
+"""Cross-Consistency Training (Ouali, Hudelot and Tami, 2020)."""
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import SoftLoss, mean_squared
+from .method import Augmentation, Method, Outputs, Views, auxiliary_logits
+from .targets import Mode, check_mode, probabilities
+
+
+class CCT(Method):
+    """Further decoders, behind perturbed features (`feature_perturbations`), are to say what the main decoder says.
+
+    loss = (1 / K) sum_k d(g_k(z perturbed in k's way), softmax(g(z))), with z the encoder's features. The main decoder
+    g learns from labels alone, the others from it alone, the encoder from all.
+
+    Args:
+        weak: weak augmentation of a batch (B, C, *spatial).
+        loss: d, called with logits and the main decoder's probabilities, both (B, K, *spatial).
+        mode: the model's mode while its main decoder makes the targets (`targets.Mode`).
+
+    Raises:
+        ValueError: `mode` is unknown.
+    """
+
+    auxiliary = "decoders"
+
+    def __init__(self, weak: Augmentation, loss: SoftLoss = mean_squared, mode: Mode = "eval") -> None:
+        super().__init__()
+        check_mode(mode)
+        self.weak, self.criterion, self.mode = weak, loss, mode
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
+        """Weak views of `unlabelled` (B, C, *spatial), and the main decoder's probabilities for them."""
+        weak = self.weak(unlabelled)
+        return Views(weak, probabilities(model, weak, self.mode))
+
+    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+        """`loss` between each auxiliary prediction and the target, mean over the decoders.
+
+        Raises:
+            ValueError: `outputs` has no auxiliary logits.
+        """
+        return torch.stack([self.criterion(logits, views.target) for logits in auxiliary_logits(outputs)]).mean()

@@ -1,0 +1,26 @@
+"""How far a prediction is from a given distribution."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import wide
+
+
+def divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """KL(probabilities || softmax(logits)) of every pixel, in nats.
+
+    Args:
+        logits: (B, K, *spatial), any floating dtype; computed in float32 at least.
+        probabilities: (B, K, *spatial), fixed; a class of probability 0 counts nothing.
+
+    Returns:
+        (B, *spatial).
+
+    Raises:
+        ValueError: the two differ in shape.
+    """
+    if probabilities.shape != logits.shape:
+        raise ValueError(
+            f"probabilities must be of shape {(*logits.shape,)}, as the logits, got {(*probabilities.shape,)}."
+        )
+    return F.kl_div(wide(logits).log_softmax(dim=1), probabilities, reduction="none").sum(dim=1)

@@ -1,0 +1,38 @@
+"""Entropy minimisation (Grandvalet and Bengio, 2005), normalised per pixel as in ADVENT (Vu et al., 2019)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import wide
+from .method import Augmentation, Method, Outputs, Views, logits_of
+
+
+class EntropyMinimisation(Method):
+    """The entropy of the prediction on a view is the loss; there is no target.
+
+    Args:
+        weak: weak augmentation of a batch (B, C, *spatial).
+    """
+
+    def __init__(self, weak: Augmentation) -> None:
+        super().__init__()
+        self.weak = weak
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
+        """The weak view of `unlabelled` (B, C, *spatial)."""
+        return Views(self.weak(unlabelled))
+
+    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+        """-sum p log p / log K, mean over pixels: from 0 where the model is certain to 1 where all K are as likely.
+
+        Raises:
+            ValueError: logits of one class, whose entropy is always 0.
+        """
+        logits = logits_of(outputs)
+        if logits.shape[1] < 2:
+            raise ValueError(f"logits must be of 2 classes or more, got shape {(*logits.shape,)}.")
+        log_p = wide(logits).log_softmax(dim=1)
+        return -(log_p.exp() * log_p).sum(dim=1).mean() / math.log(logits.shape[1])

@@ -1,0 +1,89 @@
+"""What CCT (Ouali, Hudelot and Tami, 2020) does to features before its auxiliary decoders.
+
+Each multiplies features (B, C, *spatial), of any number of dimensions, by a random factor in training mode, and passes
+them on as they are in eval mode. All randomness comes from the default generator of the features' device, so that
+`RNGState` replays it.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class FeaturePerturbation(nn.Module, ABC):
+    """Features times a random factor, to which no gradient goes."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`features` (B, C, *spatial), perturbed in training mode; of the same shape and dtype."""
+        if not self.training:
+            return features
+        with torch.no_grad():
+            factor = self.factor(features)
+        return features * factor.to(features.dtype)
+
+    @abstractmethod
+    def factor(self, features: Tensor) -> Tensor:
+        """What to multiply with, of a shape that broadcasts to that of `features`."""
+
+    def rand(self, features: Tensor, *size: int) -> Tensor:
+        """Random numbers (B, *size) from [0, 1): all that a perturbation draws, a row for each sample."""
+        return torch.rand(len(features), *size, device=features.device)
+
+
+class FeatureNoise(FeaturePerturbation):
+    """z -> z n + z, n uniform in [-bound, bound], drawn for every value.
+
+    Raises:
+        ValueError: `bound` is negative.
+    """
+
+    def __init__(self, bound: float = 0.3) -> None:
+        super().__init__()
+        if bound < 0:
+            raise ValueError(f"bound must be at least 0, got {bound}.")
+        self.bound = bound
+
+    def factor(self, features: Tensor) -> Tensor:
+        return 1 + self.bound * (2 * self.rand(features, *features.shape[1:]) - 1)
+
+
+class FeatureDrop(FeaturePerturbation):
+    """Takes away where a sample is most active.
+
+    A position is dropped, in all channels, where the mean over the channels reaches gamma times the highest such mean
+    of the sample, gamma ~ U(low, high): what is within 10 to 30 % of the highest, at the default.
+
+    Raises:
+        ValueError: not 0 <= low <= high <= 1.
+    """
+
+    def __init__(self, low: float = 0.7, high: float = 0.9) -> None:
+        super().__init__()
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"FeatureDrop needs 0 <= low <= high <= 1, got low={low}, high={high}.")
+        self.low, self.high = low, high
+
+    def factor(self, features: Tensor) -> Tensor:
+        attention = features.mean(dim=1, keepdim=True)
+        highest = attention.amax(dim=tuple(range(1, features.ndim)), keepdim=True)
+        gamma = self.low + (self.high - self.low) * self.rand(features, *[1] * (features.ndim - 1))
+        return attention < gamma * highest
+
+
+class ChannelDropout(FeaturePerturbation):
+    """Drops whole channels with probability `p` and scales the others by 1 / (1 - p): spatial dropout.
+
+    Raises:
+        ValueError: `p` is outside [0, 1).
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"p must be at least 0 and below 1, got {p}.")
+        self.p = p
+
+    def factor(self, features: Tensor) -> Tensor:
+        kept = self.rand(features, features.shape[1], *[1] * (features.ndim - 2)) >= self.p
+        return kept / (1 - self.p)

@@ -1,0 +1,50 @@
+"""FreeMatch's self-adaptive thresholds (Wang et al., 2022): they follow how confident the model has become."""
+
+import torch
+from torch import Tensor
+
+from .thresholds import Threshold, check_classes, check_momentum, check_probabilities
+
+
+class SelfAdaptiveThreshold(Threshold):
+    """tau_t p~_t(c) / max p~_t for a pixel of predicted class c.
+
+    tau_t is the moving average of the highest probability, p~_t that of each class's; both begin at 1 / K. A batch
+    enters them before its own pixels are judged, and each pixel is a sample. As in the paper p~_t(c) grows with the
+    size of a class as well as with its certainty, so that the pixels of small structures count early.
+
+    The averages are buffers; on several ranks each has its own.
+
+    Args:
+        num_classes: K.
+        momentum: of the averages over batches, the paper's lambda.
+
+    Raises:
+        ValueError: `num_classes` is below 2, `momentum` outside [0, 1); when called, another number of classes.
+    """
+
+    overall: Tensor
+    """tau_t, 0-dim, float32."""
+    local: Tensor
+    """p~_t, (K,), float32."""
+
+    def __init__(self, num_classes: int, momentum: float = 0.999) -> None:
+        super().__init__()
+        check_classes(num_classes)
+        check_momentum(momentum)
+        self.momentum = momentum
+        self.register_buffer("overall", torch.tensor(1 / num_classes))
+        self.register_buffer("local", torch.full((num_classes,), 1 / num_classes))
+
+    @torch.no_grad()
+    def forward(self, probabilities: Tensor) -> Tensor:
+        check_probabilities(probabilities, len(self.local))
+        highest, label = probabilities.max(dim=1)
+        self.overall.lerp_(highest.mean().to(self.overall.dtype), 1 - self.momentum)
+        each = probabilities.mean([0, *range(2, probabilities.ndim)])
+        self.local.lerp_(each.to(self.local.dtype), 1 - self.momentum)
+        return highest >= self.thresholds()[label]
+
+    def thresholds(self) -> Tensor:
+        """The present threshold of each class, (K,), float32."""
+        return self.overall * self.local / self.local.max()

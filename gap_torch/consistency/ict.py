@@ -1,0 +1,55 @@
+"""Interpolation Consistency Training (Verma et al., 2022) for segmentation."""
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import SoftLoss, mean_squared
+from .method import Augmentation, Method, Outputs, Views, logits_of
+from .mixup import check_beta, mixed
+from .targets import Mode, check_mode, probabilities
+from .teacher import Teacher
+
+
+class ICT(Method):
+    """The prediction for a mix of two images is to be the same mix of a teacher's predictions for them.
+
+    f(lambda u_1 + (1 - lambda) u_2) ~ lambda f'(u_1) + (1 - lambda) f'(u_2), lambda ~ Beta(beta, beta), with f' the
+    moving average of f. The smaller `beta`, the nearer most mixes are to one of the two images.
+
+    Args:
+        teacher: f', the moving average of the model to train.
+        weak: weak augmentation of a batch (B, C, *spatial), before the mix.
+        beta: of the Beta distribution, above 0.
+        loss: called with logits and mixed probabilities, both (B, K, *spatial).
+        mode: the teacher's mode (`targets.Mode`).
+
+    Raises:
+        ValueError: `beta` is not above 0, or `mode` is unknown.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        weak: Augmentation,
+        beta: float = 0.1,
+        loss: SoftLoss = mean_squared,
+        mode: Mode = "eval",
+    ) -> None:
+        super().__init__()
+        check_beta(beta)
+        check_mode(mode)
+        self.teacher, self.weak, self.beta, self.criterion, self.mode = teacher, weak, beta, loss, mode
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
+        """Mixes of the weak views of `unlabelled` (B, C, *spatial), and of the teacher's probabilities for those."""
+        weak = self.weak(unlabelled)
+        return Views(*mixed(self.beta, weak, probabilities(self.teacher, weak, self.mode)))
+
+    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+        """`loss` between the prediction for the mix and the mix of predictions."""
+        return self.criterion(logits_of(outputs), views.target)
+
+    def update(self, model: nn.Module) -> None:
+        """The teacher follows `model`."""
+        self.teacher.update(model)

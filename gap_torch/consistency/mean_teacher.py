@@ -1,0 +1,57 @@
+"""Mean Teacher (Tarvainen and Valpola, 2017) for segmentation."""
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import SoftLoss, mean_squared
+from .method import Augmentation, Method, Outputs, Views, logits_of
+from .targets import Mode, check_mode, probabilities
+from .teacher import Teacher
+
+
+class MeanTeacher(Method):
+    """The student, on a noisy image, is to say what its moving average says of the clean one.
+
+    The noise is Gaussian and cut off at two standard deviations, as medical imaging has it since UA-MT. There the
+    teacher's image gets it; here the student's does, so that it is the trained network which learns not to mind it, and
+    targets are as good as they can be.
+
+    Args:
+        teacher: the moving average of the model to train.
+        weak: weak augmentation of a batch (B, C, *spatial), for both.
+        noise: standard deviation of the noise, in units of the image's intensities.
+        loss: called with logits and the teacher's probabilities, both (B, K, *spatial).
+        mode: the teacher's mode (`targets.Mode`).
+
+    Raises:
+        ValueError: `noise` is negative, or `mode` is unknown.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        weak: Augmentation,
+        noise: float = 0.1,
+        loss: SoftLoss = mean_squared,
+        mode: Mode = "eval",
+    ) -> None:
+        super().__init__()
+        check_mode(mode)
+        if noise < 0:
+            raise ValueError(f"noise must be at least 0, got {noise}.")
+        self.teacher, self.weak, self.noise, self.criterion, self.mode = teacher, weak, noise, loss, mode
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
+        """Noisy weak views of `unlabelled` (B, C, *spatial), and the teacher's probabilities for the clean ones."""
+        weak = self.weak(unlabelled)
+        noise = self.noise * torch.randn_like(weak).clamp(-2, 2)
+        return Views(weak + noise, probabilities(self.teacher, weak, self.mode))
+
+    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+        """`loss` between the student's prediction and the teacher's."""
+        return self.criterion(logits_of(outputs), views.target)
+
+    def update(self, model: nn.Module) -> None:
+        """The teacher follows `model`."""
+        self.teacher.update(model)

@@ -1,0 +1,52 @@
+"""Pseudo-Label (Lee, 2013) for segmentation, with a threshold on confidence."""
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import MaskedLoss, ce_dice_loss
+from .method import Augmentation, Method, Outputs, Views, logits_of
+from .targets import Mode, check_mode, probabilities
+from .thresholds import Threshold, threshold
+
+
+class PseudoLabel(Method):
+    """The model's own confident classes on a view are the labels of that very view.
+
+    Lee labels every sample and lets the loss's weight grow over training instead: that is `tau=0`, and a weight that
+    the training loop gives to `loss`.
+
+    Args:
+        weak: weak augmentation of a batch (B, C, *spatial).
+        tau: least confidence of a pseudo-label that counts, or a threshold that adapts.
+        loss: called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).
+        mode: the model's mode while it makes pseudo-labels (`targets.Mode`).
+
+    Raises:
+        ValueError: `tau` is outside [0, 1], or `mode` is unknown.
+    """
+
+    def __init__(
+        self,
+        weak: Augmentation,
+        tau: float | Threshold = 0.95,
+        loss: MaskedLoss = ce_dice_loss,
+        mode: Mode = "eval",
+    ) -> None:
+        super().__init__()
+        check_mode(mode)
+        self.weak, self.threshold, self.criterion, self.mode = weak, threshold(tau), loss, mode
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
+        """The weak view of `unlabelled` (B, C, *spatial) and its pseudo-labels."""
+        weak = self.weak(unlabelled)
+        return Views(weak, *self.labels(model, weak))
+
+    def labels(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes that `model` sees in `images`, and where it is confident: (B, *spatial), int64 and bool."""
+        p = probabilities(model, images, self.mode)
+        return p.argmax(dim=1), self.threshold(p)
+
+    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+        """The loss between the prediction on the view and its pseudo-labels."""
+        return self.criterion(logits_of(outputs), views.target, views.mask)

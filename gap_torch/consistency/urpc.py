@@ -1,0 +1,63 @@
+"""Uncertainty Rectified Pyramid Consistency (Luo et al., Medical Image Analysis 80:102517, 2022)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import Criterion, wide
+from .method import Augmentation, Method, Outputs, Views, auxiliary_logits, logits_of
+
+
+class URPC(Method):
+    """The predictions of all levels of the decoder are to agree with their mean, the less the more they diverge.
+
+    With p_s the prediction at scale s of S, the model's own included, p_c = (sum_s p_s) / S, and v over the pixels:
+
+        D_s = sum_k p_s log(p_s / p_c)                      uncertainty of each pixel, KL(p_s || p_c)
+        w_s = exp(-D_s)
+        loss = (1 / S) sum_s [ sum_v w_s ||p_s - p_c||^2 / sum_v w_s  +  mean_v D_s ]
+
+    Nothing is held fixed: the gradient goes through p_c and w_s too. (The authors' code has KL(p_c || p_s), and in the
+    square the mean over the classes; here it is the paper.)
+
+    Args:
+        weak: weak augmentation of a batch (B, C, *spatial).
+    """
+
+    auxiliary = "pyramid"
+
+    def __init__(self, weak: Augmentation) -> None:
+        super().__init__()
+        self.weak = weak
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
+        """Weak views of `unlabelled` (B, C, *spatial); the targets come with the predictions."""
+        return Views(self.weak(unlabelled))
+
+    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+        """The disagreement of the scales.
+
+        Raises:
+            ValueError: `outputs` has one scale alone.
+        """
+        log_p = torch.stack([wide(logits).log_softmax(dim=1) for logits in _scales(outputs)])
+        log_c = log_p.logsumexp(dim=0) - math.log(len(log_p))
+        p, c = log_p.exp(), log_c.exp()
+        divergence = (p * (log_p - log_c)).sum(dim=2).flatten(1)
+        weight = (-divergence).exp()  # at least 1 / S, so the sum is not zero
+        distance = (p - c).square().sum(dim=2).flatten(1)
+        return ((weight * distance).sum(dim=1) / weight.sum(dim=1) + divergence.mean(dim=1)).mean()
+
+    def labelled_loss(self, criterion: Criterion, outputs: Outputs, target: Tensor) -> Tensor:
+        """`criterion` of labelled images' logits, mean over the scales.
+
+        Raises:
+            ValueError: `outputs` has one scale alone.
+        """
+        return torch.stack([criterion(logits, target) for logits in _scales(outputs)]).mean()
+
+
+def _scales(outputs: Outputs) -> tuple[Tensor, ...]:
+    return logits_of(outputs), *auxiliary_logits(outputs)

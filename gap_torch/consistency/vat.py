@@ -1,0 +1,98 @@
+"""Virtual Adversarial Training (Miyato et al., 2018) for segmentation."""
+
+import torch
+from torch import Tensor, nn
+
+from ..batchnorm import frozen_running_stats
+from ..losses import wide
+from .divergence import divergence
+from .method import Augmentation, Method, Outputs, Views, logits_of
+from .targets import Mode, check_mode, in_mode, probabilities
+from .thresholds import Threshold, threshold
+
+
+class VAT(Method):
+    """The prediction is to stay the same where, within a small radius around the image, it would change most.
+
+    r_adv = argmax over ||r|| <= radius of KL(f(u) || f(u + r)), approximated by power iteration: from a random
+    direction d on, d <- the gradient of KL(f(u) || f(u + xi d)), normalised. f(u) stays fixed throughout.
+
+    `radius` and `xi` are root mean squares over the values of each image, in units of its intensities. The paper's are
+    L2 norms of a whole image: those allow less to each pixel the more pixels there are, and mean different things for a
+    slice, a larger slice and a volume. An L2 norm of x on an image of n values is a radius of x / sqrt(n); the defaults
+    are the customary norms of 6 and 10 on 256 x 256 slices. `xi` isn't as small as in the paper, for in float32 the
+    difference of two nearly equal predictions is noise, and in bfloat16 all the more.
+
+    Args:
+        weak: weak augmentation of a batch (B, C, *spatial).
+        radius: of the perturbation that is learnt against.
+        xi: of the one that is tried out in the power iteration.
+        iterations: of the power iteration, each one forward and backward pass; with 0 the direction is random.
+        tau: least confidence of f(u) for a pixel to count, or a threshold that adapts; None for every pixel. Pixels
+            that don't count are in the mean as zeros, as in `losses.cross_entropy`.
+        mode: the model's mode for f(u) and in the power iteration (`targets.Mode`), whose passes leave running
+            statistics alone. With "train" dropout can outweigh `xi`.
+
+    Raises:
+        ValueError: `radius` or `iterations` is negative, `xi` isn't above 0, `tau` is outside [0, 1], or `mode` is
+            unknown.
+    """
+
+    def __init__(
+        self,
+        weak: Augmentation,
+        radius: float = 6 / 256,
+        xi: float = 10 / 256,
+        iterations: int = 1,
+        tau: float | Threshold | None = None,
+        mode: Mode = "eval",
+    ) -> None:
+        super().__init__()
+        check_mode(mode)
+        if radius < 0:
+            raise ValueError(f"radius must be at least 0, got {radius}.")
+        if not xi > 0:
+            raise ValueError(f"xi must be above 0, got {xi}.")
+        if iterations < 0:
+            raise ValueError(f"iterations must be at least 0, got {iterations}.")
+        self.weak, self.radius, self.xi, self.iterations, self.mode = weak, radius, xi, iterations, mode
+        self.threshold = None if tau is None else threshold(tau)
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
+        """u + r_adv for the weak views u of `unlabelled` (B, C, *spatial), and the probabilities f(u)."""
+        u = self.weak(unlabelled)
+        target = probabilities(model, u, self.mode)
+        confident = None if self.threshold is None else self.threshold(target)
+        return Views(u + self.radius * self._worst_direction(model, u, target), target, confident)
+
+    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+        """Mean over the pixels of KL(f(u) || f(u + r_adv))."""
+        assert views.target is not None
+        each = divergence(logits_of(outputs), views.target)
+        return each.mean() if views.mask is None else torch.where(views.mask, each, 0.0).mean()
+
+    def _worst_direction(self, model: nn.Module, u: Tensor, target: Tensor) -> Tensor:
+        d = _normalised(torch.randn_like(u))
+        with in_mode(model, self.mode), frozen_running_stats(model):
+            for _ in range(self.iterations):
+                d = _normalised(_gradient(model, u + self.xi * d, target))
+        return d
+
+
+@torch.enable_grad()
+def _gradient(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    """Of the divergence from `target` in `images`, and in nothing else: no parameter gets one."""
+    images = images.detach().requires_grad_()
+    # a sum, for a mean over so many pixels would vanish in float16
+    total = divergence(logits_of(model(images)), target).sum()
+    (gradient,) = torch.autograd.grad(total, images)
+    torch.clear_autocast_cache()  # as in `probabilities`
+    return gradient
+
+
+def _normalised(d: Tensor) -> Tensor:
+    """`d` (B, ...) with a root mean square of 1 in each sample; zeros stay zeros."""
+    over, tiny = tuple(range(1, d.ndim)), torch.finfo(torch.float32).tiny
+    unit = wide(d) / wide(d).abs().amax(over, keepdim=True).clamp(min=tiny)  # its squares don't underflow
+    return (unit / unit.square().mean(over, keepdim=True).sqrt().clamp(min=tiny)).to(d.dtype)

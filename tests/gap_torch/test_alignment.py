@@ -1,0 +1,69 @@
+"""The perturbed prediction against the unperturbed one: KL by hand, none at equality, no gradient to the latter."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gap_torch.consistency import alignment
+from gap_torch.consistency.divergence import divergence
+
+
+def _logits(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_pixel_by_hand() -> None:
+    """KL((1/2, 1/2) || (1/4, 3/4)) = 1/2 ln 2 + 1/2 ln(2/3)."""
+    before, outputs = torch.zeros(1, 2, 1, 1), torch.tensor([1 / 4, 3 / 4]).log().view(1, 2, 1, 1)
+    assert alignment(outputs, before).item() == pytest.approx(math.log(2) / 2 + math.log(2 / 3) / 2)
+
+
+def test_a_class_of_probability_0_counts_nothing() -> None:
+    probabilities, logits = torch.tensor([1.0, 0.0]).view(1, 2, 1), torch.tensor([3.0, 3.0]).view(1, 2, 1)
+    assert divergence(logits, probabilities).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5, 6), (2, 5, 3, 4, 2)])
+def test_it_is_the_mean_over_the_pixels(shape: tuple[int, ...]) -> None:
+    outputs, before = _logits(shape, 0), _logits(shape, 1)
+    p, q = before.exp() / before.exp().sum(1, keepdim=True), outputs.exp() / outputs.exp().sum(1, keepdim=True)
+    pixels = shape[0] * math.prod(shape[2:])
+    torch.testing.assert_close(alignment(outputs, before), (p * (p / q).log()).sum() / pixels)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5, 6), (2, 5, 3, 4, 2)])
+def test_nothing_at_equality(shape: tuple[int, ...]) -> None:
+    outputs = _logits(shape, 0).requires_grad_()
+    value = alignment(outputs, outputs)
+    value.backward()
+    assert abs(value.item()) < 1e-15
+    assert outputs.grad is not None
+    assert outputs.grad.abs().max() < 1e-15
+
+
+def test_auxiliary_outputs_are_averaged() -> None:
+    outputs, before = ([_logits((2, 3, 4, 4), seed) for seed in seeds] for seeds in (range(3), range(3, 6)))
+    each = [alignment(o, b) for o, b in zip(outputs, before, strict=True)]
+    torch.testing.assert_close(alignment(tuple(outputs), tuple(before)), sum(each) / 3)
+
+
+def test_the_gradient_goes_to_what_came_after_alone() -> None:
+    outputs, before = _logits((2, 3, 4, 4), 0).requires_grad_(), _logits((2, 3, 4, 4), 1).requires_grad_()
+    alignment((outputs, outputs), (before, before)).backward()
+    assert before.grad is None
+    torch.testing.assert_close(outputs.grad, (outputs.softmax(1) - before.softmax(1)).detach() / 32)
+
+
+def test_half_precision_logits_are_widened() -> None:
+    outputs, before = _logits((2, 3, 4, 4), 0).bfloat16(), _logits((2, 3, 4, 4), 1).bfloat16()
+    assert alignment(outputs, before).dtype == torch.float32
+
+
+def test_what_does_not_match_is_refused() -> None:
+    logits = _logits((2, 3, 4, 4), 0)
+    with pytest.raises(ValueError, match="probabilities"):
+        alignment(logits, logits[:1])
+    with pytest.raises(ValueError, match="zip"):
+        alignment((logits, logits), logits)

@@ -1,0 +1,193 @@
+"""What holds for every consistency method: who gets a gradient, what stays fixed, what a batch's order may change.
+
+A new method is one line in METHODS. What is its own (values by hand, where its loss is least) is in its own file.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gap_torch.consistency import (
+    CurriculumThreshold,
+    CutMix,
+    CutMixSeg,
+    EntropyMinimisation,
+    FixMatch,
+    Method,
+    MixUp,
+    PseudoLabel,
+    SelfAdaptiveThreshold,
+    Teacher,
+    Views,
+)
+
+
+def _weak(images: Tensor) -> Tensor:
+    return images.flip(-1)
+
+
+def _strong(images: Tensor) -> Tensor:
+    return 0.8 * images + 0.1
+
+
+METHODS: dict[str, Callable[[nn.Module, int], Method]] = {  # called with the model and its number of classes
+    "em": lambda model, classes: EntropyMinimisation(_weak),
+    "pseudo label": lambda model, classes: PseudoLabel(_weak, tau=0.6),
+    "mixup": lambda model, classes: MixUp(_weak),
+    "cutmix": lambda model, classes: CutMixSeg(_weak, tau=0.6),
+    "cutmix, teacher": lambda model, classes: CutMixSeg(_weak, tau=0.6, teacher=Teacher(model)),
+    "fixmatch": lambda model, classes: FixMatch(_weak, _strong, tau=0.6),
+    "fixmatch, cutmix": lambda model, classes: FixMatch(_weak, _strong, tau=0.6, cutmix=CutMix(p=1.0)),
+    "flexmatch": lambda model, classes: FixMatch(_weak, _strong, tau=CurriculumThreshold(classes)),
+    "freematch": lambda model, classes: FixMatch(_weak, _strong, tau=SelfAdaptiveThreshold(classes)),
+}
+SPATIAL = [(6, 8), (4, 6, 8)]
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+
+pytestmark = [
+    pytest.mark.parametrize("name", METHODS),
+    pytest.mark.parametrize("spatial", SPATIAL, ids=["2D", "3D"]),
+    pytest.mark.parametrize("classes", [2, 5]),
+]
+
+
+class Tiny(nn.Module):
+    """Convolution, batch norm and a head; three heads in training mode for methods with auxiliary logits."""
+
+    def __init__(self, dims: int, classes: int) -> None:
+        super().__init__()
+        convolution = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        norm = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+        self.body = nn.Sequential(convolution(1, 6, 3, padding=1), norm(6), nn.ReLU())
+        self.heads = nn.ModuleList(convolution(6, classes, 1) for _ in range(3))
+        for head in self.heads:
+            nn.init.normal_(head.weight)  # predictions of every confidence
+        self.auxiliary = False
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        features = self.body(images)
+        if self.training and self.auxiliary:
+            return tuple(head(features) for head in self.heads)
+        return self.heads[0](features)
+
+
+def _problem(name: str, spatial: tuple[int, ...], classes: int) -> tuple[nn.Module, Method, Tensor]:
+    """A model, the method called `name`, and unlabelled images, in float64."""
+    model = Tiny(len(spatial), classes).double()
+    method = METHODS[name](model, classes)
+    model.auxiliary = method.auxiliary is not None
+    return model, method, torch.randn(4, 1, *spatial, dtype=torch.float64)
+
+
+def _tensors(views: Views) -> list[Tensor]:
+    return [t for t in (views.inputs, views.target, views.mask) if t is not None]
+
+
+def _without_gradient(module: nn.Module) -> bool:
+    return all(p.grad is None for p in module.parameters())
+
+
+def test_prepare_leaves_no_gradient(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = _problem(name, spatial, classes)
+    views = method.prepare(model, images)
+    assert _without_gradient(model)
+    assert not any(t.requires_grad for t in _tensors(views))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_prepare_leaves_the_model_in_its_mode(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = _problem(name, spatial, classes)
+    model.body[1].eval()
+    before = [m.training for m in model.modules()]
+    method.prepare(model, images)
+    assert [m.training for m in model.modules()] == before
+
+
+def test_the_loss_reaches_the_model_and_nothing_else(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = _problem(name, spatial, classes)
+    images.requires_grad_()
+    loss = method.loss(model, method.prepare(model, images))
+    loss.backward()
+    assert loss.shape == ()
+    assert torch.isfinite(loss)
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in (model.body[0].weight, model.heads[0].weight))
+    assert images.grad is None
+    assert _without_gradient(method)
+    assert not any(p.requires_grad for p in method.parameters())
+
+
+def test_the_views_stay_fixed(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = _problem(name, spatial, classes)
+    views = method.prepare(model, images)
+    before, first = [t.clone() for t in _tensors(views)], method.loss(model, views)
+    first.backward()
+    torch.testing.assert_close(method.loss(model, views), first, rtol=0, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(views), before, strict=True))
+
+
+def test_the_loss_moves_with_the_model(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = _problem(name, spatial, classes)
+    views = method.prepare(model, images)
+    before = method.loss(model, views).item()
+    with torch.no_grad():
+        model.heads[0].weight.mul_(-3)
+    assert method.loss(model, views).item() != pytest.approx(before)
+
+
+def test_the_order_of_the_batch_does_not_matter(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = _problem(name, spatial, classes)
+    views, order = method.prepare(model, images), torch.tensor([2, 0, 3, 1])
+    fields = {k: v[order] for k, v in vars(views).items() if v is not None}
+    torch.testing.assert_close(method.loss(model, replace(views, **fields)), method.loss(model, views))
+
+
+def test_the_state_comes_back(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = _problem(name, spatial, classes)
+    for _ in range(3):
+        method.loss(model, method.prepare(model, images)).backward()
+        with torch.no_grad():
+            model.heads[0].weight.sub_(0.1 * model.heads[0].weight.grad)
+        method.update(model)
+    restored = METHODS[name](Tiny(len(spatial), classes).double(), classes)
+    restored.load_state_dict(method.state_dict())
+    torch.manual_seed(1)
+    views = method.prepare(model, images)
+    torch.manual_seed(1)
+    again = restored.prepare(model, images)
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(views), _tensors(again), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(name: str, spatial: tuple[int, ...], classes: int, dtype: torch.dtype) -> None:
+    model, method, images = _problem(name, spatial, classes)
+    model, method, images = model.float(), method.float(), images.float()
+    with torch.autocast("cpu", dtype):
+        loss = method.loss(model, method.prepare(model, images))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in (model.body[0].weight, model.heads[0].weight))
+
+
+def test_no_value_is_looked_at(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = (x.to("meta") for x in _problem(name, spatial, classes))  # there are no values there
+    method.loss(model, method.prepare(model, images)).backward()
+    method.update(model)
+
+
+@CUDA
+def test_nothing_waits_for_the_gpu(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = (x.to("cuda", torch.float32) for x in _problem(name, spatial, classes))
+
+    def step() -> None:
+        method.loss(model, method.prepare(model, images)).backward()
+        method.update(model)
+
+    step()  # warm-up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,127 @@
+"""URPC: its equation by loops and by hand, the bound of its weights, and deep supervision."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gap_torch.consistency import URPC, Views
+from gap_torch.losses import ce_dice_loss, cross_entropy
+
+SHAPES = [(2, 2, 5, 6), (2, 5, 3, 4, 2)]
+
+
+def _identity(images: Tensor) -> Tensor:
+    return images
+
+
+def _scales(shape: tuple[int, ...], count: int = 4, seed: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(count))
+
+
+def _loss(outputs: tuple[Tensor, ...]) -> Tensor:
+    return URPC(_identity).compare(outputs, Views(torch.empty(0)))
+
+
+class Pyramid(nn.Module):
+    """Logits at three scales in training mode, one in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(1, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return tuple(head(images) for head in self.heads) if self.training else self.heads[0](images)
+
+
+def test_a_pixel_by_hand() -> None:
+    """p = (1, 0) and (1/2, 1/2) have the mean (3/4, 1/4).
+
+    D = ln(4/3) and 1/2 ln(2/3) + 1/2 ln 2; one pixel has the weighted mean of its own distance, 1/8, at each scale.
+    """
+    outputs = tuple(torch.tensor(p).log().clamp(min=-200).view(1, 2, 1, 1) for p in ([1.0, 0.0], [0.5, 0.5]))
+    uncertainty = (math.log(4 / 3) + (math.log(2 / 3) + math.log(2)) / 2) / 2
+    assert _loss(outputs).item() == pytest.approx(1 / 8 + uncertainty, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_equation_pixel_by_pixel(shape: tuple[int, ...]) -> None:
+    outputs = _scales(shape)
+    p = [logits.detach().softmax(1).flatten(2).movedim(1, 2).flatten(0, 1) for logits in outputs]
+    total = 0.0
+    for scale in p:
+        weights, weighted, divergences = [], [], []
+        for pixel in range(len(scale)):
+            p_s, p_c = scale[pixel], sum(other[pixel] for other in p) / 4
+            d = sum(a * math.log(a / b) for a, b in zip(p_s.tolist(), p_c.tolist(), strict=True))
+            weights.append(math.exp(-d))
+            weighted.append(math.exp(-d) * ((p_s - p_c) ** 2).sum().item())
+            divergences.append(d)
+        total += sum(weighted) / sum(weights) + sum(divergences) / len(divergences)
+    assert _loss(outputs).item() == pytest.approx(total / 4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scales_that_agree_cost_nothing(shape: tuple[int, ...]) -> None:
+    (logits,) = _scales(shape, 1)
+    loss = _loss((logits, logits + 3, logits.clone()))  # the same probabilities
+    loss.backward()
+    assert abs(loss.item()) < 1e-14
+    assert logits.grad.abs().max() < 1e-14
+
+
+def test_the_gradient_reaches_every_scale_and_is_right() -> None:
+    outputs = _scales((1, 3, 2, 2), 3)
+    assert torch.autograd.gradcheck(lambda *scales: _loss(scales), outputs)
+
+
+def test_the_order_of_scales_and_of_the_batch_does_not_matter() -> None:
+    outputs = _scales((4, 3, 5, 5))
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(_loss(tuple(o[order] for o in outputs[::-1])), _loss(outputs))
+
+
+def test_opposite_certainties_stay_finite() -> None:
+    """exp(-D) has 1 / S as its least value, so no weight vanishes."""
+    certain = 1e4 * torch.eye(2).view(2, 1, 2, 1, 1)
+    outputs = tuple(logits.clone().requires_grad_() for logits in certain)
+    loss = _loss(outputs)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2) + 0.5)
+    assert all(logits.grad.isfinite().all() for logits in outputs)
+
+
+def test_the_views_are_weak_ones_without_target() -> None:
+    images = torch.randn(2, 1, 5, 5, requires_grad=True)
+    views = URPC(lambda x: 2 * x).prepare(Pyramid(), images)
+    assert torch.equal(views.inputs, 2 * images)
+    assert not views.inputs.requires_grad
+    assert views.target is None
+    assert views.mask is None
+
+
+def test_labels_supervise_every_scale() -> None:
+    model, images, labels = Pyramid(), torch.randn(2, 1, 5, 5), torch.randint(3, (2, 5, 5))
+    loss = URPC(_identity).labelled_loss(ce_dice_loss, model(images), labels)
+    expected = sum(ce_dice_loss(head(images), labels) for head in model.heads) / 3
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_it_declares_its_pyramid() -> None:
+    assert URPC.auxiliary == "pyramid"
+
+
+@pytest.mark.parametrize("outputs", [torch.randn(2, 3, 4, 4), (torch.randn(2, 3, 4, 4),)])
+def test_one_scale_alone_is_an_error(outputs) -> None:
+    with pytest.raises(ValueError, match="auxiliary"):
+        URPC(_identity).compare(outputs, Views(torch.empty(0)))
+    with pytest.raises(ValueError, match="auxiliary"):
+        URPC(_identity).labelled_loss(cross_entropy, outputs, torch.zeros(2, 4, 4, dtype=torch.int64))
+
+
+def test_half_precision_logits_are_widened() -> None:
+    assert _loss(tuple(logits.detach().bfloat16() for logits in _scales((2, 3, 4, 4)))).dtype == torch.float32

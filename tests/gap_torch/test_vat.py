@@ -1,0 +1,230 @@
+"""VAT: the direction against one worked out by hand, its length, and that looking for it leaves no trace."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gap_torch import GAPWrapper
+from gap_torch.consistency import VAT, Views
+from gap_torch.consistency.vat import _normalised
+
+
+def _identity(images: Tensor) -> Tensor:
+    return images
+
+
+def _network(classes: int = 3, dims: int = 2) -> nn.Sequential:
+    conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+    return nn.Sequential(conv(1, 4, 3, padding=1), norm(4), nn.Tanh(), nn.Dropout(0.3), conv(4, classes, 1))
+
+
+def _size(perturbation: Tensor) -> Tensor:
+    """Root mean square of each sample."""
+    return perturbation.flatten(1).square().mean(1).sqrt()
+
+
+class OneChannelCounts(nn.Module):
+    """Logits (w x_0, 0) of each pixel: at the logit's steepest, KL(f(u) || f(u + r)) is about (w r_0)^2 / 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.weight * images[:, :1]
+        return torch.cat([first, torch.zeros_like(first)], dim=1)
+
+
+def test_one_iteration_by_hand() -> None:
+    """At u = 0 the Hessian is the same everywhere on channel 0 and zero on channel 1: d loses its channel 1."""
+    u = torch.zeros(3, 2, 8, 9, dtype=torch.float64)
+    method = VAT(_identity, radius=0.05, xi=1e-4)
+    torch.manual_seed(3)
+    inputs = method.prepare(OneChannelCounts(), u).inputs
+    torch.manual_seed(3)
+    random = torch.randn_like(u)
+    random[:, 1] = 0
+    expected = random * (0.05 * math.sqrt(2 * 8 * 9) / random.flatten(1).norm(dim=1).view(3, 1, 1, 1))
+    torch.testing.assert_close(inputs, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_more_iterations_find_the_dominant_direction() -> None:
+    """The steepest pixel, by far, is the one whose prediction is undecided."""
+    u = torch.full((1, 2, 5, 5), 3.0, dtype=torch.float64)
+    u[0, 0, 2, 3] = 0
+    r = VAT(_identity, radius=1.0, xi=1e-3, iterations=8).prepare(OneChannelCounts(), u).inputs - u
+    assert r[0, 0, 2, 3].abs().item() == pytest.approx(math.sqrt(50), rel=1e-6)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_it_is_worse_than_a_random_direction(iterations: int) -> None:
+    model, images = _network().eval(), torch.randn(6, 1, 12, 12)
+    losses = []
+    for count in (0, iterations):
+        torch.manual_seed(0)
+        method = VAT(_identity, radius=0.1, iterations=count)
+        losses.append(method.loss(model, method.prepare(model, images)).item())
+    assert losses[1] > 1.5 * losses[0] > 0
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 8, 8), (3, 2, 40, 30), (2, 1, 6, 7, 8)])
+@pytest.mark.parametrize("iterations", [0, 1])
+def test_the_radius_is_a_root_mean_square_whatever_the_size(shape: tuple[int, ...], iterations: int) -> None:
+    conv = nn.Conv2d if len(shape) == 4 else nn.Conv3d
+    model, images = conv(shape[1], 3, 3, padding=1), torch.rand(shape)
+    r = VAT(_identity, radius=0.03, iterations=iterations).prepare(model, images).inputs - images
+    torch.testing.assert_close(_size(r), torch.full((shape[0],), 0.03), rtol=1e-4, atol=0)
+
+
+def test_a_flat_model_gives_no_direction_and_no_nan() -> None:
+    model = nn.Conv2d(1, 3, 1)
+    nn.init.zeros_(model.weight)
+    images = torch.rand(2, 1, 4, 4)
+    assert torch.equal(VAT(_identity).prepare(model, images).inputs, images)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-26, 1.0, 1e30])
+def test_gradients_whose_squares_float32_does_not_have(size: float) -> None:
+    d = torch.randn(3, 2, 5, 5)
+    expected = d / _size(d).view(3, 1, 1, 1)
+    torch.testing.assert_close(_normalised(size * d), expected)
+
+
+@pytest.mark.parametrize(("classes", "spatial"), [(2, (6, 7)), (5, (4, 5, 6))])
+def test_the_loss_is_the_divergence_from_the_clean_prediction(classes: int, spatial: tuple[int, ...]) -> None:
+    model = _network(classes, len(spatial)).double().eval()
+    method, images = VAT(lambda x: x.flip(-1), radius=0.5), torch.randn(2, 1, *spatial, dtype=torch.float64)
+    views = method.prepare(model, images)
+    p, q = model(images.flip(-1)).softmax(1), model(views.inputs).softmax(1)
+    torch.testing.assert_close(views.target, p)
+    torch.testing.assert_close(method.loss(model, views), (p * (p / q).log()).sum(1).mean())
+
+
+def test_unconfident_pixels_count_as_zeros() -> None:
+    model, images = _network().eval(), torch.randn(2, 1, 9, 9)
+    method = VAT(_identity, tau=0.4)
+    views = method.prepare(model, images)
+    assert torch.equal(views.mask, views.target.amax(1) >= 0.4)
+    assert 0 < views.mask.sum() < views.mask.numel()
+    logits = model(views.inputs)
+    each = (views.target * (views.target.log() - logits.log_softmax(1))).sum(1)
+    torch.testing.assert_close(method.compare(logits, views), each[views.mask].sum() / each.numel())
+
+
+def test_agreement_costs_nothing() -> None:
+    logits = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    loss = VAT(_identity).compare(logits, Views(logits, logits.detach().softmax(1)))
+    loss.backward()
+    assert abs(loss.item()) < 1e-12
+    assert logits.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["eval", "batch", "train"])
+def test_prepare_leaves_no_trace(mode) -> None:
+    """No gradient in a parameter or a view, the mode as it was, one update of running statistics at most."""
+    model, images = _network().train(), torch.randn(4, 1, 6, 6)
+    once = copy.deepcopy(model)
+    fired: list[Tensor] = []
+    for p in model.parameters():
+        p.register_hook(fired.append)
+    views = VAT(_identity, iterations=3, mode=mode).prepare(model, images)
+    assert not fired
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not views.inputs.requires_grad
+    assert not views.target.requires_grad
+    assert all(module.training for module in model.modules())
+    once.train(mode != "eval")(images)
+    for ours, expected in zip(model.buffers(), once.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_gradient_that_is_there_stays() -> None:
+    model = _network()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    VAT(_identity).prepare(model, torch.randn(2, 1, 6, 6))
+    assert all((p.grad == 1).all() for p in model.parameters())
+
+
+def test_a_frozen_model_will_do() -> None:
+    model, images = _network().requires_grad_(False), torch.randn(2, 1, 6, 6)
+    assert _size(VAT(_identity).prepare(model, images).inputs - images).min() > 0
+
+
+def test_the_gradient_goes_to_every_parameter() -> None:
+    model = _network()
+    method = VAT(_identity)
+    method.loss(model, method.prepare(model, torch.randn(2, 1, 6, 6))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["eval", "batch"])
+def test_an_autocast_region_around_prepare_and_loss(mode) -> None:
+    """Its cache of casts mustn't hold those of the power iteration, whose graph is gone."""
+    model, images = _network(), torch.randn(2, 1, 8, 8)
+    method = VAT(_identity, iterations=2, mode=mode)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1))
+    with torch.autocast("cpu", torch.bfloat16):
+        views = method.prepare(model, images)
+        assert views.inputs.dtype == views.target.dtype == torch.float32
+        torch.testing.assert_close(_size(views.inputs - images), torch.full((2,), 6 / 256), rtol=1e-3, atol=0)
+        method.loss(model, views).backward()
+        with optimizer.perturbed(model):
+            method.loss(model, views).backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def _ddp_worker(rank: int) -> dict[str, Tensor]:
+    """Prepare, loss and a perturbed pass, twice, through DDP; each rank has images of its own."""
+    torch.manual_seed(0)
+    network = _network().double()
+    model = DistributedDataParallel(network)
+    method = VAT(_identity, radius=0.1)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1))
+    images = torch.randn(2, 2, 1, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[rank]
+    for _ in range(2):
+        alone = copy.deepcopy(network)
+        torch.manual_seed(rank)
+        expected = method.prepare(alone, images).inputs
+        torch.manual_seed(rank)
+        views = method.prepare(model, images)
+        method.loss(model, views).backward()
+        with optimizer.perturbed(model):
+            method.loss(model, views).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"inputs": views.inputs, "expected": expected, "weight": network[0].weight.detach()}
+
+
+def test_through_ddp_every_rank_has_its_own_direction(on_two_ranks) -> None:
+    first, second = on_two_ranks(_ddp_worker)
+    for each in (first, second):
+        torch.testing.assert_close(each["inputs"], each["expected"])
+    torch.testing.assert_close(first["weight"], second["weight"])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"radius": -1.0}, {"xi": 0.0}, {"iterations": -1}, {"tau": 1.1}, {"mode": "test"}],
+    ids=lambda bad: next(iter(bad)),
+)
+def test_bad_arguments_are_named(bad) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        VAT(_identity, **bad)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_nothing_waits_for_the_gpu() -> None:
+    model, images = _network().cuda(), torch.rand(4, 1, 16, 16).cuda()
+    method = VAT(_identity, tau=0.5)
+    method.loss(model, method.prepare(model, images)).backward()  # warm-up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        method.loss(model, method.prepare(model, images)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
