@@ -1,8 +1,7 @@
 """The grid of the lab: which runs are to be made, in which order. `reproduce.py` makes them.
 
 A run is a `Cell`. BATCHES is the whole grid, the most urgent part first; a cell that is in two groups is one cell.
-To add runs, add a batch, or a value to a sweep. Results are told apart by the cell's name, which is also the name of its
-JSON file.
+To add runs, add a batch, or a value to a sweep. A cell's name tells it from all others, and is that of its JSON file.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ import common  # noqa: F401  the examples become importable
 from acdc_gapmatch import ACDC
 from la_gapmatch import LA
 from published import Method
+from segmentation.methods import label
 from segmentation.recipe import Recipe, run_name
 from segmentation.task import Task
 
@@ -69,16 +69,11 @@ class Cell:
     changes: tuple[tuple[str, Any], ...] = ()
 
     @property
-    def label(self) -> str:
-        """The method's name in file names and lists."""
-        return run_name(self.method, self.gap)
-
-    @property
     def name(self) -> str:
         """Such as `acdc_1pct_study_gapmatch_eps0.2_alpha2_seed1`."""
         changes = [_change(name, value) for name, value in self.changes]
-        parts = [self.data_set.lower(), f"{self.share}pct", self.preset, self.label, *changes, f"seed{self.seed}"]
-        return "_".join(parts)
+        run = run_name(self.method, self.gap)
+        return "_".join([self.data_set.lower(), f"{self.share}pct", self.preset, run, *changes, f"seed{self.seed}"])
 
     @property
     def tested(self) -> bool:
@@ -92,13 +87,20 @@ class Cell:
         return Recipe(method=self.method, gap=self.gap, seed=self.seed, **{**preset, **dict(self.changes)})
 
 
+def title(method: Method) -> str:
+    """What tables and pictures call a method."""
+    name, gap = method
+    return label(Recipe(method=name, gap=gap))
+
+
 def cell(
     data_set: str, preset: str, method: Method, share: int, seed: int, changes: Mapping[str, Any] | None = None
 ) -> Cell:
     """A cell of the grid. Changes that change nothing are left out, so that one recipe has one name."""
     plain = Cell(data_set, preset, *method, share, seed)
+    if not changes:
+        return plain
     values = plain.recipe.to_dict()
-    changes = changes or {}
     real = tuple((name, changes[name]) for name in values if name in changes and changes[name] != values[name])
     return Cell(data_set, preset, *method, share, seed, real)
 

@@ -34,7 +34,7 @@ class Records:
         write_json(self.path(cell), record)
 
     def state(self, cell: Cell) -> State:
-        """"stale": recorded with another recipe than the cell has today; it counts for nothing until it is deleted."""
+        """ "stale": recorded with another recipe than the cell has today; it counts for nothing until it is deleted."""
         record = self.read(cell)
         if record is None:
             return "open"

@@ -21,7 +21,6 @@ from segmentation.data import patient_of, patients_for_share, read_list, split_b
 from segmentation.errors import RunError, UserError
 from segmentation.job import Job, run
 
-
 CLOCK = "seconds"
 """File in a cell's folder: wall time so far."""
 
@@ -102,7 +101,7 @@ class Lab:
 
 
 def work(lab: Lab, cells: Sequence[Cell], seconds: float) -> None:
-    """Attempt `cells` in their order until `seconds` are over or all are done. What is at hand then is resumed next time.
+    """Attempt `cells` in their order until `seconds` are over or all are done; the next call goes on from there.
 
     What a user can mend, and errors in the code, leave a cell open and do not stop the others.
     """

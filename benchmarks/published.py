@@ -1,7 +1,10 @@
 """What the GapMatch paper prints (Huang et al., AAAI 2025): Dice in percent and ASD in voxels on the test volumes."""
 
+import common  # noqa: F401  the examples become importable
+from segmentation import recipe
+
 Scores = tuple[float, float]
-Method = tuple[str, bool]
+Method = tuple[recipe.Method, bool]
 """Name of a method, and whether GAP is on it."""
 
 FULLY_SUPERVISED: dict[str, Scores] = {"ACDC": (91.5, 0.57), "LA": (91.5, 1.51)}

@@ -4,8 +4,8 @@
     python benchmarks/reproduce.py --run --data-acdc data/ACDC --budget 60         an hour of it
     python benchmarks/reproduce.py --report                     docs/results.md and its figures
 
-`--run` goes on where the last one stopped, in the middle of a cell too. Several may run at once on one folder: none makes
-a cell that another one has or makes. Records go to benchmarks/results/cells/, checkpoints and logs to runs/reproduce/.
+`--run` goes on where the last one stopped, in the middle of a cell too. Several may run at once: none makes a cell that
+another one has or makes. Records go to benchmarks/results/cells/, checkpoints and logs to runs/reproduce/.
 A cell that failed (a loss was not finite) is recorded as such; delete its record and its work folder to try it again.
 """
 
