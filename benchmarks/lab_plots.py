@@ -57,10 +57,11 @@ def gain_by_method(found: Found) -> Figure | None:
     figure, panels = _panels([f"{share} % labelled" for share in SHARES], height=3.6)
     for axes, share in zip(panels, SHARES, strict=True):
         for place, method in enumerate(GAINING):
-            for index, preset in enumerate(presets):
-                _dots(axes, place + 0.22 * (index - (len(presets) - 1) / 2), gains[preset, method, share], preset)
+            *places, beside = (place + 0.24 * (index - len(presets) / 2) for index in range(len(presets) + 1))
+            for x, preset in zip(places, presets, strict=True):
+                _dots(axes, x, gains[preset, method, share], preset)
             if published := lab_scores.published_gain("ACDC", method, share):
-                axes.plot(place, published[0], "D", color="black", fillstyle="none", markersize=5)
+                axes.plot(beside, published[0], "D", color="black", fillstyle="none", markersize=5)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_xticks(range(len(GAINING)), [title((method, False)) for method in GAINING], rotation=40, ha="right")
     panels[0].set_ylabel("gain in Dice by GAP\n(percentage points)")
@@ -113,7 +114,7 @@ def eps_alpha(found: Found) -> Figure | None:
         _line(axes, {eps * shift: values for eps, values in of_alpha.items()}, COLOURS[index], f"alpha {alpha:g}")
     _ticks(axes, all_eps, "eps (log scale)")
     axes.set_ylabel("validation Dice (%)")
-    axes.legend(frameon=False)
+    figure.legend(handles=_handles(axes), loc="outside upper center", ncols=len(dice), frameon=False)
     return figure
 
 

@@ -37,20 +37,20 @@ the next time; on a GPU it takes the full-scale cells, on a CPU the reduced ones
 
 ## How to read the tables
 
-Numbers are Dice in percent, then ASD in voxels, on the test volumes: mean ± sample standard deviation over n seeds ("-"
-with one seed). The iteration is chosen on the validation volumes (LA has none: the last one). The labelled patients are
-the first of the list, so seeds differ in initial weights, batches and augmentation, not in patients. A gain is the score
-with GAP less that without, seed by seed: for the Dice more is better, for the ASD less. "open" has not been run. † marks
-a mean with a run in which more than half of the predictions were empty; an empty one counts as Dice 0 and ASD 0, so that
-the ASD then says nothing. "paper" is Huang et al., AAAI 2025, which prints one number a cell and no spread.
+Numbers are Dice in percent, then ASD in voxels, on the test volumes: mean ± sample standard deviation over n seeds
+("-" with one seed). The iteration is chosen on the validation volumes (LA has none: the last one). The labelled
+patients are the first of the list, so seeds differ in initial weights, batches and augmentation, not in patients. A gain
+is the score with GAP less that without, seed by seed: for the Dice more is better, for the ASD less. "open" has not been
+run. † marks a mean with a run in which more than half of the predictions were empty; an empty one counts as Dice 0 and
+ASD 0, so that the ASD then says nothing. "paper" is Huang et al., AAAI 2025, which prints one number and no spread.
 """
 
 HYPER_PARAMETERS = """\
 ## Hyper-parameters
 
 GapMatch on ACDC, 1 % of the labels, at reduced scale: the best Dice in percent on the validation volumes in the course
-of a run, mean ± sample standard deviation over n seeds. The test volumes are not scored for these runs. "default" is the
-recipe of the tables above.
+of a run, mean ± sample standard deviation over n seeds. The test volumes are not scored for these runs. "default" is
+the recipe of the tables above.
 """
 
 
@@ -130,7 +130,7 @@ def _gain(found: Found, data_set: str, preset: str, method: str, share: int) -> 
     pairs = lab_scores.gains(found, data_set, preset, method, share).values()
     text = _spread([dice for dice, _ in pairs], [asd for _, asd in pairs], signed=True)
     declared = len(lab_scores.seeds(data_set, preset, (method, True), share))
-    return text + _number(len(pairs), declared) if pairs else ""
+    return text + _number(len(pairs), declared) if pairs else "open"
 
 
 def _count(found: Found, declared: Sequence[Cell], done: int) -> str:
@@ -160,9 +160,11 @@ def mean_and_deviation(values: Sequence[float], digits: int, signed: bool = Fals
 
 
 def _scores(scores: Scores | None, signed: bool = False) -> str:
+    """With as many digits as the paper prints."""
     if scores is None:
         return ""
-    return "{:+.1f}, {:+.2f}".format(*scores) if signed else "{:g}, {:g}".format(*scores)
+    (dice, asd), sign = scores, "+" if signed else ""
+    return f"{dice:{sign}.1f}, {asd:{sign}.{2 if abs(asd) < 10 else 1}f}"
 
 
 def _alternating(ours: Sequence[str], paper: Sequence[str]) -> list[str]:
@@ -201,7 +203,7 @@ def _validated(found: Found, preset: str, changes: Mapping[str, object]) -> str:
     dice = list(lab_scores.validations(found, preset, changes).values())
     text = mean_and_deviation(dice, 1) if dice else ""
     default = not cell("ACDC", preset, GAPMATCH, 1, 0, changes).changes
-    declared = lab_scores.seeds("ACDC", preset, GAPMATCH, 1, changes)
+    declared = lab_scores.compared(preset, changes)
     return text + _count(found, declared, len(dice)) + ", default" * default
 
 
@@ -226,14 +228,16 @@ def _heading(found: Found, data_set: str, preset: str) -> str:
 
 def _protocol(preset: str, recipe: Recipe) -> str:
     size = " x ".join(map(str, recipe.size))
+    weights = "a moving average of the weights" if recipe.average_decay else "the trained weights"
     statistics = f"taken anew over {recipe.statistics_samples} samples" if recipe.statistics_samples else "running"
-    return f"""\
-- Preset `{preset}`: input {size}, network width {recipe.width}, batch {recipe.labelled_batch} labelled +
-  {recipe.unlabelled_batch} unlabelled, {recipe.iterations:,} iterations of SGD (lr {recipe.lr:g}, momentum
-  {recipe.momentum:g}), validated every {recipe.validate_every:,}.
-- tau {recipe.tau:g}, eps {recipe.eps:g}, alpha {recipe.alpha:g}; R of equation 7: {recipe.unlabelled_loss}.
-- Scored: {"a moving average of the weights" if recipe.average_decay else "the trained weights"}, batch-norm statistics
-  {statistics}."""
+    lines = (
+        f"Preset `{preset}`: input {size}, network width {recipe.width}, batch {recipe.labelled_batch} labelled + "
+        f"{recipe.unlabelled_batch} unlabelled, {recipe.iterations:,} iterations of SGD (lr {recipe.lr:g}, momentum "
+        f"{recipe.momentum:g}), validated every {recipe.validate_every:,}.",
+        f"tau {recipe.tau:g}, eps {recipe.eps:g}, alpha {recipe.alpha:g}; R of equation 7: `{recipe.unlabelled_loss}`.",
+        f"Scored: {weights}; batch-norm statistics: {statistics}.",
+    )
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _hardware(found: Found, declared: Sequence[Cell]) -> str:
