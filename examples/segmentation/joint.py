@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from gap_torch.consistency import Outputs
+from gap_torch.consistency.feature_perturbations import FeaturePerturbation
 from gap_torch.losses import wide
 
 from . import ranks
@@ -35,7 +37,10 @@ def joint(model: nn.Module) -> nn.Module:
 
 
 class Joint(nn.Module):
-    """What `joint` makes: (B, ...) images -> (B, ...) logits in float32 at least; the ranks divide B."""
+    """What `joint` makes: (B, ...) images -> (B, ...) logits in float32 at least; the ranks divide B.
+
+    A gradient in the images is that of one process too.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -50,9 +55,26 @@ class Joint(nn.Module):
                 broadcast_buffers=False,  # joint statistics are the same everywhere
             )
 
-    def forward(self, images: Tensor) -> Tensor:
-        own = images.unflatten(0, (ranks.world(), -1))[ranks.rank()]
-        return _Gather.apply(wide(self.network(own)))
+    def forward(self, images: Tensor) -> Outputs:
+        outputs = self.network(_Share.apply(images))
+        if isinstance(outputs, Tensor):
+            return _Gather.apply(wide(outputs))
+        # As one tensor: then every parameter gets a gradient, zeros where the loss leaves some of them out, for which
+        # DistributedDataParallel would wait in vain.
+        return _Gather.apply(torch.stack([wide(logits) for logits in outputs], dim=1)).unbind(dim=1)
+
+
+class _Share(torch.autograd.Function):
+    """All rows -> this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return images.unflatten(0, (ranks.world(), -1))[ranks.rank()]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """The gradient in all rows; each rank's is times world, see `_Gather`."""
+        return ranks.stacked(grad).flatten(0, 1) / ranks.world()
 
 
 class _Gather(torch.autograd.Function):
@@ -76,6 +98,8 @@ def _with_joint_layers(network: nn.Module) -> nn.Module:
             layer.__class__ = JointDropout
         elif isinstance(layer, ChannelDropout):
             layer.__class__ = JointChannelDropout
+        elif isinstance(layer, FeaturePerturbation):
+            layer.rand = _joint_rand  # type: ignore[method-assign]
         elif isinstance(layer, _BatchNorm) and on_cpu:
             layer.__class__ = JointBatchNorm
     return network if on_cpu else nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -102,6 +126,12 @@ class JointChannelDropout(ChannelDropout):
             return input
         batch = input.new_empty(ranks.world() * len(input), input.shape[1], 1, 1, 1)
         return input * channel_mask(batch, self.p).unflatten(0, (ranks.world(), -1))[ranks.rank()]
+
+
+def _joint_rand(features: Tensor, *size: int) -> Tensor:
+    """This rank's rows of what `FeaturePerturbation.rand` would draw for the joint batch."""
+    batch = torch.rand(ranks.world() * len(features), *size, device=features.device)
+    return batch.unflatten(0, (ranks.world(), -1))[ranks.rank()]
 
 
 class JointBatchNorm(_BatchNorm):

@@ -8,7 +8,24 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gap_torch.consistency import CutMix, FixMatch, Method, Threshold
+from gap_torch.consistency import (
+    CCT,
+    ICT,
+    URPC,
+    VAT,
+    CurriculumThreshold,
+    CutMix,
+    CutMixSeg,
+    EntropyMinimisation,
+    FixMatch,
+    MeanTeacher,
+    Method,
+    MixUp,
+    PseudoLabel,
+    SelfAdaptiveThreshold,
+    Teacher,
+    Threshold,
+)
 from gap_torch.consistency.method import Auxiliary
 from gap_torch.losses import MaskedLoss, ce_dice_loss, dice_loss
 
@@ -17,6 +34,7 @@ from .task import Task
 
 R: dict[str, MaskedLoss] = {"ce_dice": ce_dice_loss, "dice": dice_loss}
 """Of equation 7."""
+DECAY = 0.99  # of teachers
 
 
 @dataclass(frozen=True)
@@ -38,9 +56,27 @@ def _fixmatch(recipe: Recipe, task: Task, tau: float | Threshold) -> Method:
     return FixMatch(task.weak(), task.strong(), tau, cutmix=CutMix(), loss=loss, mode=recipe.targets)
 
 
+def _cutmix(recipe: Recipe, task: Task, model: nn.Module) -> Method:
+    loss, teacher = R[recipe.unlabelled_loss], Teacher(model, DECAY)
+    return CutMixSeg(task.weak(), tau=recipe.tau, loss=loss, mode=recipe.targets, teacher=teacher)
+
+
 TABLE: dict[str, Entry] = {
     "supervised": Entry("Supervised", None),
-    "fixmatch": Entry("FixMatch", lambda r, t, _: _fixmatch(r, t, r.tau), with_gap="GapMatch"),
+    "em": Entry("EM", lambda r, t, m: EntropyMinimisation(t.weak())),
+    "pseudo_label": Entry(
+        "Pseudo Label", lambda r, t, m: PseudoLabel(t.weak(), r.tau, R[r.unlabelled_loss], mode=r.targets)
+    ),
+    "ict": Entry("ICT", lambda r, t, m: ICT(Teacher(m, DECAY), t.weak(), mode=r.targets)),
+    "mixup": Entry("MixUp", lambda r, t, m: MixUp(t.weak(), mode=r.targets)),
+    "cutmix": Entry("CutMix", _cutmix),
+    "vat": Entry("VAT", lambda r, t, m: VAT(t.weak(), mode=r.targets)),
+    "fixmatch": Entry("FixMatch", lambda r, t, m: _fixmatch(r, t, r.tau), with_gap="GapMatch"),
+    "flexmatch": Entry("FlexMatch", lambda r, t, m: _fixmatch(r, t, CurriculumThreshold(t.num_classes, r.tau))),
+    "freematch": Entry("FreeMatch", lambda r, t, m: _fixmatch(r, t, SelfAdaptiveThreshold(t.num_classes))),
+    "mean_teacher": Entry("Mean Teacher", lambda r, t, m: MeanTeacher(Teacher(m, DECAY), t.weak(), mode=r.targets)),
+    "urpc": Entry("URPC", lambda r, t, m: URPC(t.weak()), URPC.auxiliary),
+    "cct": Entry("CCT", lambda r, t, m: CCT(t.weak(), mode=r.targets), CCT.auxiliary),
 }
 
 

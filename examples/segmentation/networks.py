@@ -1,8 +1,16 @@
 """The networks of the field's common recipe."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gap_torch.consistency import Outputs
+from gap_torch.consistency.method import Auxiliary
+
+from .auxiliary import further
 
 
 class UNet(nn.Module):
@@ -16,6 +24,7 @@ class UNet(nn.Module):
         num_classes: channels of the logits.
         width: channels of the first level; they double at each of the four others.
         dropout: probability by level.
+        auxiliary: further logits in training mode, behind the network's own (`auxiliary.py`).
     """
 
     def __init__(
@@ -24,25 +33,56 @@ class UNet(nn.Module):
         num_classes: int = 4,
         width: int = 16,
         dropout: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5),
+        auxiliary: Auxiliary | None = None,
     ) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(5)]
         inputs = [in_channels, *channels[:-1]]
         self.encoder = nn.ModuleList(ConvBlock(i, o, p) for i, o, p in zip(inputs, channels, dropout, strict=True))
+        own = Decoder(channels, num_classes)
+        self.up, self.decoder, self.head = own.up, own.decoder, own.head
+        head, decoder = partial(_head, num_classes), partial(Decoder, channels, num_classes)
+        self.further = further(auxiliary, channels, head, decoder)
+
+    def forward(self, image: Tensor) -> Outputs:
+        """Logits (B, num_classes, H, W) of `image` (B, in_channels, H, W); H and W are multiples of 16.
+
+        With `auxiliary`, in training mode, a tuple: those, and the further ones, of the same shape.
+        """
+        features = [self.encoder[0](image)]
+        for block in self.encoder[1:]:
+            features.append(block(F.max_pool2d(features[-1], 2)))
+        levels = decoded(features, self.up, self.decoder)
+        logits = self.head(levels[-1])
+        if self.further is None or not self.training:
+            return logits
+        return logits, *self.further(features, levels)
+
+
+class Decoder(nn.Module):
+    """From the encoder's features to logits; `channels` are theirs, the deepest last."""
+
+    def __init__(self, channels: Sequence[int], num_classes: int) -> None:
+        super().__init__()
         deep_to_shallow = list(zip(channels[:0:-1], channels[-2::-1], strict=True))
         self.up = nn.ModuleList(Up(i, o) for i, o in deep_to_shallow)
         self.decoder = nn.ModuleList(ConvBlock(2 * o, o, 0.0) for _, o in deep_to_shallow)
-        self.head = nn.Conv2d(width, num_classes, kernel_size=3, padding=1)
+        self.head = _head(num_classes, channels[0])
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, num_classes, H, W) of `image` (B, in_channels, H, W); H and W are multiples of 16."""
-        skips = [self.encoder[0](image)]
-        for block in self.encoder[1:]:
-            skips.append(block(F.max_pool2d(skips[-1], 2)))
-        x = skips.pop()
-        for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(torch.cat([skips.pop(), up(x)], dim=1))
-        return self.head(x)
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.head(decoded(features, self.up, self.decoder)[-1])
+
+
+def decoded(features: Sequence[Tensor], up: nn.ModuleList, decoder: nn.ModuleList) -> list[Tensor]:
+    """What each level of a decoder makes of the encoder's `features`, the deepest first."""
+    levels = [features[-1]]
+    for rise, block, skip in zip(up, decoder, features[-2::-1], strict=True):
+        levels.append(block(torch.cat([skip, rise(levels[-1])], dim=1)))
+    return levels[1:]
+
+
+def _head(num_classes: int, channels: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
 
 
 class Up(nn.Sequential):

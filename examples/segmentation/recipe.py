@@ -1,7 +1,7 @@
 """What a run is made of, in one frozen record."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from .errors import InputError
@@ -116,6 +116,11 @@ class Recipe:
     def name(self) -> str:
         """Of the run, in folders and on the command line; `method_of` reads it."""
         return run_name(self.method, self.gap)
+
+    def for_run(self, name: str) -> "Recipe":
+        """The same for the run called `name`. Raises InputError for an unknown one."""
+        method, gap = method_of(name)
+        return replace(self, method=method, gap=gap)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON and checkpoints."""

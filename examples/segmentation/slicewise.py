@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gap_torch.consistency.method import Auxiliary
+
 from . import slices
 from .augment import Strong, Weak
 from .data import Volume
@@ -40,8 +42,8 @@ class SliceTask(Task):
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
         return slices.load_volumes(root, names, self.num_classes)
 
-    def network(self, recipe: Recipe) -> nn.Module:
-        return UNet(num_classes=self.num_classes, width=recipe.width)
+    def network(self, recipe: Recipe, auxiliary: Auxiliary | None) -> nn.Module:
+        return UNet(num_classes=self.num_classes, width=recipe.width, auxiliary=auxiliary)
 
     def weak(self) -> Weak:
         return Weak()

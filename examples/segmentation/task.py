@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gap_torch.consistency.method import Auxiliary
+
 from .data import Volume
 from .figures import Case
 from .recipe import Recipe
@@ -106,8 +108,12 @@ class Task(ABC):
         """The named volumes. Raises InputError for a bad file."""
 
     @abstractmethod
-    def network(self, recipe: Recipe) -> nn.Module:
-        """A fresh one: (B, 1, *size) images -> (B, num_classes, *size) logits."""
+    def network(self, recipe: Recipe, auxiliary: Auxiliary | None) -> nn.Module:
+        """A fresh one: (B, 1, *size) images -> (B, num_classes, *size) logits.
+
+        In training mode followed, in a tuple, by the further ones that `auxiliary` asks for
+        (`gap_torch.consistency.Method.auxiliary`); its other parameters are then those that a seed gives without.
+        """
 
     @abstractmethod
     def weak(self) -> Augmentation:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gap_torch import GAPWrapper, RNGState
-from gap_torch.consistency import Method, Outputs, Views
+from gap_torch.consistency import Method, Outputs, Views, alignment
 from gap_torch.losses import ce_dice_loss
 
 from . import methods
@@ -27,7 +27,7 @@ class Autocast(nn.Module):
         super().__init__()
         self.network, self.dtype = network, dtype
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Outputs:
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             return self.network(images.contiguous(memory_format=channels_last(images.ndim - 2)))
 
@@ -75,7 +75,7 @@ class Trainer:
         self.unlabelled_stream = ShuffledStream(len(unlabelled), recipe.unlabelled_batch, recipe.seed + 1)
 
         torch.manual_seed(recipe.seed)
-        network = task.network(recipe).to(device)
+        network = task.network(recipe, methods.auxiliary(recipe)).to(device)
         self.model = Autocast(network.to(memory_format=channels_last(len(recipe.size))), amp)
         self.joint = joint(self.model)
         """What the training passes go through; shares its parameters with `model`."""
@@ -141,8 +141,6 @@ class Trainer:
         """The loss at theta*, by either reading of "aligned before and after perturbation"."""
         if self.recipe.aligned == "targets":
             return method.compare(perturbed, views)
-        from gap_torch.consistency import alignment
-
         return alignment(perturbed, unperturbed)
 
     def _weight(self, iteration: int) -> float:

@@ -1,8 +1,16 @@
 """The 3D network of the field's recipe on LA."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gap_torch.consistency import Outputs
+from gap_torch.consistency.method import Auxiliary
+
+from .auxiliary import further
 
 
 class VNet(nn.Module):
@@ -17,9 +25,17 @@ class VNet(nn.Module):
         num_classes: channels of the logits.
         width: channels of the first level; they double at each of the four others.
         dropout: probability that a channel is dropped.
+        auxiliary: further logits in training mode, behind the network's own (`auxiliary.py`).
     """
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 2, width: int = 16, dropout: float = 0.5) -> None:
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 2,
+        width: int = 16,
+        dropout: float = 0.5,
+        auxiliary: Auxiliary | None = None,
+    ) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(5)]
         inputs = [in_channels, *channels[1:]]
@@ -27,20 +43,51 @@ class VNet(nn.Module):
             ConvBlock(i, o, n) for i, o, n in zip(inputs, channels, (1, 2, 3, 3, 3), strict=True)
         )
         self.down = nn.ModuleList(Down(c) for c in channels[:-1])
+        own = Decoder(channels, num_classes, dropout)
+        self.up, self.decoder, self.dropout, self.head = own.up, own.decoder, own.dropout, own.head
+        head, decoder = partial(_head, num_classes), partial(Decoder, channels, num_classes, dropout)
+        self.further = further(auxiliary, channels, head, decoder)
+
+    def forward(self, image: Tensor) -> Outputs:
+        """Logits (B, num_classes, X, Y, Z) of `image` (B, in_channels, X, Y, Z), whose sides are multiples of 16.
+
+        With `auxiliary`, in training mode, a tuple: those, and the further ones, of the same shape.
+        """
+        features = [self.encoder[0](image)]
+        for down, block in zip(self.down, self.encoder[1:], strict=True):
+            features.append(block(down(features[-1])))
+        features[-1] = self.dropout(features[-1])
+        levels = decoded(features, self.up, self.decoder)
+        logits = self.head(self.dropout(levels[-1]))
+        if self.further is None or not self.training:
+            return logits
+        return logits, *self.further(features, levels)
+
+
+class Decoder(nn.Module):
+    """From the encoder's features to logits; `channels` are theirs, the deepest last."""
+
+    def __init__(self, channels: Sequence[int], num_classes: int, dropout: float) -> None:
+        super().__init__()
         self.up = nn.ModuleList(Up(c) for c in channels[:0:-1])
         self.decoder = nn.ModuleList(ConvBlock(c, c, n) for c, n in zip(channels[-2::-1], (3, 3, 2, 1), strict=True))
         self.dropout = ChannelDropout(dropout)
-        self.head = nn.Conv3d(width, num_classes, kernel_size=1)
+        self.head = _head(num_classes, channels[0])
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, num_classes, X, Y, Z) of `image` (B, in_channels, X, Y, Z), whose sides are multiples of 16."""
-        skips = [self.encoder[0](image)]
-        for down, block in zip(self.down, self.encoder[1:], strict=True):
-            skips.append(block(down(skips[-1])))
-        x = self.dropout(skips.pop())
-        for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(up(x) + skips.pop())
-        return self.head(self.dropout(x))
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.head(self.dropout(decoded(features, self.up, self.decoder)[-1]))
+
+
+def decoded(features: Sequence[Tensor], up: nn.ModuleList, decoder: nn.ModuleList) -> list[Tensor]:
+    """What each level of a decoder makes of the encoder's `features`, the deepest first."""
+    levels = [features[-1]]
+    for rise, block, skip in zip(up, decoder, features[-2::-1], strict=True):
+        levels.append(block(rise(levels[-1]) + skip))
+    return levels[1:]
+
+
+def _head(num_classes: int, channels: int) -> nn.Conv3d:
+    return nn.Conv3d(channels, num_classes, kernel_size=1)
 
 
 class ConvBlock(nn.Sequential):
