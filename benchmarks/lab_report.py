@@ -39,10 +39,10 @@ the next time; on a GPU it takes the full-scale cells, on a CPU the reduced ones
 
 Numbers are Dice in percent, then ASD in voxels, on the test volumes: mean ± sample standard deviation over n seeds
 ("-" with one seed). The iteration is chosen on the validation volumes (LA has none: the last one). The labelled
-patients are the first of the list, so seeds differ in initial weights, batches and augmentation, not in patients. A gain
-is the score with GAP less that without, seed by seed: for the Dice more is better, for the ASD less. "open" has not been
-run. † marks a mean with a run in which more than half of the predictions were empty; an empty one counts as Dice 0 and
-ASD 0, so that the ASD then says nothing. "paper" is Huang et al., AAAI 2025, which prints one number and no spread.
+patients are the first of the list, so seeds differ in initial weights, batches and augmentation, not in patients. A
+gain is the score with GAP less that without, seed by seed: for the Dice more is better, for the ASD less. "open" has
+not been run. † marks a mean with a run in which more than half of the predictions were empty; an empty one counts as
+Dice 0 and ASD 0, so that the ASD then says nothing. "paper" is Huang et al., AAAI 2025, which prints no spread.
 """
 
 HYPER_PARAMETERS = """\
