@@ -129,8 +129,8 @@ def _ours(found: Found, data_set: str, preset: str, method: Method, share: int) 
 def _gain(found: Found, data_set: str, preset: str, method: str, share: int) -> str:
     pairs = lab_scores.gains(found, data_set, preset, method, share).values()
     text = _spread([dice for dice, _ in pairs], [asd for _, asd in pairs], signed=True)
-    declared = len(lab_scores.seeds(data_set, preset, (method, True), share))
-    return text + _number(len(pairs), declared) if pairs else "open"
+    with_gap, plain = (lab_scores.seeds(data_set, preset, (method, gap), share) for gap in (True, False))
+    return text + _number(len(pairs), len(with_gap)) if pairs else _count(found, [*plain, *with_gap], 0)
 
 
 def _count(found: Found, declared: Sequence[Cell], done: int) -> str:

@@ -40,7 +40,7 @@ def gains(found: Found, data_set: str, preset: str, method: str, share: int) -> 
 
 
 def published_gain(data_set: str, method: str, share: int) -> Scores | None:
-    """The same from the paper's table."""
+    """The same from the paper's rows; the gains that it prints differ from them in the last digit here and there."""
     scores = [PUBLISHED[data_set].get((method, gap), {}).get(share) for gap in (False, True)]
     if scores[0] is None or scores[1] is None:
         return None

@@ -8,8 +8,10 @@ from segmentation.recipe import Recipe
 from segmentation.task import Task
 
 
-@pytest.mark.parametrize("task", [acdc_gapmatch.ACDC, la_gapmatch.LA])
-@pytest.mark.parametrize("preset", ["paper", "cpu", "phantom"])
+PRESETS = [(task, preset) for task in (acdc_gapmatch.ACDC, la_gapmatch.LA) for preset in task.presets]
+
+
+@pytest.mark.parametrize(("task", "preset"), PRESETS)
 def test_presets_are_valid(task: Task, preset: str) -> None:
     Recipe(**task.presets[preset])
 
