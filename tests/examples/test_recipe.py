@@ -7,7 +7,6 @@ from segmentation.errors import InputError
 from segmentation.recipe import Recipe
 from segmentation.task import Task
 
-
 PRESETS = [(task, preset) for task in (acdc_gapmatch.ACDC, la_gapmatch.LA) for preset in task.presets]
 
 
