@@ -30,6 +30,7 @@ ACDC = SliceTask(
     presets={
         "paper": {},
         "cpu": {**REDUCED, "size": (128, 128), "iterations": 1_500, "validate_every": 100},
+        "study": {**REDUCED, "size": (64, 64), "iterations": 800, "validate_every": 100},
         "phantom": {
             **REDUCED,
             "size": (64, 64),

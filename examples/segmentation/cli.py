@@ -65,7 +65,8 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     )
     on_or_off = argparse.BooleanOptionalAction
     parser.add_argument("--gap", action=on_or_off, help="every method with GAP, or every one without")
-    parser.add_argument("--preset", choices=("paper", "cpu"), help="recipe (default: paper on a GPU, cpu else)")
+    presets = [name for name in task.presets if name != "phantom"]
+    parser.add_argument("--preset", choices=presets, help="recipe (default: paper on a GPU, cpu else)")
     parser.add_argument("--eps", type=float, help="radius of the perturbation")
     parser.add_argument("--alpha", type=float, help="weight of g2")
     parser.add_argument("--tau", type=float, help="confidence threshold of the pseudo-labels")

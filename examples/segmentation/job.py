@@ -28,6 +28,7 @@ from .trainer import Trainer, refuse_wrong_gradients
 PICTURED_CASES = 3
 
 OldRuns = Literal["refuse", "resume", "replace"]
+Goal = Literal["training", "scores", "pictures"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Job:
         largest_component: whether of each predicted class only the largest connected component is kept.
         compiled: whether `torch.compile` makes the training passes; one process alone.
         published: scores to print below ours: method -> (Dice in percent, ASD in voxels).
+        goal: how far to go, each including what comes before: "training" chooses on validation and never reads the
+            test volumes, "scores" is without table and pictures.
     """
 
     task: Task
@@ -63,10 +66,17 @@ class Job:
     largest_component: bool = False
     compiled: bool = False
     published: Mapping[str, Scores] = field(default_factory=dict)
+    goal: Goal = "pictures"
+
+    def folder(self, recipe: Recipe) -> Path:
+        """Where the run of `recipe` has its checkpoints, logs and `result.json`."""
+        return self.out / recipe.name
 
 
 def run(job: Job) -> list[Row]:
-    """Everything, from the lists to the pictures. Returns the table's rows. With several ranks, all call this.
+    """Everything, from the lists to the pictures. Returns the table's rows, of runs that were scored.
+
+    With several ranks, all call this.
 
     Raises:
         InputError: bad input, before any training.
@@ -77,7 +87,7 @@ def run(job: Job) -> list[Row]:
     refuse_wrong_gradients(recipe, job.device, job.amp)
     names = ranks.together(lambda: _read_lists(task, job.data))
     labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients)
-    folders = [job.out / r.name for r in job.recipes]
+    folders = [job.folder(r) for r in job.recipes]
     ranks.on_main(lambda: _prepare_folders(folders, job))
 
     print(f"reading {job.data}", flush=True)
@@ -86,7 +96,8 @@ def run(job: Job) -> list[Row]:
             task.read_training(job.data, part, recipe).to(job.device) for part in (labelled_names, unlabelled_names)
         ]
     )
-    splits = [names[split] if split else [] for split in (task.validation_list, task.test_list)]
+    scored = None if job.goal == "training" else task.test_list
+    splits = [names[split] if split else [] for split in (task.validation_list, scored)]
     validation, test = ranks.together(lambda: [task.read_volumes(job.data, split) for split in splits])
     print(
         f"{len(labelled)} labelled samples of {job.patients} patient(s), {len(unlabelled)} unlabelled ones, "
@@ -108,12 +119,13 @@ def run(job: Job) -> list[Row]:
     for trainer, folder, run_identity, progress in zip(trainers, folders, identities, found, strict=True):
         recipe = trainer.recipe
         result = fit(trainer, validation, folder, run_identity, progress)
-        evaluation = _evaluate(result.model, test, job, recipe)
+        evaluation = _evaluate(result.model, test, job, recipe) if scored else None
         if ranks.is_main():
             write_json(folder / "result.json", _record(job, recipe, result.progress, evaluation))
-        rows.append(_row(recipe, result.progress, evaluation))
+        if evaluation:
+            rows.append(_row(recipe, result.progress, evaluation))
         models[label(recipe)] = result.model
-    if ranks.is_main():
+    if job.goal == "pictures" and ranks.is_main():
         _report(job, rows, models, test, folders)
     return rows
 
@@ -179,7 +191,7 @@ def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe)
         return evaluate(segment, volumes, job.task.num_classes)
 
 
-def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation) -> dict[str, Any]:
+def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
     return {
         "data_set": job.task.name,
         "recipe": recipe.to_dict(),
@@ -195,7 +207,7 @@ def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation
         "seconds_per_iteration": progress.seconds / progress.iteration,
         "chosen_iteration": progress.best_iteration,
         "validation_dice": progress.best_dice if job.task.validation_list else None,
-        "test": evaluation.to_dict(),
+        "test": evaluation and evaluation.to_dict(),
     }
 
 

@@ -58,7 +58,8 @@ class Task(ABC):
     Attributes:
         name: of the data set.
         classes: names of the foreground classes 1, 2, ...
-        presets: the fields in which each preset differs from `Recipe`'s defaults; `paper`, `cpu` and `phantom`.
+        presets: the fields in which each preset differs from `Recipe`'s defaults; among
+            them `paper`, `cpu` and `phantom`.
         training_list: name of the list file of training samples, without `.list`.
         validation_list: of the volumes to choose an iteration on; None where the field takes the last one.
         test_list: of the volumes that are scored in the end.

@@ -1,0 +1,160 @@
+"""The grid of the lab: which runs are to be made, in which order. `reproduce.py` makes them.
+
+A run is a `Cell`. BATCHES is the whole grid, the most urgent part first; a cell that is in two groups is one cell.
+To add runs, add a batch, or a value to a sweep. A cell's name tells it from all others, and is that of its JSON file.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import common  # noqa: F401  the examples become importable
+from acdc_gapmatch import ACDC
+from la_gapmatch import LA
+from published import Method
+from segmentation.methods import label
+from segmentation.recipe import Recipe, run_name
+from segmentation.task import Task
+
+TASKS: dict[str, Task] = {"ACDC": ACDC, "LA": LA}
+FULL_SCALE = "paper"
+"""The preset that is not reduced."""
+
+SUPERVISED, FIXMATCH, GAPMATCH = ("supervised", False), ("fixmatch", False), ("fixmatch", True)
+INSTANCE_PERTURBATIONS = ("em", "pseudo_label", "ict", "mixup", "cutmix", "vat")
+MODEL_PERTURBATIONS = ("mean_teacher", "urpc", "cct")
+TABLE_1: tuple[Method, ...] = (SUPERVISED, FIXMATCH, GAPMATCH)
+TABLE_2: tuple[Method, ...] = tuple((method, gap) for method in INSTANCE_PERTURBATIONS for gap in (False, True))
+TABLE_3: tuple[Method, ...] = (
+    SUPERVISED,
+    *((method, False) for method in MODEL_PERTURBATIONS),
+    ("ict", False),
+    ("ict", True),
+)
+SHARES = (1, 5, 10)
+
+# Recipe fields that are varied for GapMatch, one value set at a time.
+SWEEPS: dict[str, tuple[dict[str, Any], ...]] = {
+    "eps and alpha": tuple(
+        {"eps": eps, "alpha": alpha} for alpha in (0.5, 1.0, 2.0) for eps in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    ),
+    "tau": tuple({"tau": tau} for tau in (0.7, 0.8, 0.9, 0.95, 0.99)),
+    "freeze_statistics": ({"freeze_statistics": True}, {"freeze_statistics": False}),
+    "replay_dropout": ({"replay_dropout": False}, {"replay_dropout": True}),
+    "aligned": ({"aligned": "targets"}, {"aligned": "predictions"}),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        data_set: key of TASKS.
+        preset: of the data set's.
+        method: as in the recipe.
+        gap: whether GAP is on it.
+        share: labelled part of the training patients, percent.
+        seed: of the run.
+        changes: recipe fields in which it differs from the preset, as pairs in the recipe's order; `cell` sees to that.
+    """
+
+    data_set: str
+    preset: str
+    method: str
+    gap: bool
+    share: int
+    seed: int
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Such as `acdc_1pct_study_gapmatch_eps0.2_alpha2_seed1`."""
+        changes = [_change(name, value) for name, value in self.changes]
+        run = run_name(self.method, self.gap)
+        return "_".join([self.data_set.lower(), f"{self.share}pct", self.preset, run, *changes, f"seed{self.seed}"])
+
+    @property
+    def tested(self) -> bool:
+        """Whether the test volumes are scored: not where recipes are compared, which is validation's part."""
+        return not self.changes
+
+    @property
+    def recipe(self) -> Recipe:
+        """All of what is run."""
+        preset = TASKS[self.data_set].presets[self.preset]
+        return Recipe(method=self.method, gap=self.gap, seed=self.seed, **{**preset, **dict(self.changes)})
+
+
+def title(method: Method) -> str:
+    """What tables and pictures call a method."""
+    name, gap = method
+    return label(Recipe(method=name, gap=gap))
+
+
+def cell(
+    data_set: str, preset: str, method: Method, share: int, seed: int, changes: Mapping[str, Any] | None = None
+) -> Cell:
+    """A cell of the grid. Changes that change nothing are left out, so that one recipe has one name."""
+    plain = Cell(data_set, preset, *method, share, seed)
+    if not changes:
+        return plain
+    values = plain.recipe.to_dict()
+    real = tuple((name, changes[name]) for name in values if name in changes and changes[name] != values[name])
+    return Cell(data_set, preset, *method, share, seed, real)
+
+
+class Batch(NamedTuple):
+    """Cells that belong together, each share and method for one seed before the next seed."""
+
+    group: str
+    data_set: str
+    preset: str
+    methods: Iterable[Method]
+    shares: Iterable[int]
+    seeds: Iterable[int]
+    changes: Iterable[Mapping[str, Any]] = ({},)
+
+    def cells(self) -> Iterator[Cell]:
+        for seed in self.seeds:
+            for share in self.shares:
+                for method in self.methods:
+                    for changes in self.changes:
+                        yield cell(self.data_set, self.preset, method, share, seed, changes)
+
+
+BATCHES = (
+    # full scale, on a GPU
+    Batch("table 1", "ACDC", "paper", (GAPMATCH, FIXMATCH), SHARES, (0,)),
+    Batch("table 1", "ACDC", "paper", (SUPERVISED,), SHARES, (0,)),
+    Batch("table 2", "ACDC", "paper", TABLE_2, (1,), (0,)),
+    Batch("table 3", "ACDC", "paper", TABLE_3, (1,), (0,)),
+    Batch("table 1", "LA", "paper", (GAPMATCH, FIXMATCH, SUPERVISED), SHARES, (0,)),
+    Batch("table 2", "ACDC", "paper", TABLE_2, (5, 10), (0,)),
+    Batch("table 3", "ACDC", "paper", TABLE_3, (5, 10), (0,)),
+    # reduced scale, on a CPU
+    Batch("table 1", "ACDC", "study", TABLE_1, SHARES, (0, 1, 2)),
+    Batch("table 2", "ACDC", "study", TABLE_2, (1,), (0, 1)),
+    Batch("table 3", "ACDC", "study", TABLE_3, (1,), (0, 1)),
+    *(Batch("hyper-parameters", "ACDC", "study", (GAPMATCH,), (1,), (0, 1), sweep) for sweep in SWEEPS.values()),
+    Batch("table 2", "ACDC", "study", TABLE_2, (1,), (2,)),
+    Batch("table 3", "ACDC", "study", TABLE_3, (1,), (2,)),
+    Batch("table 2", "ACDC", "study", TABLE_2, (5, 10), (0, 1, 2)),
+    Batch("table 3", "ACDC", "study", TABLE_3, (5, 10), (0, 1, 2)),
+)
+GROUPS = tuple(dict.fromkeys(batch.group for batch in BATCHES))
+PRESETS = tuple(dict.fromkeys(batch.preset for batch in BATCHES))
+
+
+def cells(groups: Iterable[str] = GROUPS, presets: Iterable[str] = PRESETS) -> list[Cell]:
+    """The cells of these groups at these presets, each once, in the order in which they should be run."""
+    groups, presets = set(groups), set(presets)
+    chosen = [batch for batch in BATCHES if batch.group in groups and batch.preset in presets]
+    return list(dict.fromkeys(chain.from_iterable(batch.cells() for batch in chosen)))
+
+
+def _change(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no_{name}"
+    return f"{name}{value:g}" if isinstance(value, float | int) else f"{name}_{value}"

@@ -1,0 +1,159 @@
+"""The lab's results as pictures; each is made only where cells of it have run."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from statistics import mean
+
+import grid
+import lab_scores
+from common import COLOURS, save_plot
+from grid import FIXMATCH, FULL_SCALE, GAPMATCH, SHARES, SUPERVISED, SWEEPS, title
+from lab_scores import Found
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from published import PUBLISHED, Method
+
+GAINING = ("fixmatch", *grid.INSTANCE_PERTURBATIONS)
+PRESET_COLOURS = {FULL_SCALE: COLOURS[1], "study": COLOURS[0]}
+METHOD_COLOURS: dict[Method, str] = {SUPERVISED: COLOURS[6], FIXMATCH: COLOURS[0], GAPMATCH: COLOURS[1]}
+CAPTIONS = {
+    "gain_by_method": "What GAP adds to the test Dice on ACDC, by method and labelled share: a dot a seed, a line for "
+    "their mean, the paper's gain as a diamond.",
+    "dice_over_share": "Test Dice over the labelled share: a dot a seed, solid lines through their means, the paper's "
+    "dashed.",
+    "eps_alpha": "GapMatch's validation Dice over eps for each alpha, ACDC, 1 % of the labels, reduced scale: a dot a "
+    "seed, lines through their means.",
+}
+
+
+def draw(found: Found, folder: Path) -> list[Path]:
+    """All pictures that there are results for. Returns their files."""
+    pictures: dict[str, Callable[[Found], Figure | None]] = {
+        "gain_by_method": gain_by_method,
+        "dice_over_share": dice_over_share,
+        "eps_alpha": eps_alpha,
+    }
+    files = []
+    for name, picture in pictures.items():
+        figure = picture(found)
+        if figure is not None:
+            files.append(folder / f"{name}.png")
+            save_plot(figure, files[-1])
+    return files
+
+
+def gain_by_method(found: Found) -> Figure | None:
+    """A panel a share, a place a method; each preset in its own colour."""
+    gains = {
+        (preset, method, share): [dice for dice, _ in lab_scores.gains(found, "ACDC", preset, method, share).values()]
+        for preset in grid.PRESETS
+        for method in GAINING
+        for share in SHARES
+    }
+    presets = [preset for preset in grid.PRESETS if any(values for key, values in gains.items() if key[0] == preset)]
+    if not presets:
+        return None
+    figure, panels = _panels([f"{share} % labelled" for share in SHARES], height=3.6)
+    for axes, share in zip(panels, SHARES, strict=True):
+        for place, method in enumerate(GAINING):
+            *places, beside = (place + 0.24 * (index - len(presets) / 2) for index in range(len(presets) + 1))
+            for x, preset in zip(places, presets, strict=True):
+                _dots(axes, x, gains[preset, method, share], preset)
+            if published := lab_scores.published_gain("ACDC", method, share):
+                axes.plot(beside, published[0], "D", color="black", fillstyle="none", markersize=5)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_xticks(range(len(GAINING)), [title((method, False)) for method in GAINING], rotation=40, ha="right")
+    panels[0].set_ylabel("gain in Dice by GAP\n(percentage points)")
+    handles = [Line2D([], [], color=PRESET_COLOURS[p], marker="o", label=f"ours, {_scale(p)}") for p in presets]
+    paper = Line2D([], [], color="black", marker="D", fillstyle="none", linestyle="", label="paper")
+    figure.legend(handles=[*handles, paper], loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def dice_over_share(found: Found) -> Figure | None:
+    """A panel a data set and preset."""
+    wanted = dict.fromkeys((batch.data_set, batch.preset) for batch in grid.BATCHES if batch.group == "table 1")
+    scores = {key: {method: _dice_by_share(found, *key, method) for method in METHOD_COLOURS} for key in wanted}
+    shown = [key for key, methods in scores.items() if any(dice for of in methods.values() for dice in of.values())]
+    if not shown:
+        return None
+    figure, panels = _panels([f"{data_set}, {_scale(preset)}" for data_set, preset in shown], height=4.0)
+    for axes, key in zip(panels, shown, strict=True):
+        for method, colour in METHOD_COLOURS.items():
+            _line(axes, scores[key][method], colour, title(method))
+            if published := PUBLISHED[key[0]].get(method):
+                axes.plot([*published], [dice for dice, _ in published.values()], "--", color=colour, linewidth=1)
+        _ticks(axes, SHARES, "labelled share (% of the training patients)")
+        axes.set_ylim(0, 100)
+    panels[0].set_ylabel("test Dice (%)")
+    paper = Line2D([], [], color="grey", linestyle="--", label="paper")
+    figure.legend(handles=[*_handles(panels[0]), paper], loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def _dice_by_share(found: Found, data_set: str, preset: str, method: Method) -> dict[int, list[float]]:
+    tests = {share: lab_scores.tests(found, data_set, preset, method, share) for share in SHARES}
+    return {share: [test["dice"] for test in by_seed.values()] for share, by_seed in tests.items()}
+
+
+def eps_alpha(found: Found) -> Figure | None:
+    """A line an alpha."""
+    (preset,) = dict.fromkeys(batch.preset for batch in grid.BATCHES if batch.group == "hyper-parameters")
+    sweep = [(changes["eps"], changes["alpha"]) for changes in SWEEPS["eps and alpha"]]
+    all_eps, all_alpha = (sorted(set(values)) for values in zip(*sweep, strict=True))
+    dice = {
+        alpha: {eps: [*lab_scores.validations(found, preset, {"eps": eps, "alpha": alpha}).values()] for eps in all_eps}
+        for alpha in all_alpha
+    }
+    if not any(values for of_alpha in dice.values() for values in of_alpha.values()):
+        return None
+    figure, (axes,) = _panels([""], height=4.0, width=6.5)
+    for index, (alpha, of_alpha) in enumerate(dice.items()):
+        shift = 1.05 ** (index - 1)  # so that dots of one eps stand side by side
+        _line(axes, {eps * shift: values for eps, values in of_alpha.items()}, COLOURS[index], f"alpha {alpha:g}")
+    _ticks(axes, all_eps, "eps (log scale)")
+    axes.set_ylabel("validation Dice (%)")
+    figure.legend(handles=_handles(axes), loc="outside upper center", ncols=len(dice), frameon=False)
+    return figure
+
+
+def _panels(titles: list[str], height: float, width: float = 9.0) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    for axes, text in zip(panels, titles, strict=True):
+        axes.set_title(text, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, list(panels)
+
+
+def _dots(axes: Axes, place: float, values: list[float], preset: str) -> None:
+    """Every seed, and a bar at their mean."""
+    colour = PRESET_COLOURS[preset]
+    axes.plot([place] * len(values), values, "o", color=colour, markersize=4, alpha=0.7)
+    if values:
+        axes.hlines(mean(values), place - 0.12, place + 0.12, color=colour, linewidth=2)
+
+
+def _line(axes: Axes, values: Mapping[float, list[float]], colour: str, name: str) -> None:
+    """Every seed, and a line through the means."""
+    known = {x: ys for x, ys in values.items() if ys}
+    axes.plot([*known], [mean(ys) for ys in known.values()], color=colour, label=name)
+    for x, ys in known.items():
+        axes.plot([x] * len(ys), ys, "o", color=colour, markersize=4, alpha=0.7)
+
+
+def _ticks(axes: Axes, values: Iterable[float], title: str) -> None:
+    """A logarithmic axis that names just `values`."""
+    axes.set_xscale("log")
+    axes.set_xticks([*values], [f"{value:g}" for value in values])
+    axes.minorticks_off()
+    axes.set_xlabel(title)
+
+
+def _handles(axes: Axes) -> list[Line2D]:
+    return [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+
+
+def _scale(preset: str) -> str:
+    return "full scale" if preset == FULL_SCALE else "reduced scale"

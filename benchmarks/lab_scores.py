@@ -1,0 +1,58 @@
+"""Scores out of the lab's records, seed by seed: what tables and plots are made of."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import grid
+from grid import GAPMATCH, Cell, cell
+from lab_records import Record
+from published import PUBLISHED, Method, Scores
+
+Found = Mapping[Cell, Record]
+
+
+def seeds(data_set: str, preset: str, method: Method, share: int) -> list[Cell]:
+    """The grid's cells of the plain preset that differ in nothing but their seed."""
+    wanted = cell(data_set, preset, method, share, 0)
+    return [c for c in grid.cells(presets=[preset]) if replace(c, seed=0) == wanted]
+
+
+def done(found: Found, cells: list[Cell]) -> dict[int, Record]:
+    """Seed -> record of those that came to a result."""
+    return {c.seed: found[c] for c in cells if c in found and found[c]["state"] == "done"}
+
+
+def tests(found: Found, data_set: str, preset: str, method: Method, share: int) -> dict[int, Record]:
+    """Seed -> scores on the test volumes."""
+    records = done(found, seeds(data_set, preset, method, share))
+    return {seed: record["test"] for seed, record in records.items()}
+
+
+def gains(found: Found, data_set: str, preset: str, method: str, share: int) -> dict[int, Scores]:
+    """Seed -> Dice and ASD with GAP less those without, where both have run."""
+    plain, with_gap = (tests(found, data_set, preset, (method, gap), share) for gap in (False, True))
+    return {
+        seed: (with_gap[seed]["dice"] - plain[seed]["dice"], with_gap[seed]["asd"] - plain[seed]["asd"])
+        for seed in with_gap
+        if seed in plain
+    }
+
+
+def published_gain(data_set: str, method: str, share: int) -> Scores | None:
+    """The same from the paper's rows; the gains that it prints differ from them in the last digit here and there."""
+    scores = [PUBLISHED[data_set].get((method, gap), {}).get(share) for gap in (False, True)]
+    if scores[0] is None or scores[1] is None:
+        return None
+    return scores[1][0] - scores[0][0], scores[1][1] - scores[0][1]
+
+
+def compared(preset: str, changes: Mapping[str, Any]) -> list[Cell]:
+    """Cells of the hyper-parameter study that differ in nothing but their seed; the default has no more than others."""
+    wanted = cell("ACDC", preset, GAPMATCH, 1, 0, changes)
+    return [c for c in grid.cells(["hyper-parameters"], [preset]) if replace(c, seed=0) == wanted]
+
+
+def validations(found: Found, preset: str, changes: Mapping[str, Any]) -> dict[int, float]:
+    """Seed -> validation Dice in percent of GapMatch with `changes` on ACDC, 1 % of the labels."""
+    return {seed: record["validation_dice"] for seed, record in done(found, compared(preset, changes)).items()}

@@ -1,0 +1,434 @@
+"""The lab: its grid, its plan, runs that happen once and go on where they stopped, and a report worked out by hand."""
+
+import json
+import math
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "size": (32, 32),
+    "width": 2,
+    "labelled_batch": 3,
+    "unlabelled_batch": 3,
+    "iterations": 4,
+    "validate_every": 2,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The lab's modules, with study runs of four tiny iterations."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("h5py")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import grid
+    import lab_plan
+    import lab_plots
+    import lab_records
+    import lab_report
+    import lab_runs
+    import lab_scores
+    import published
+    import reproduce
+
+    monkeypatch.setitem(grid.TASKS["ACDC"].presets, "study", TINY)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield SimpleNamespace(
+        grid=grid,
+        plan=lab_plan,
+        plots=lab_plots,
+        records=lab_records,
+        report=lab_report,
+        runs=lab_runs,
+        scores=lab_scores,
+        published=published,
+        reproduce=reproduce,
+    )
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from segmentation.phantom import write_phantom
+
+    root = tmp_path_factory.mktemp("phantom")
+    write_phantom(root, train_patients=3, val_patients=1, test_patients=1, slices=2, size=32)
+    return root
+
+
+@pytest.fixture
+def here(lab: SimpleNamespace, data: Path, tmp_path: Path) -> Any:
+    """A lab in an empty folder."""
+    records = lab.records.Records(tmp_path / "cells")
+    return lab.runs.Lab({"ACDC": data}, records, tmp_path / "work", torch.device("cpu"))
+
+
+def _supervised(lab: SimpleNamespace, seed: int = 0, **changes: Any) -> Any:
+    return lab.grid.cell("ACDC", "study", lab.grid.SUPERVISED, 1, seed, changes)
+
+
+def _record(cell: Any, dice: float = 50.0, asd: float = 2.0, **others: Any) -> dict[str, Any]:
+    """An invented one."""
+    test = {"dice": dice, "asd": asd, "class_dice": [dice] * 3, "empty": 0, "predictions": 120}
+    return {
+        "state": "done",
+        "recipe": cell.recipe.to_dict(),
+        "kind": "cpu",
+        "device": "a CPU",
+        "threads": 1,
+        "torch": "2",
+        "wall_seconds": 10.0,
+        "seconds_per_iteration": 0.1,
+        "chosen_iteration": 4,
+        "validation_dice": dice,
+        "test": test if cell.tested else None,
+        **others,
+    }
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def test_every_cell_is_there_once_and_has_a_name_of_its_own(lab: SimpleNamespace) -> None:
+    cells = lab.grid.cells()
+    assert max(Counter(cells).values()) == 1
+    assert max(Counter(cell.name.lower() for cell in cells).values()) == 1
+    assert not any(set(cell.name) & set("/\\ :*?") for cell in cells)
+
+
+def test_every_cell_is_a_valid_recipe(lab: SimpleNamespace) -> None:
+    for cell in lab.grid.cells():
+        assert (cell.recipe.method, cell.recipe.gap, cell.recipe.seed) == (cell.method, cell.gap, cell.seed)
+        assert lab.plan.passes(cell) >= 1
+
+
+def test_names_say_what_is_run(lab: SimpleNamespace) -> None:
+    cell, gapmatch = lab.grid.cell, lab.grid.GAPMATCH
+    assert cell("ACDC", "paper", gapmatch, 1, 0).name == "acdc_1pct_paper_gapmatch_seed0"
+    assert cell("LA", "paper", ("vat", True), 10, 2).name == "la_10pct_paper_vat+gap_seed2"
+    changed = cell("ACDC", "study", gapmatch, 1, 1, {"alpha": 2.0, "eps": 0.2})
+    assert changed.name == "acdc_1pct_study_gapmatch_eps0.2_alpha2_seed1"
+    still = cell("ACDC", "study", gapmatch, 1, 1, {"freeze_statistics": False, "aligned": "predictions"})
+    assert still.name == "acdc_1pct_study_gapmatch_aligned_predictions_no_freeze_statistics_seed1"
+
+
+def test_a_change_to_the_default_is_no_change(lab: SimpleNamespace) -> None:
+    """So the sweeps share the cell of table 1."""
+    plain = lab.grid.cell("ACDC", "study", lab.grid.GAPMATCH, 1, 0)
+    assert lab.grid.cell("ACDC", "study", lab.grid.GAPMATCH, 1, 0, {"eps": 0.1, "alpha": 1.0}) == plain
+    in_groups = [group for group in lab.grid.GROUPS if plain in lab.grid.cells([group])]
+    assert in_groups == ["table 1", "hyper-parameters"]
+
+
+def test_the_grid_holds_the_paper_s_tables_and_the_sweeps(lab: SimpleNamespace) -> None:
+    wanted = {("ACDC", method, share) for method in lab.published.PUBLISHED["ACDC"] for share in (1, 5, 10)}
+    for preset in ("paper", "study"):
+        cells = lab.grid.cells(presets=[preset])
+        assert wanted <= {(cell.data_set, (cell.method, cell.gap), cell.share) for cell in cells}
+    swept = [cell for cell in lab.grid.cells(["hyper-parameters"]) if cell.seed == 0]
+    assert len(swept) == 6 * 3 + 4 + 1 + 1 + 1  # the default is in each sweep
+    assert sum(cell.tested for cell in swept) == 1
+
+
+def test_the_paper_s_table_1_is_that_of_the_examples(lab: SimpleNamespace) -> None:
+    for name, task in lab.grid.TASKS.items():
+        for share in (1, 5, 10):
+            ours = {lab.grid.title(m): of[share] for m, of in lab.published.PUBLISHED[name].items()}
+            assert task.published[share].items() <= ours.items()
+        assert task.published[100]["Supervised"] == lab.published.FULLY_SUPERVISED[name]
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_estimates_follow_passes_and_prefer_the_same_method(lab: SimpleNamespace) -> None:
+    fixmatch, gapmatch = (lab.grid.cell("ACDC", "study", m, 1, 0) for m in (lab.grid.FIXMATCH, lab.grid.GAPMATCH))
+    assert lab.plan.passes(_supervised(lab)) == 1
+    assert lab.plan.passes(gapmatch) == pytest.approx(1 + 1 / 3 + 1 + 1)
+    assert lab.plan.estimate(fixmatch, {}, "cpu").source == "guess"
+
+    found = {_supervised(lab): _record(_supervised(lab), wall_seconds=30.0)}
+    assert lab.plan.estimate(fixmatch, found, "cpu") == (pytest.approx(30 * 7 / 3), "scaled")
+    assert lab.plan.estimate(fixmatch, found, "cuda").source == "guess"
+    paper = replace(fixmatch, preset="paper")
+    assert lab.plan.estimate(paper, found, "cpu").source == "guess"
+
+    found[fixmatch] = _record(fixmatch, wall_seconds=44.0)
+    assert lab.plan.estimate(replace(fixmatch, seed=1), found, "cpu") == (pytest.approx(44.0), "measured")
+    found[fixmatch]["state"] = "failed"
+    assert lab.plan.estimate(replace(fixmatch, seed=1), found, "cpu").source == "scaled"
+
+
+def test_the_plan_adds_up(lab: SimpleNamespace, here: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [_supervised(lab, seed) for seed in range(5)]
+    here.records.write(cells[0], _record(cells[0], wall_seconds=120.0))
+    here.records.write(cells[1], _record(cells[1], state="failed", reason="loss is nan"))
+    here.records.write(cells[2], _record(replace(cells[2], changes=(("lr", 0.5),))))
+    folder = here.folder(cells[3]) / "supervised"
+    folder.mkdir(parents=True)
+    (folder / "last.pt").touch()
+    (here.folder(cells[3]) / "seconds").write_text("30")
+    lab.reproduce.plan(here, cells)
+    out = capsys.readouterr().out
+    assert "5 cells: 1 done, 1 failed, 1 stale, 1 begun, 1 open." in out
+    assert "about 3.5 min" in out  # 2 min for the open one, 1.5 min for what is left of the other
+    assert "loss is nan" in out
+    assert "another lr" in out
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_cell_is_run_recorded_and_never_run_again(lab: SimpleNamespace, here: Any) -> None:
+    cell = _supervised(lab)
+    assert here.attempt(cell)
+    record = here.records.read(cell)
+    assert record["state"] == here.records.state(cell) == "done"
+    assert record["cell"]["name"] == cell.name
+    assert record["recipe"] == json.loads(json.dumps(cell.recipe.to_dict()))
+    assert record["labelled_names"] == ["patient001"]
+    assert [iteration for iteration, _ in record["validation_curve"]] == [2, 4]
+    assert record["validation_dice"] == pytest.approx(max(dice for _, dice in record["validation_curve"]), rel=1e-3)
+    assert record["test"]["predictions"] == 2 * 3  # frames, classes
+    assert len(record["test"]["class_dice"]) == 3
+    assert {"device", "torch", "commit", "threads", "date", "seconds_per_iteration"} <= set(record)
+    assert record["wall_seconds"] > 4 * record["seconds_per_iteration"]
+    assert not list(here.folder(cell).glob("*/last.pt"))
+
+    written = here.records.path(cell).stat().st_mtime_ns
+    assert not here.attempt(cell)
+    assert here.records.path(cell).stat().st_mtime_ns == written
+
+
+def test_a_changed_recipe_never_sees_the_test_volumes(
+    lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segmentation.slicewise import SliceTask
+
+    read: list[str] = []
+    original = SliceTask.read_volumes
+    monkeypatch.setattr(SliceTask, "read_volumes", lambda *a: read.extend(a[2]) or original(*a))
+    cell = _supervised(lab, lr=0.02)
+    here.attempt(cell)
+    assert here.records.read(cell)["test"] is None
+    assert here.records.read(cell)["validation_dice"] >= 0
+    assert {name.split("_")[0] for name in read} == {"patient004"}  # the fifth is the test's
+
+
+def test_a_failure_is_recorded_and_does_not_stop_the_others(
+    lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, broken, good = _supervised(lab, lr=1e30), _supervised(lab, 1), _supervised(lab, 2)
+    original = lab.runs.run
+
+    def run(job: Any) -> None:
+        if job.recipes[0].seed == 1:
+            raise TypeError("a slip")
+        original(job)
+
+    monkeypatch.setattr(lab.runs, "run", run)
+    lab.runs.work(here, [bad, broken, good], 600)
+    assert here.records.read(bad)["state"] == "failed"
+    assert "loss_labelled is" in here.records.read(bad)["reason"]
+    assert here.records.read(broken) is None
+    assert "a slip" in capsys.readouterr().out
+    assert here.records.state(good) == "done"
+
+
+def test_what_the_budget_cuts_off_goes_on_to_the_same_end(
+    lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from segmentation.trainer import Trainer
+
+    whole = replace(here, records=lab.records.Records(tmp_path / "other"), work=tmp_path / "other_work")
+    cell, later = _supervised(lab), _supervised(lab, 1)
+    whole.attempt(cell)
+
+    steps: list[int] = []
+    original = Trainer.step
+
+    def step(self: Any, iteration: int) -> Any:
+        steps.append(iteration)
+        if steps == [0, 1, 2]:
+            signal.raise_signal(signal.SIGALRM)  # the budget's end
+        return original(self, iteration)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    lab.runs.work(here, [cell, later], 600)
+    assert here.records.read(cell) is here.records.read(later) is None
+    assert here.spent(cell) > 0
+    assert not here.folder(later).exists()
+
+    before = here.spent(cell)
+    lab.runs.work(here, [cell], 600)
+    assert steps == [0, 1, 2, 3]
+    ours, theirs = here.records.read(cell), whole.records.read(cell)
+    assert ours["test"] == theirs["test"]
+    assert ours["validation_curve"] == theirs["validation_curve"]
+    assert ours["wall_seconds"] > before
+
+
+@pytest.mark.parametrize("in_the_background", [False, True])
+def test_the_budget_ends_a_run_in_time(lab: SimpleNamespace, here: Any, in_the_background: bool) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if in_the_background else signal.default_int_handler)
+    try:
+        here = SimpleNamespace(attempt=lambda cell: time.sleep(30))
+        started = time.perf_counter()
+        lab.runs.work(here, [_supervised(lab)] * 3, 0.2)
+        assert time.perf_counter() - started < 10
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_claimed_cell_is_left_alone_until_its_process_is_dead(lab: SimpleNamespace, here: Any) -> None:
+    cell = _supervised(lab)
+    lock = here.folder(cell) / "lock"
+    lock.parent.mkdir(parents=True)
+    hold = (
+        f"import fcntl, time; file = open({str(lock)!r}, 'a'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert not here.attempt(cell)
+        assert here.records.read(cell) is None
+    finally:
+        other.kill()
+        other.wait()
+    assert here.attempt(cell)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_two_jobs_share_the_cells(
+    lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fork = multiprocessing.get_context("fork")  # which knows of the tiny runs, and takes no time to start
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    cells = [_supervised(lab, seed) for seed in range(3)]
+    lab.reproduce.run(here, cells, 600, jobs=2)
+    started = [line for line in capfd.readouterr().out.splitlines() if line.startswith("acdc_")]
+    assert sorted(started) == [cell.name for cell in cells]
+    assert [here.records.state(cell) for cell in cells] == ["done"] * 3
+
+
+def test_run_leaves_out_what_has_no_data(
+    lab: SimpleNamespace, here: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempted: list[str] = []
+    monkeypatch.setattr(lab.runs.Lab, "attempt", lambda self, cell: attempted.append(cell.name))
+    acdc, done = _supervised(lab), _supervised(lab, 1)
+    here.records.write(done, _record(done))
+    lab.reproduce.run(here, [acdc, done, lab.grid.cell("LA", "paper", lab.grid.GAPMATCH, 1, 0)], 60)
+    assert attempted == [acdc.name]
+    assert "without --data-la" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_a_record_of_another_recipe_counts_for_nothing(lab: SimpleNamespace, here: Any) -> None:
+    cell = _supervised(lab)
+    record = _record(cell)
+    here.records.write(cell, {**record, "recipe": {**record["recipe"], "lr": 0.5}})
+    assert here.records.state(cell) == "stale"
+    assert here.records.of([cell]) == {}
+    assert not here.attempt(cell)
+    older = {name: value for name, value in record["recipe"].items() if name != "aligned"}
+    here.records.write(cell, {**record, "recipe": older})  # a field has come since
+    assert here.records.state(cell) == "done"
+
+
+def test_means_deviations_and_gains_by_hand(lab: SimpleNamespace) -> None:
+    grid = lab.grid
+    dice = {False: [40.0, 50.0, 60.0], True: [46.0, 54.0]}  # seed 2 lacks its partner
+    found = {}
+    for gap, values in dice.items():
+        for seed, value in enumerate(values):
+            cell = grid.cell("ACDC", "study", ("vat", gap), 1, seed)
+            found[cell] = _record(cell, value, asd=3.0 - gap - 0.5 * seed * gap)
+    rows = {
+        row[0]: row
+        for table in lab.report.comparisons(found, "ACDC", "study")
+        if "Table 2" in table.title
+        for row in table.rows[-3:]
+    }
+    assert rows["VAT"][1] == "50.0 ± 10.0, 3.00 ± 0.00 (n = 3)"
+    spread = math.sqrt(2 * 4.0**2)  # of 46 and 54
+    assert rows["VAT + GAP"][1] == f"50.0 ± {spread:.1f}, 1.75 ± 0.35 (n = 2 of 3)"
+    assert rows["gain"][1] == "+5.0 ± 1.4, -1.25 ± 0.35 (n = 2 of 3)"  # +6 and +4; -1 and -1.5
+    assert [rows[name][2] for name in ("VAT", "VAT + GAP", "gain")] == ["54.2, 2.99", "61.8, 3.10", "+7.6, +0.11"]
+    assert rows["VAT"][3] == rows["gain"][3] == "open"
+
+
+def test_single_runs_losses_failures_and_collapses_are_shown(lab: SimpleNamespace) -> None:
+    grid = lab.grid
+    plain, with_gap, failed = (
+        grid.cell("ACDC", "study", ("em", False), 5, 0),
+        grid.cell("ACDC", "study", ("em", True), 5, 0),
+        grid.cell("ACDC", "study", ("em", True), 5, 1),
+    )
+    found = {
+        plain: _record(plain, 60.0),
+        with_gap: _record(with_gap, 20.0),
+        failed: _record(failed, state="failed", reason="nan"),
+    }
+    found[with_gap]["test"]["empty"] = 61  # of 120
+    table = next(t for t in lab.report.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
+    rows = {row[0]: row[3] for row in table.rows[:3]}
+    assert rows["EM"] == "60.0 ± -, 2.00 ± - (n = 1 of 3)"
+    assert rows["EM + GAP"] == "20.0 ± -, 2.00 ± -† (n = 1 of 3), 1 failed"
+    assert rows["gain"] == "-40.0 ± -, +0.00 ± - (n = 1 of 3)"
+
+
+def test_sweeps_compare_validation_over_the_same_seeds(lab: SimpleNamespace) -> None:
+    grid = lab.grid
+    default = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed) for seed in range(3)]
+    strong = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed, {"eps": 0.5, "alpha": 2.0}) for seed in range(2)]
+    found = {cell: _record(cell, 40.0 + 10 * cell.seed) for cell in (*default, *strong)}
+    eps_alpha, tau, *_ = lab.report.sweeps(found)
+    assert eps_alpha.rows[-1] == ["0.5", "open", "open", "45.0 ± 7.1 (n = 2)"]
+    assert ["0.95", "45.0 ± 7.1 (n = 2), default"] in tau.rows  # seed 2 is not in the study
+
+
+def test_the_report_of_nothing_is_all_open(lab: SimpleNamespace, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "results.md"
+    lab.report.report(lab.records.Records(tmp_path / "cells"), page, tmp_path / "docs" / "figures")
+    text = page.read_text()
+    assert "open" in text
+    assert "png" not in text
+    assert not (tmp_path / "docs" / "figures").exists()
+
+
+def test_the_report_has_every_section_and_picture(lab: SimpleNamespace, tmp_path: Path) -> None:
+    records = lab.records.Records(tmp_path / "cells")
+    run = [cell for cell in lab.grid.cells(presets=["study"]) if cell.seed == 0]
+    for cell in run:
+        records.write(cell, _record(cell))
+    page, figures = tmp_path / "docs" / "results.md", tmp_path / "figures"
+    arguments = ["--report", "--records", str(records.folder), "--page", str(page), "--figures", str(figures)]
+    assert lab.reproduce.main(arguments) == 0
+    text = page.read_text()
+    for name in lab.plots.CAPTIONS:
+        assert (figures / f"{name}.png").stat().st_size > 10_000
+        assert f"(../figures/{name}.png)" in text
+    for wanted in ("## ACDC, full scale", "## ACDC, reduced scale", "Table 3 on ACDC, ours at reduced scale", "a CPU"):
+        assert wanted in text
+    assert text.count("| acdc_") == len(run)
