@@ -23,7 +23,7 @@ KNOBS = (
     "alpha",
     "tau",
     "weight",
-    "ramp_up",
+    "warm_up",
     "aligned",
     "freeze_statistics",
     "replay_dropout",
@@ -71,7 +71,7 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     parser.add_argument("--alpha", type=float, help="weight of g2")
     parser.add_argument("--tau", type=float, help="confidence threshold of the pseudo-labels")
     parser.add_argument("--weight", type=float, help="of the consistency loss")
-    parser.add_argument("--ramp-up", type=int, help="iterations over which that weight rises")
+    parser.add_argument("--warm-up", type=int, help="iterations on labelled images alone at the start")
     parser.add_argument(
         "--aligned",
         choices=get_args(get_type_hints(Recipe)["aligned"]),

@@ -65,8 +65,8 @@ class Recipe:
     """R of equation 7: cross-entropy and Dice as in the paper, or Dice alone as in UniMatch."""
     weight: float = 1.0
     """Of the consistency loss, at theta and at theta*."""
-    ramp_up: int = 0
-    """Iterations over which that weight rises from almost nothing, as exp(-5 (1 - t / ramp_up)^2)."""
+    warm_up: int = 0
+    """Iterations on labelled images alone, before the method joins."""
 
     # GAP
     eps: float = 0.1
@@ -105,8 +105,8 @@ class Recipe:
             raise InputError(f"average_decay must be at least 0 and below 1, not {self.average_decay}.")
         if (self.method, self.gap) == NO_GAP:
             raise InputError("supervised with GAP: there is no consistency loss to perturb by; take a method that has.")
-        if self.ramp_up < 0:
-            raise InputError(f"ramp_up must not be negative, not {self.ramp_up}.")
+        if self.warm_up < 0:
+            raise InputError(f"warm_up must not be negative, not {self.warm_up}.")
         for name in ("lr", "eps", "alpha", "weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"{name} must be finite and not negative, not {getattr(self, name)}.")

@@ -1,6 +1,5 @@
 """One training run's model, optimizer and data, and its step: Algorithm 1."""
 
-import math
 from functools import partial
 from typing import Any, cast
 
@@ -96,7 +95,8 @@ class Trainer:
         self._set_learning_rate(iteration)
         images, labels = self.weak.with_labels(*self.labelled_batch(iteration))
         method = self.method
-        values = {} if method is None else self._consistency(method, iteration)
+        warm = iteration >= self.recipe.warm_up
+        values = self._consistency(method, iteration) if method is not None and warm else {}
 
         criterion = ce_dice_loss if method is None else partial(method.labelled_loss, ce_dice_loss)
         loss = criterion(self.joint(images), labels.long())
@@ -118,7 +118,7 @@ class Trainer:
 
     def _consistency(self, method: Method, iteration: int) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
-        model, optimizer, weight = self.joint, self.optimizer, self._weight(iteration)
+        model, optimizer, weight = self.joint, self.optimizer, self.recipe.weight
         views = method.prepare(model, self.unlabelled_batch(iteration))
         rng = RNGState.now([self.device] if self.device.type == "cuda" else []) if self.recipe.replay_dropout else None
         outputs = model(views.inputs)
@@ -142,11 +142,6 @@ class Trainer:
         if self.recipe.aligned == "targets":
             return method.compare(perturbed, views)
         return alignment(perturbed, unperturbed)
-
-    def _weight(self, iteration: int) -> float:
-        """Of the consistency loss."""
-        rest = max(0.0, 1 - iteration / self.recipe.ramp_up) if self.recipe.ramp_up else 0.0
-        return self.recipe.weight * math.exp(-5 * rest**2)
 
     def labelled_batch(self, iteration: int) -> tuple[Tensor, Tensor]:
         """Images and labels of `iteration`, the same for all methods."""

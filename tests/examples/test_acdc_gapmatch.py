@@ -117,12 +117,12 @@ def test_resume_repeats_a_finished_job_without_training(
 def test_knobs_reach_the_recipe(data: Path, tmp_path: Path) -> None:
     knobs = ["--eps", "0.3", "--alpha", "0.7", "--tau", "0.8", "--iterations", "2", "--seed", "5"]
     knobs += ["--aligned", "predictions", "--no-freeze-statistics", "--replay-dropout", "--weight", "0.5"]
-    knobs += ["--ramp-up", "3"]
+    knobs += ["--warm-up", "1"]
     assert _run(data, tmp_path / "out", *knobs) == 0
     recipe = json.loads((tmp_path / "out" / "gapmatch" / "result.json").read_text())["recipe"]
     assert [recipe[k] for k in ("eps", "alpha", "tau", "iterations", "seed")] == [0.3, 0.7, 0.8, 2, 5]
     assert [recipe[k] for k in ("aligned", "freeze_statistics", "replay_dropout")] == ["predictions", False, True]
-    assert [recipe[k] for k in ("weight", "ramp_up")] == [0.5, 3]
+    assert [recipe[k] for k in ("weight", "warm_up")] == [0.5, 1]
 
 
 def _first_slice(data: Path) -> Path:
@@ -209,7 +209,7 @@ def test_bad_data_is_one_line_before_any_training(
         (["--method", "gapmatch+gap"], "'gapmatch+gap': not one of supervised, em"),
         (["--method", "UNet"], "'UNet': not one of"),
         (["--weight", "-1"], "weight"),
-        (["--ramp-up", "-1"], "ramp_up"),
+        (["--warm-up", "-1"], "warm_up"),
     ],
 )
 def test_bad_arguments_are_one_line(

@@ -30,7 +30,7 @@ def test_presets_are_valid(task: Task, preset: str) -> None:
         {"lr": float("inf")},
         {"tau": 1.01},
         {"weight": -0.1},
-        {"ramp_up": -1},
+        {"warm_up": -1},
     ],
 )
 def test_bad_values_are_refused_by_name(bad: dict) -> None:

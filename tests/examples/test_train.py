@@ -1,6 +1,5 @@
 """The training step against Algorithm 1, and runs that go on as if they had not been interrupted."""
 
-import math
 import os
 import signal
 import subprocess
@@ -177,7 +176,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 def test_every_method_goes_on_from_a_checkpoint_bit_for_bit(
     run: str, slices, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
-    recipe = replace(tiny_recipe.for_run(run), targets="train", replay_dropout=True, ramp_up=3)
+    recipe = replace(tiny_recipe.for_run(run), targets="train", replay_dropout=True, warm_up=1)
     whole, first = _trainer(recipe, slices), _trainer(recipe, slices)
     for t in range(4):
         whole.step(t)
@@ -229,14 +228,22 @@ def test_the_perturbed_pass_moves_running_statistics_if_asked_to(
     assert {int(n) for n in counts} == {seen}
 
 
-def test_the_weight_rises_as_a_sigmoid_and_scales_both_losses(slices, tiny_recipe: Recipe) -> None:
-    plain = _trainer(tiny_recipe, slices).step(0)
+def test_the_weight_scales_both_losses(slices, tiny_recipe: Recipe) -> None:
+    plain = _trainer(replace(tiny_recipe, eps=0.0), slices).step(0)
     half = _trainer(replace(tiny_recipe, weight=0.5, eps=0.0), slices).step(0)
-    rising = _trainer(replace(tiny_recipe, ramp_up=4, weight=2.0), slices)
-    assert half["loss_unlabelled"] == plain["loss_unlabelled"] / 2
-    assert rising.step(0)["loss_unlabelled"].item() == pytest.approx(2 * plain["loss_unlabelled"].item() / math.e**5)
-    weights = [rising._weight(t) for t in range(6)]
-    assert weights == pytest.approx([2 * math.exp(-5 * (1 - t / 4) ** 2) for t in range(4)] + [2, 2])
+    for name in ("loss_unlabelled", "loss_perturbed"):
+        assert half[name] == plain[name] / 2
+
+
+def test_the_method_joins_after_the_warm_up(slices, tiny_recipe: Recipe) -> None:
+    """Until then it is supervised training, bit for bit."""
+    warming = _trainer(replace(tiny_recipe, warm_up=2), slices)
+    supervised = _trainer(tiny_recipe.for_run("supervised"), slices)
+    for iteration in range(2):
+        assert warming.step(iteration) == supervised.step(iteration)
+    for ours, theirs in zip(warming.model.parameters(), supervised.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert "loss_unlabelled" in warming.step(2)
 
 
 KILLED = """
