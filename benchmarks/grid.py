@@ -32,6 +32,7 @@ TABLE_3: tuple[Method, ...] = (
     ("ict", False),
     ("ict", True),
 )
+THRESHOLDS: tuple[Method, ...] = tuple((method, gap) for method in ("flexmatch", "freematch") for gap in (False, True))
 SHARES = (1, 5, 10)
 
 # Recipe fields that are varied for GapMatch, one value set at a time.
@@ -44,6 +45,8 @@ SWEEPS: dict[str, tuple[dict[str, Any], ...]] = {
     "replay_dropout": ({"replay_dropout": False}, {"replay_dropout": True}),
     "aligned": ({"aligned": "targets"}, {"aligned": "predictions"}),
 }
+# g1 + alpha g2 weighs the unlabelled images 1 + alpha times, whatever GAP moves: FixMatch with as much of them.
+CONTROL: tuple[dict[str, Any], ...] = ({"weight": 1.0}, {"weight": 2.0})
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ BATCHES = (
     Batch("table 1", "ACDC", "study", TABLE_1, SHARES, (0, 1, 2)),
     Batch("table 2", "ACDC", "study", TABLE_2, (1,), (0, 1)),
     Batch("table 3", "ACDC", "study", TABLE_3, (1,), (0, 1)),
+    Batch("thresholds", "ACDC", "study", THRESHOLDS, (1,), (0, 1)),
+    Batch("hyper-parameters", "ACDC", "study", (FIXMATCH,), (1,), (0, 1), CONTROL),
     *(Batch("hyper-parameters", "ACDC", "study", (GAPMATCH,), (1,), (0, 1), sweep) for sweep in SWEEPS.values()),
     Batch("table 2", "ACDC", "study", TABLE_2, (1,), (2,)),
     Batch("table 3", "ACDC", "study", TABLE_3, (1,), (2,)),

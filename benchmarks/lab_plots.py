@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from published import PUBLISHED, Method
 
-GAINING = ("fixmatch", *grid.INSTANCE_PERTURBATIONS)
+GAINING = ("fixmatch", "flexmatch", "freematch", *grid.INSTANCE_PERTURBATIONS)
 PRESET_COLOURS = {FULL_SCALE: COLOURS[1], "study": COLOURS[0]}
 METHOD_COLOURS: dict[Method, str] = {SUPERVISED: COLOURS[6], FIXMATCH: COLOURS[0], GAPMATCH: COLOURS[1]}
 CAPTIONS = {

@@ -47,12 +47,13 @@ def published_gain(data_set: str, method: str, share: int) -> Scores | None:
     return scores[1][0] - scores[0][0], scores[1][1] - scores[0][1]
 
 
-def compared(preset: str, changes: Mapping[str, Any]) -> list[Cell]:
+def compared(preset: str, changes: Mapping[str, Any], method: Method = GAPMATCH) -> list[Cell]:
     """Cells of the hyper-parameter study that differ in nothing but their seed; the default has no more than others."""
-    wanted = cell("ACDC", preset, GAPMATCH, 1, 0, changes)
+    wanted = cell("ACDC", preset, method, 1, 0, changes)
     return [c for c in grid.cells(["hyper-parameters"], [preset]) if replace(c, seed=0) == wanted]
 
 
-def validations(found: Found, preset: str, changes: Mapping[str, Any]) -> dict[int, float]:
-    """Seed -> validation Dice in percent of GapMatch with `changes` on ACDC, 1 % of the labels."""
-    return {seed: record["validation_dice"] for seed, record in done(found, compared(preset, changes)).items()}
+def validations(found: Found, preset: str, changes: Mapping[str, Any], method: Method = GAPMATCH) -> dict[int, float]:
+    """Seed -> validation Dice in percent of `method` with `changes` on ACDC, 1 % of the labels."""
+    records = done(found, compared(preset, changes, method))
+    return {seed: record["validation_dice"] for seed, record in records.items()}
