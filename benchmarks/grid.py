@@ -38,7 +38,7 @@ SHARES = (1, 5, 10)
 # Recipe fields that are varied for GapMatch, one value set at a time.
 SWEEPS: dict[str, tuple[dict[str, Any], ...]] = {
     "eps and alpha": tuple(
-        {"eps": eps, "alpha": alpha} for alpha in (0.5, 1.0, 2.0) for eps in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+        {"eps": eps, "alpha": alpha} for alpha in (1.0, 0.5, 2.0) for eps in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     ),
     "tau": tuple({"tau": tau} for tau in (0.7, 0.8, 0.9, 0.95, 0.99)),
     "freeze_statistics": ({"freeze_statistics": True}, {"freeze_statistics": False}),
