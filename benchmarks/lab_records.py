@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grid import Cell
+from segmentation.recipe import GAP_FIELDS
 from segmentation.report import write_json
 
 Record = dict[str, Any]
@@ -46,6 +47,7 @@ class Records:
 
 
 def changed(cell: Cell, record: Record) -> list[str]:
-    """Recipe fields that had another value when the record was made. A field that it lacks is newer than the record."""
+    """Recipe fields that count and had another value when the record was made. One that it lacks is newer than it."""
     then, now = record["recipe"], json.loads(json.dumps(cell.recipe.to_dict()))
-    return [name for name in now if name in then and then[name] != now[name]]
+    counts = [name for name in now if name in then and (cell.gap or name not in GAP_FIELDS)]
+    return [name for name in counts if then[name] != now[name]]

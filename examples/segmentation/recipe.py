@@ -24,6 +24,7 @@ Method = Literal[
 METHODS: tuple[Method, ...] = get_args(Method)
 GAPMATCH: tuple[Method, bool] = ("fixmatch", True)
 NO_GAP: tuple[Method, bool] = ("supervised", True)  # nothing to perturb by
+GAP_FIELDS = ("eps", "alpha", "aligned", "freeze_statistics", "replay_dropout")  # mean nothing without it
 WITH_GAP = "+gap"  # what a run's name ends with
 AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
 HALVINGS = 4  # of the image on its way down the UNet and the V-Net

@@ -354,6 +354,8 @@ def test_a_record_of_another_recipe_counts_for_nothing(lab: SimpleNamespace, her
     older = {name: value for name, value in record["recipe"].items() if name != "aligned"}
     here.records.write(cell, {**record, "recipe": older})  # a field has come since
     assert here.records.state(cell) == "done"
+    here.records.write(cell, {**record, "recipe": {**record["recipe"], "eps": 9.0}})  # means nothing without GAP
+    assert here.records.state(cell) == "done"
 
 
 def test_means_deviations_and_gains_by_hand(lab: SimpleNamespace) -> None:
