@@ -4,7 +4,7 @@ A run is a `Cell`. BATCHES is the whole grid, the most urgent part first; a cell
 To add runs, add a batch, or a value to a sweep. A cell's name tells it from all others, and is that of its JSON file.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -152,10 +152,10 @@ GROUPS = tuple(dict.fromkeys(batch.group for batch in BATCHES))
 PRESETS = tuple(dict.fromkeys(batch.preset for batch in BATCHES))
 
 
-def cells(groups: Iterable[str] = GROUPS, presets: Iterable[str] = PRESETS) -> list[Cell]:
-    """The cells of these groups at these presets, each once, in the order in which they should be run."""
-    groups, presets = set(groups), set(presets)
-    chosen = [batch for batch in BATCHES if batch.group in groups and batch.preset in presets]
+def cells(groups: Collection[str] | None = None, presets: Collection[str] | None = None) -> list[Cell]:
+    """The cells of these groups at these presets (None: all), each once, in the order in which they should be run."""
+    of_groups = [batch for batch in BATCHES if groups is None or batch.group in groups]
+    chosen = [batch for batch in of_groups if presets is None or batch.preset in presets]
     return list(dict.fromkeys(chain.from_iterable(batch.cells() for batch in chosen)))
 
 
