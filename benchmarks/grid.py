@@ -37,6 +37,7 @@ SHARES = (1, 5, 10)
 
 # Recipe fields that are varied for GapMatch, one value set at a time.
 SWEEPS: dict[str, tuple[dict[str, Any], ...]] = {
+    "weight": ({"weight": 1.0}, {"weight": 0.5}),
     "eps and alpha": tuple(
         {"eps": eps, "alpha": alpha} for alpha in (1.0, 0.5, 2.0) for eps in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     ),
@@ -46,7 +47,7 @@ SWEEPS: dict[str, tuple[dict[str, Any], ...]] = {
     "aligned": ({"aligned": "targets"}, {"aligned": "predictions"}),
 }
 # g1 + alpha g2 weighs the unlabelled images 1 + alpha times, whatever GAP moves: FixMatch with as much of them.
-CONTROL: tuple[dict[str, Any], ...] = ({"weight": 1.0}, {"weight": 2.0})
+CONTROL: tuple[dict[str, Any], ...] = ({"weight": 1.0}, {"weight": 0.5}, {"weight": 2.0})
 
 
 @dataclass(frozen=True)
