@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grid import Cell
-from segmentation.recipe import GAP_FIELDS
+from segmentation.recipe import GAP_FIELDS, METHOD_FIELDS
 from segmentation.report import write_json
 
 Record = dict[str, Any]
@@ -49,5 +49,6 @@ class Records:
 def changed(cell: Cell, record: Record) -> list[str]:
     """Recipe fields that count and had another value when the record was made. One that it lacks is newer than it."""
     then, now = record["recipe"], json.loads(json.dumps(cell.recipe.to_dict()))
-    counts = [name for name in now if name in then and (cell.gap or name not in GAP_FIELDS)]
+    idle = {*GAP_FIELDS * (not cell.gap), *METHOD_FIELDS * (cell.method == "supervised")}
+    counts = [name for name in now if name in then and name not in idle]
     return [name for name in counts if then[name] != now[name]]

@@ -405,7 +405,7 @@ def test_sweeps_compare_validation_over_the_same_seeds(lab: SimpleNamespace) -> 
     default = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed) for seed in range(3)]
     strong = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed, {"eps": 0.5, "alpha": 2.0}) for seed in range(2)]
     found = {cell: _record(cell, 40.0 + 10 * cell.seed) for cell in (*default, *strong)}
-    eps_alpha, tau, *_ = lab.report.sweeps(found)
+    eps_alpha, _, tau, *_ = lab.report.sweeps(found)
     assert eps_alpha.rows[-1] == ["0.5", "open", "open", "45.0 ± 7.1 (n = 2)"]
     assert ["0.95", "45.0 ± 7.1 (n = 2), default"] in tau.rows  # seed 2 is not in the study
 
