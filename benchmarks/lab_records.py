@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from grid import Cell
 from segmentation.errors import InputError
-from segmentation.recipe import GAP_FIELDS, Recipe
+from segmentation.recipe import GAP_FIELDS, METHOD_FIELDS, Recipe
 from segmentation.report import write_json
 
 Record = dict[str, Any]
@@ -60,4 +60,5 @@ def changed(cell: Cell, record: Record) -> list[str]:
     """
     now, defaults = (json.loads(json.dumps(recipe.to_dict())) for recipe in (cell.recipe, Recipe()))
     then = {**defaults, **record["recipe"]}
-    return [name for name in now if then[name] != now[name] and (cell.gap or name not in GAP_FIELDS)]
+    idle = {*GAP_FIELDS * (not cell.gap), *METHOD_FIELDS * (cell.method == "supervised")}
+    return [name for name in now if name not in idle and then[name] != now[name]]

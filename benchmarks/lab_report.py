@@ -266,7 +266,8 @@ def protocol(preset: str, recipe: Recipe) -> str:
         f"Preset `{preset}`: input {size}, network width {recipe.width}, batch {recipe.labelled_batch} labelled + "
         f"{recipe.unlabelled_batch} unlabelled, {recipe.iterations:,} iterations of SGD (lr {recipe.lr:g}, momentum "
         f"{recipe.momentum:g}){warm_up}, validated every {recipe.validate_every:,}.",
-        f"tau {recipe.tau:g}, eps {recipe.eps:g}, alpha {recipe.alpha:g}; R of equation 7: `{recipe.unlabelled_loss}`.",
+        f"tau {recipe.tau:g}, eps {recipe.eps:g}, alpha {recipe.alpha:g}, weight of the consistency loss "
+        f"{recipe.weight:g}; R of equation 7: `{recipe.unlabelled_loss}`.",
         f"Scored: {weights}; batch-norm statistics: {statistics}.",
     )
     return "\n".join(f"- {line}" for line in lines)

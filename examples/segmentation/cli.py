@@ -13,7 +13,7 @@ from . import ranks
 from .data import patients_for_share
 from .errors import InputError, UserError
 from .job import Job, OldRuns, run
-from .recipe import CHOICES, CONSISTENCY_FIELDS, GAP_FIELDS, GAPMATCH, METHODS, Method, Recipe, method_of
+from .recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Method, Recipe, method_of
 from .task import Task
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
@@ -176,7 +176,7 @@ def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[tuple[Meth
         option = f"--{name.replace('_', '-')}"
         if name in GAP_FIELDS and not with_gap:
             raise InputError(f"{option}: means nothing without GAP; name a run that has it, or leave it out.")
-        if name in CONSISTENCY_FIELDS and not unlabelled:
+        if name in METHOD_FIELDS and not unlabelled:
             raise InputError(f"{option}: means nothing to supervised alone; name another method, or leave it out.")
 
 

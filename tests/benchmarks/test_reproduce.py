@@ -142,7 +142,7 @@ def test_the_grid_holds_the_paper_s_tables_and_the_sweeps(lab: SimpleNamespace) 
         cells = lab.grid.cells(presets=[preset])
         assert wanted <= {(cell.data_set, (cell.method, cell.gap), cell.share) for cell in cells}
     swept = [cell for cell in lab.grid.cells(["hyper-parameters"]) if cell.seed == 0]
-    assert len(swept) == 6 * 3 + 4 + 1 + 1 + 1 + 2  # the default is in each sweep; the control
+    assert len(swept) == 6 * 3 + 1 + 4 + 1 + 1 + 1 + 3  # the default is in each sweep; the control
     assert sum(cell.tested for cell in swept) == 2
 
 
@@ -496,7 +496,8 @@ def test_a_record_of_another_recipe_counts_for_nothing(lab: SimpleNamespace, her
 def test_a_field_that_a_record_lacks_had_its_default(lab: SimpleNamespace, here: Any) -> None:
     for cell, field, state in (
         (_supervised(lab), "weight", "done"),
-        (_supervised(lab, warm_up=1), "warm_up", "stale"),
+        (_supervised(lab, warm_up=1), "warm_up", "done"),  # means nothing to it
+        (lab.grid.cell("ACDC", "study", lab.grid.FIXMATCH, 1, 0, {"warm_up": 1}), "warm_up", "stale"),
         (_supervised(lab, aligned="predictions"), "aligned", "done"),  # means nothing without GAP
         (lab.grid.cell("ACDC", "study", lab.grid.GAPMATCH, 1, 0, {"aligned": "predictions"}), "aligned", "stale"),
     ):
@@ -584,7 +585,7 @@ def test_sweeps_compare_validation_over_the_same_seeds(lab: SimpleNamespace) -> 
     default = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed) for seed in range(3)]
     strong = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed, {"eps": 0.5, "alpha": 2.0}) for seed in range(2)]
     found = {cell: _record(cell, 40.0 + 10 * cell.seed) for cell in (*default, *strong)}
-    eps_alpha, tau, *_ = lab.report.sweeps(found)
+    eps_alpha, _, tau, *_ = lab.report.sweeps(found)
     assert eps_alpha.rows[-1] == ["0.5", "open", "open", "45.0 ± 7.1 (n = 2)"]
     assert ["0.95", "45.0 ± 7.1 (n = 2), default"] in tau.rows  # seed 2 is not in the study
 
