@@ -35,12 +35,11 @@ TABLE_3: tuple[Method, ...] = (
 THRESHOLDS: tuple[Method, ...] = tuple((method, gap) for method in ("flexmatch", "freematch") for gap in (False, True))
 SHARES = (1, 5, 10)
 
+EPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # Recipe fields that are varied for GapMatch, one value set at a time.
 SWEEPS: dict[str, tuple[dict[str, Any], ...]] = {
     "weight": ({"weight": 0.5}, {"weight": 1.0}),
-    "eps and alpha": tuple(
-        {"eps": eps, "alpha": alpha} for alpha in (1.0, 0.5, 2.0) for eps in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-    ),
+    "eps and alpha": tuple({"eps": eps, "alpha": alpha} for alpha in (1.0, 0.5, 2.0) for eps in EPS),
     "tau": tuple({"tau": tau} for tau in (0.7, 0.8, 0.9, 0.95, 0.99)),
     "freeze_statistics": ({"freeze_statistics": True}, {"freeze_statistics": False}),
     "replay_dropout": ({"replay_dropout": False}, {"replay_dropout": True}),
@@ -128,10 +127,6 @@ class Batch(NamedTuple):
                         yield cell(self.data_set, self.preset, method, share, seed, changes)
 
 
-def _without_gap(methods: Iterable[Method]) -> tuple[Method, ...]:
-    return tuple((method, gap) for method, gap in methods if not gap)
-
-
 BATCHES = (
     # full scale, on a GPU
     Batch("table 1", "ACDC", "paper", (GAPMATCH, FIXMATCH), SHARES, (0,)),
@@ -141,18 +136,14 @@ BATCHES = (
     Batch("table 1", "LA", "paper", (GAPMATCH, FIXMATCH, SUPERVISED), SHARES, (0,)),
     Batch("table 2", "ACDC", "paper", TABLE_2, (5, 10), (0,)),
     Batch("table 3", "ACDC", "paper", TABLE_3, (5, 10), (0,)),
-    # reduced scale, on a CPU
-    Batch("table 1", "ACDC", "study", _without_gap(TABLE_1), SHARES, (0, 1, 2)),
-    Batch("table 2", "ACDC", "study", _without_gap(TABLE_2), (1,), (0, 1)),
-    Batch("table 3", "ACDC", "study", _without_gap(TABLE_3), (1,), (0, 1)),
-    Batch("thresholds", "ACDC", "study", _without_gap(THRESHOLDS), (1,), (0, 1)),
-    # what runs with GAP depend on
+    # reduced scale, on a CPU; first what the runs with GAP depend on
     Batch("hyper-parameters", "ACDC", "study", (FIXMATCH,), (1,), (0, 1), CONTROL),
-    *(Batch("hyper-parameters", "ACDC", "study", (GAPMATCH,), (1,), (0, 1), sweep) for sweep in SWEEPS.values()),
+    Batch("hyper-parameters", "ACDC", "study", (GAPMATCH,), (1,), (0, 1), SWEEPS["eps and alpha"][: len(EPS)]),
     Batch("table 1", "ACDC", "study", TABLE_1, SHARES, (0, 1, 2)),
     Batch("table 2", "ACDC", "study", TABLE_2, (1,), (0, 1)),
     Batch("table 3", "ACDC", "study", TABLE_3, (1,), (0, 1)),
     Batch("thresholds", "ACDC", "study", THRESHOLDS, (1,), (0, 1)),
+    *(Batch("hyper-parameters", "ACDC", "study", (GAPMATCH,), (1,), (0, 1), sweep) for sweep in SWEEPS.values()),
     Batch("table 2", "ACDC", "study", TABLE_2, (1,), (2,)),
     Batch("table 3", "ACDC", "study", TABLE_3, (1,), (2,)),
     Batch("table 2", "ACDC", "study", TABLE_2, (5, 10), (0, 1, 2)),
