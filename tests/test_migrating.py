@@ -58,6 +58,33 @@ def test_each_block_applies_the_gradient_of_its_row(row: int, capsys: pytest.Cap
     assert capsys.readouterr().out.startswith("tensor([")
 
 
+def _port_in_usb(retain: bool) -> list[float]:
+    theta = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    curvature = torch.tensor([3.0, 4.0], dtype=torch.float64)
+
+    def consistency() -> Tensor:
+        return (curvature * theta**2).sum() / 2
+
+    (g1,) = torch.autograd.grad(consistency(), theta)
+    old = theta.detach().clone()
+    theta.data.add_(0.5 * g1 / g1.norm())
+    perturbed = consistency()
+    perturbed.backward(retain_graph=retain)  # g2, which stays in .grad
+    theta.data.copy_(old)
+    (consistency() + 0.5 * perturbed + (theta[0] - 3) ** 2 / 2).backward()
+    assert theta.grad is not None
+    return theta.grad.tolist()
+
+
+def test_mistake_1_in_usbs_loop() -> None:
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        _port_in_usb(retain=False)
+    (shown,) = re.findall(r"comes on top: \((.*), (.*)\)", MISTAKES)
+    torch.testing.assert_close(_port_in_usb(retain=True), [float(n) for n in shown])
+    g2, stale = [3 * 1.3, 4 * 1.4], _by_hand()[3]
+    assert [float(n) for n in shown] == pytest.approx([a + b for a, b in zip(g2, stale, strict=True)])
+
+
 def test_the_list_of_gradients_is_algorithm_1s() -> None:
     theta = torch.ones(2, dtype=torch.float64, requires_grad=True)
     curvature = torch.tensor([3.0, 4.0], dtype=torch.float64)
