@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import gap_torch
 from gap_torch import GAPWrapper, consistency
 from gap_torch.consistency import FixedThreshold, FixMatch, Method, Threshold
 from gap_torch.losses import ce_dice_loss
@@ -24,6 +26,7 @@ from gap_torch.losses import ce_dice_loss
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```python *(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
+CODE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 TITLE = re.compile(r'title="(\S+)"')
 
 
@@ -63,6 +66,7 @@ def names() -> dict:
     views = method.prepare(model, unlabelled)
     return {
         "torch": torch,
+        "gap_torch": gap_torch,
         "GAPWrapper": GAPWrapper,
         "model": model,
         "base": torch.optim.SGD(model.parameters(), 0.1),
@@ -120,7 +124,7 @@ def test_algorithm_1_in_plain_pytorch_gives_the_wrappers_gradient(names: dict) -
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_lead_to_files(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", CODE.sub("", page.read_text()))
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
@@ -134,3 +138,10 @@ def _methods() -> list[str]:
 def test_the_table_has_every_method(name: str) -> None:
     table = (ROOT / "docs" / "methods.md").read_text().split("\n## ")[0]
     assert re.search(rf"\| `[^`|]*\b{name}\b[^`|]*` \|", table)
+
+
+@pytest.mark.parametrize("module", [gap_torch, consistency])
+def test_the_reference_has_every_public_name(module: ModuleType) -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", pages, re.MULTILINE)
+    assert set(module.__all__) - {"__version__"} <= set(shown)
