@@ -124,7 +124,7 @@ def size_faults(path: Path, limit: int) -> Iterator[str]:
 def import_faults(path: Path, version: str) -> Iterator[str]:
     """Installs the wheel or sdist in a folder of its own and imports all of it."""
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, str(path)]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, str(path.resolve())]
         check = [sys.executable, "-c", IMPORT, folder, version, *OTHERS.split()]
         for what, command in (("install", pip), ("import", check)):
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """`.ci/check_dist.py` finds what does not belong in a release."""
 
 import runpy
+import zipfile
 from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,3 +72,28 @@ def test_a_size_beyond_the_limit(tmp_path: Path) -> None:
     assert list(check.size_faults(file, limit=5)) == []
     (fault,) = check.size_faults(file, limit=4)
     assert "5 bytes, more than 4" in fault
+
+
+@pytest.mark.parametrize(
+    ("code", "version", "fault"),
+    [
+        ("import torch", "0.1.0", None),
+        ("import scipy", "0.1.0", "scipy"),
+        ("", "0.2.0", "gap_torch.__version__ is 0.1.0, the archive's 0.2.0"),
+    ],
+)
+def test_the_package_imports_beside_torch_alone(
+    code: str, version: str, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = Path("gap_torch-0.1.0-py3-none-any.whl")
+    info = "gap_torch-0.1.0.dist-info"
+    monkeypatch.chdir(tmp_path)  # a relative path, as in the release workflow
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("gap_torch/__init__.py", '__version__ = "0.1.0"\n')
+        archive.writestr("gap_torch/part.py", code)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: gap-torch\nVersion: 0.1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    faults = list(check.import_faults(wheel, version))
+    assert len(faults) == (fault is not None)
+    assert fault is None or fault in faults[0]
