@@ -288,7 +288,7 @@ def _every_run(found: Found) -> str:
     return f"""\
 ## Every run
 
-<details><summary>{len(found)} runs</summary>
+<details markdown="1"><summary>{len(found)} runs</summary>
 
 {table.markdown()}
 </details>

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Eps = float | Tensor | Callable[[int], float]
+"""A radius: a number, a 0-dim tensor, or a function from the number of updates so far to the radius."""
 KEYS = ("gap_eps", "gap_alpha", "gap_updates")
 """What GAP keeps in a parameter group, to be saved with it. (Plain `eps` and `alpha` are Adam's and RMSprop's.)"""
 

@@ -1,9 +1,15 @@
-"""Every code block of the pages in PAGES runs, and leaves theta and the gradients in order."""
+"""Every Python block of the README and the docs runs as it stands, or is an excerpt of a file that is run elsewhere.
+
+An excerpt says which file it is from, in its title: ```python title="examples/integrations/ddp.py". The recipes' blocks
+run in tests/recipes, each in a loop of the structure that it belongs to.
+"""
 
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,23 +18,34 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import gap_torch
 from gap_torch import GAPWrapper, consistency
 from gap_torch.consistency import FixedThreshold, FixMatch, Method, Threshold
 from gap_torch.losses import ce_dice_loss
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^( *)```python *(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
+CODE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
+TITLE = re.compile(r'title="(\S+)"')
 
 
-def _blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", _read(page), re.DOTALL)
+def _blocks(page: Path) -> list[tuple[str, str]]:
+    """What stands behind each block's ```python, and its code."""
+    return [(options, textwrap.dedent(code)) for _, options, code in BLOCK.findall(page.read_text())]
 
 
-def _read(page: str) -> str:
-    return (ROOT / page).read_text()
+def _name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
-PAGES = ("README.md", "docs/wrapper.md", "docs/methods.md")
-BLOCKS = [(page, i) for page in PAGES for i in range(len(_blocks(page)))]
+ALL = [(_name(page), i, *block) for page in PAGES for i, block in enumerate(_blocks(page))]
+RUN = [
+    pytest.param(page, i, code, id=f"{page}-{i}")
+    for page, i, options, code in ALL
+    if not options and not page.startswith("docs/recipes/")
+]
+EXCERPTS = [pytest.param(options, code, id=f"{page}-{i}") for page, i, options, code in ALL if options]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,6 +66,7 @@ def names() -> dict:
     views = method.prepare(model, unlabelled)
     return {
         "torch": torch,
+        "gap_torch": gap_torch,
         "GAPWrapper": GAPWrapper,
         "model": model,
         "base": torch.optim.SGD(model.parameters(), 0.1),
@@ -72,13 +90,42 @@ def names() -> dict:
     }
 
 
-@pytest.mark.parametrize(("page", "index"), BLOCKS)
-def test_the_block_runs(page: str, index: int, names: dict) -> None:
-    if "no_sync" in _blocks(page)[index]:
+@pytest.mark.parametrize(("page", "index", "code"), RUN)
+def test_the_block_runs(page: str, index: int, code: str, names: dict) -> None:
+    if "import segmentation" in code or "from segmentation" in code:
+        pytest.importorskip("h5py")  # of the extra `examples`
+    if "no_sync" in code:
         names["model"] = DistributedDataParallel(names["model"])
-    exec(compile(_blocks(page)[index], f"{page}, block {index}", "exec"), names)
+    exec(compile(code, f"{page}, block {index}", "exec"), names)
     names["optimizer"].state_dict()  # an error while perturbed
     assert all(torch.isfinite(p).all() for p in names["model"].parameters())
+
+
+@pytest.mark.parametrize(("options", "code"), EXCERPTS)
+def test_the_excerpt_is_in_its_file(options: str, code: str) -> None:
+    title = TITLE.fullmatch(options)
+    assert title is not None, f'"{options}": a block runs, or has the title="FILE" that it is from'
+    lines, length = (ROOT / title[1]).read_text().splitlines(), len(code.splitlines())
+    excerpts = (textwrap.dedent("\n".join(lines[i : i + length])) for i in range(len(lines)))
+    assert code.rstrip("\n") in excerpts
+
+
+def test_algorithm_1_in_plain_pytorch_gives_the_wrappers_gradient(names: dict) -> None:
+    algorithm_1, _ = _blocks(ROOT / "docs" / "how_it_works.md")
+    model, optimizer = names["model"], GAPWrapper(names["base"], eps=0.1, alpha=1.0)
+    names["consistency_loss"](model).backward()
+    with optimizer.perturbed(model):
+        names["consistency_loss"](model).backward()
+    names["supervised_loss"](model).backward()
+    ours = [p.grad for p in model.parameters()]
+    exec(algorithm_1[1], names)
+    torch.testing.assert_close([p.grad for p in model.parameters()], ours)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", CODE.sub("", page.read_text()))
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def _methods() -> list[str]:
@@ -89,5 +136,12 @@ def _methods() -> list[str]:
 
 @pytest.mark.parametrize("name", _methods())
 def test_the_table_has_every_method(name: str) -> None:
-    table = _read("docs/methods.md").split("\n## ")[0]
+    table = (ROOT / "docs" / "methods.md").read_text().split("\n## ")[0]
     assert re.search(rf"\| `[^`|]*\b{name}\b[^`|]*` \|", table)
+
+
+@pytest.mark.parametrize("module", [gap_torch, consistency])
+def test_the_reference_has_every_public_name(module: ModuleType) -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", pages, re.MULTILINE)
+    assert set(module.__all__) - {"__version__"} <= set(shown)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..losses import Criterion
 
 Augmentation = Callable[[Tensor], Tensor]
+"""Of a batch (B, C, *spatial)."""
 Outputs = Tensor | tuple[Tensor, ...]
 """Logits (B, K, *spatial); with auxiliary ones behind them where a method asks for those."""
 Auxiliary = Literal["pyramid", "decoders"]

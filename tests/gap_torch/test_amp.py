@@ -51,7 +51,7 @@ def scaled_step(
     around_all: Context = nullcontext,
     around_each: Context = nullcontext,
 ) -> None:
-    """The whole recipe of docs/wrapper.md; in the pass `bad` one number of one gradient is multiplied by `value`."""
+    """The whole recipe of docs/at_scale.md; in the pass `bad` one number of one gradient is multiplied by `value`."""
     weight = pair.net[2].weight
 
     def backward(name: str, loss: Callable[[], Tensor]) -> None:
