@@ -1,0 +1,335 @@
+"""No false alarm: loops that follow Algorithm 1, in all the ways in which the pages show it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import gap_torch
+from gap_torch import GAPWrapper, RNGState, frozen_running_stats
+from gap_torch.checking import Report
+from gap_torch.consistency import FixMatch
+
+
+class Scene:
+    """A model, data, a method, and an optimizer made with the given options."""
+
+    def __init__(self, *middle: nn.Module, base: type = torch.optim.SGD, tau: float = 0.0, **options: Any) -> None:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(4)
+        self.model: nn.Module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU(), *middle, nn.Conv2d(4, 3, 1))
+        self.method = FixMatch(lambda x: x.flip(-1), lambda x: 0.7 * x, tau=tau)
+        self.x, self.y, self.u = torch.randn(2, 1, 6, 6), torch.randint(3, (2, 6, 6)), torch.randn(4, 1, 6, 6)
+        self.optimizer = GAPWrapper(base(self.model.parameters(), lr=0.1), **{"eps": 0.1, **options})
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def views(self, unlabelled: Tensor | None = None) -> Any:
+        return self.method.prepare(self.model, self.u if unlabelled is None else unlabelled)
+
+    def consistency(self, views: Any) -> Tensor:
+        return self.method.loss(self.model, views)
+
+    def supervised(self) -> Tensor:
+        return F.cross_entropy(self.model(self.x), self.y)
+
+
+def plain(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def zeroed_first(s: Scene) -> None:
+    s.optimizer.zero_grad(set_to_none=False)
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def two_calls(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    s.optimizer.first_step()
+    s.optimizer.zero_grad()  # as in SAM; does nothing
+    with frozen_running_stats(s.model):
+        s.consistency(views).backward()
+    s.optimizer.second_step()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.model.zero_grad()
+
+
+def zeroed_between(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.model.zero_grad()  # needless, but the wrapper puts g1 back
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def micro_batches(s: Scene) -> None:
+    views = [s.views(u) for u in s.u.split(2)]
+    for v in views:
+        (s.consistency(v) / 2).backward()
+    with s.optimizer.perturbed(s.model):
+        for v in reversed(views):
+            (s.consistency(v) / 2).backward()
+    for x, y in zip(s.x, s.y, strict=True):
+        (F.cross_entropy(s.model(x[None]), y[None]) / 2).backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def clipped(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    nn.utils.clip_grad_norm_(s.model.parameters(), 1e-3)
+    with s.optimizer.perturbed(s.model, separate=True):
+        s.consistency(views).backward()
+        nn.utils.clip_grad_norm_(s.model.parameters(), 1e-3)
+    s.supervised().backward()
+    nn.utils.clip_grad_norm_(s.model.parameters(), 1e-3)
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def shared_forward(s: Scene) -> None:
+    views = s.views()
+    logits = s.model(torch.cat([s.x, views.inputs]))
+    with s.optimizer.set_aside():
+        F.cross_entropy(logits[:2], s.y).backward(retain_graph=True)
+    s.method.compare(logits[2:], views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def scaled(s: Scene) -> None:
+    """The first update overflows and is skipped."""
+    for factor in (float("inf"), 1.0):
+        views = s.views()
+        s.scaler.scale(s.consistency(views) * factor).backward()
+        with s.optimizer.perturbed(s.model):
+            s.scaler.scale(s.consistency(views)).backward()
+        s.scaler.scale(s.supervised()).backward()
+        s.scaler.unscale_(s.optimizer)
+        nn.utils.clip_grad_norm_(s.model.parameters(), 1.0)
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+        s.optimizer.zero_grad()
+
+
+def autocast(s: Scene) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        plain(s)
+
+
+def with_interval(s: Scene) -> None:
+    for _ in range(4):
+        views = s.views()
+        s.consistency(views).backward()
+        if s.optimizer.due:
+            with s.optimizer.perturbed(s.model):
+                s.consistency(views).backward()
+        s.supervised().backward()
+        s.optimizer.step()
+        s.optimizer.zero_grad()
+
+
+def from_the_second_of_an_interval(s: Scene) -> None:
+    assert not s.optimizer.due
+    with_interval(s)
+
+
+def replayed(s: Scene) -> None:
+    views, rng = s.views(), RNGState.now()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model, rng=rng):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def compiled_model(s: Scene) -> None:
+    whole, s.model = s.model, torch.compile(s.model, backend="eager")
+    plain(s)
+    s.model = whole
+
+
+def in_parts(s: Scene) -> None:
+    """The model's parts are called one by one, and the second one's inputs differ at theta*."""
+    assert isinstance(s.model, nn.Sequential)
+    body, head, views = s.model[:-1], s.model[-1], s.views()
+    s.method.compare(head(body(views.inputs)), views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.method.compare(head(body(views.inputs)), views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def two_losses_in_one_pass(s: Scene) -> None:
+    """As two backward calls once, and as one the second time."""
+    a, b = s.views(s.u[:2]), s.views(s.u[2:])
+    s.consistency(a).backward()
+    s.consistency(b).backward()
+    with s.optimizer.perturbed(s.model):
+        (s.consistency(a) + s.consistency(b)).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+RIGHT: dict[str, tuple[Callable[[Scene], None], Callable[[], Scene]]] = {
+    "plain": (plain, Scene),
+    "AdamW": (plain, lambda: Scene(base=torch.optim.AdamW)),
+    "alpha 0.5": (plain, lambda: Scene(alpha=0.5)),
+    "alpha 0": (plain, lambda: Scene(alpha=0.0)),
+    "eps 0": (plain, lambda: Scene(eps=0.0)),
+    "eps a tensor": (plain, lambda: Scene(eps=torch.tensor(0.2))),
+    "eps a schedule": (plain, lambda: Scene(eps=lambda update: 0.3 + update)),
+    "adaptive": (plain, lambda: Scene(adaptive=True)),
+    "loop": (plain, lambda: Scene(foreach=False)),
+    "g1 = 0": (plain, lambda: Scene(tau=0.9999)),
+    "zeroed first": (zeroed_first, Scene),
+    "two calls": (two_calls, Scene),
+    "two calls, alpha 0.5": (two_calls, lambda: Scene(alpha=0.5)),
+    "zeroed between": (zeroed_between, lambda: Scene(alpha=0.5)),
+    "micro-batches": (micro_batches, lambda: Scene(alpha=0.5)),
+    "clipped": (clipped, lambda: Scene(alpha=0.5)),
+    "shared forward": (shared_forward, lambda: Scene(alpha=0.5)),
+    "scaled": (scaled, Scene),
+    "autocast": (autocast, Scene),
+    "interval": (with_interval, lambda: Scene(interval=3)),
+    "dropout": (plain, lambda: Scene(nn.Dropout(0.5))),
+    "dropout replayed": (replayed, lambda: Scene(nn.Dropout(0.5))),
+    "instance norm": (plain, lambda: Scene(nn.InstanceNorm2d(4, track_running_stats=True))),
+    "checkpointed": (plain, lambda: Scene(Checkpointed(False))),
+    "checkpointed, reentrant": (plain, lambda: Scene(Checkpointed(True))),
+    "compiled model": (compiled_model, Scene),
+    "in parts": (in_parts, Scene),
+    "two losses": (two_losses_in_one_pass, Scene),
+}
+
+
+def assert_right(report: Report, name: str = "") -> None:
+    assert not report.problems, str(report)
+    assert report.ok, str(report)
+    assert any("came back bit for bit" in line for line in report.right)
+    assert any("g1 + alpha * g2" in line for line in report.right)
+    kinds = {note.kind for note in report.notes}
+    assert kinds == {"g1 = 0": {"no move"}, "dropout": {"dropout"}, "zeroed between": {"zeroing"}}.get(name, set())
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_loop_gives_no_finding(name: str) -> None:
+    loop, scene = RIGHT[name]
+    s = scene()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        loop(s)
+    assert_right(report, name)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_as_a_statement_it_reports_when_the_next_update_begins(name: str) -> None:
+    loop, scene = RIGHT[name]
+    s, shown = scene(), []
+    loop(s)
+    check = gap_torch.check(s.optimizer, s.model, show=shown.append)
+    for _ in range(3):
+        loop(s)
+    assert shown == [check.report]
+    if name not in ("dropout", "zeroed between"):
+        assert not [p for p in shown[0].problems], str(shown[0])
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_it_changes_nothing_and_leaves_nothing(name: str) -> None:
+    loop, scene = RIGHT[name]
+    watched, plainly = scene(), scene()
+    attributes = [(o, n, getattr(o, n)) for o, n in _patched()]
+    torch.manual_seed(1)
+    with gap_torch.check(watched.optimizer, watched.model, show=None):
+        loop(watched)
+    torch.manual_seed(1)
+    loop(plainly)
+    for a, b in zip(watched.model.state_dict().values(), plainly.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert all(getattr(o, n) is before for o, n, before in attributes)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in watched.model.modules())
+    assert not watched.optimizer.base_optimizer._optimizer_step_pre_hooks
+
+
+def _patched() -> Iterator[tuple[Any, str]]:
+    yield torch.autograd, "backward"
+    for owner in (nn.Module, torch.optim.Optimizer):
+        yield owner, "zero_grad"
+    for name in ("first_step", "second_step", "set_aside", "zero_grad"):
+        yield GAPWrapper, name
+
+
+def test_g1_that_is_not_finite_is_no_error() -> None:
+    s = Scene()
+    views = s.views()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report, contextlib.suppress(AssertionError):
+        (s.consistency(views) * float("nan")).backward()
+        with s.optimizer.perturbed(s.model):
+            s.consistency(views).backward()
+        s.supervised().backward()
+        s.optimizer.step()
+    assert not report.problems, str(report)
+    assert [note.kind for note in report.notes] == ["no move"]
+
+
+# ---------------------------------------------------------------- two ranks
+
+DDP_OPTIONS: list[dict[str, Any]] = [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}]
+
+
+def _worker(rank: int) -> list[str]:
+    return [_under_ddp(loop, **options) for options in DDP_OPTIONS for loop in (plain, shared_forward, micro_batches)]
+
+
+def _under_ddp(loop: Callable[[Scene], None], **options: Any) -> str:
+    s = Scene(alpha=0.5)
+    s.model = DistributedDataParallel(s.model, broadcast_buffers=False, **options)
+    if loop is shared_forward and options.get("static_graph"):
+        return ""
+    shown: list[Report] = []
+    for _ in range(2):  # DDP arranges its buckets anew after the first
+        gap_torch.check(s.optimizer, s.model, show=shown.append, updates=1)
+        loop(s)
+        loop(s)
+    return "" if all(report.ok for report in shown) and len(shown) == 2 else "\n".join(map(str, shown))
+
+
+def test_two_ranks_give_no_finding(on_two_ranks: Callable[..., list[list[str]]]) -> None:
+    for rank in on_two_ranks(_worker):
+        assert not any(rank), "\n".join(rank)
