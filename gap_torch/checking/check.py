@@ -117,14 +117,12 @@ class Check:
     def _begun(self, update: Update) -> None:
         """The first backward of an update: all that is left to see, once enough updates have been watched."""
         if not self._to_watch:
-            self.report.problems += [p for p in update.seen if p not in self.report.problems]
+            self.report.add(update.seen, [])
             self.stop()
 
     def _add(self, update: Update) -> None:
-        report = self.report
-        report.timeline = update.timeline
-        report.problems += [p for p in update.seen if p not in report.problems]
-        report.notes += [n for n in [*update.notes, *rules.notes(update)] if n not in report.notes]
+        self.report.timeline = update.timeline
+        self.report.add(update.seen, [*update.notes, *rules.notes(update)])
 
     # ------------------------------------------------------------------ ends before the step
 

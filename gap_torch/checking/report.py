@@ -38,6 +38,11 @@ class Report:
         """Whether an update was watched to its end, and nothing was wrong with it."""
         return self.updates > 0 and not self.problems
 
+    def add(self, problems: Iterable[Finding], notes: Iterable[Finding]) -> None:
+        """Take these up, each once."""
+        self.problems = list(dict.fromkeys([*self.problems, *problems]))
+        self.notes = list(dict.fromkeys([*self.notes, *notes]))
+
     def __str__(self) -> str:
         return "\n".join([f"gap_torch.check: {self._verdict()}", *self._steps(), *self._lines()])
 

@@ -11,6 +11,7 @@ from .update import Forward, Pass, Update
 Verdict = Finding | str | None
 Rule = Callable[[Update], Verdict]
 
+PERTURBED_PAIR: tuple[Pass, Pass] = ("g1", "g2")
 USE_PERTURBED = "put the second backward into `with optimizer.perturbed(model):`, and call optimizer.step() after it."
 
 
@@ -116,26 +117,26 @@ def gradient_sum(update: Update) -> Verdict:
 
 def same_samples(update: Update) -> Verdict:
     """What contributes to one of g1 and g2 was part of the pass of the other."""
-    first, second = _went_through(update, "g1"), _went_through(update, "g2")
+    first, second = update.went_through("g1"), update.went_through("g2")
     seen1, seen2 = _union(first), _union(second)
     if not seen1 or not seen2:
         return None
     for forward in second:
-        if forward.reached_by["g2"] - seen1:
+        if forward.flows["g2"].samples - seen1:
             what = "the perturbed pass takes gradients of samples that the pass of g1 has not seen."
             fix = (
                 "use the same batch and the same augmented views in both (draw them once, before the first pass), and "
                 "run the labelled loss after second_step()."
             )
-            return Finding("other batch", forward.where, what, fix)
+            return _of_forward("other batch", forward, what, fix)
     for forward in first:
-        if forward.reached_by["g1"] - seen2:
+        if forward.flows["g1"].samples - seen2:
             what = "g1 holds gradients of samples that the perturbed pass does not see (the labelled loss?)."
             fix = (
                 "run the labelled backward after second_step(), or first under `with optimizer.set_aside():`; "
                 "micro-batches belong into both passes."
             )
-            return Finding("mixed g1", forward.where, what, fix)
+            return _of_forward("mixed g1", forward, what, fix)
     return f"both passes saw the same {len(seen2)} samples"
 
 
@@ -145,7 +146,7 @@ def g2_is_used(update: Update) -> Verdict:
     if moved and not any(f.reached for f in moved):
         what = "the loss at the perturbed parameters is computed, but no backward goes through it: there is no g2."
         fix = "call .backward() on that loss, before the parameters go back (a detached one has no gradient)."
-        return Finding("g2 unused", moved[0].where, what, fix)
+        return _of_forward("g2 unused", moved[0], what, fix)
     return None
 
 
@@ -158,7 +159,7 @@ def fixed_targets(update: Update) -> Verdict:
         if not forward.reached or not forward.training:
             what = "a forward pass at the perturbed parameters that no gradient goes through: for targets?"
             fix = "make targets once, at theta, before the first pass; both passes must see the same."
-            return Finding("targets", forward.where, what, fix)
+            return _of_forward("targets", forward, what, fix)
     return "no forward pass for targets at theta*"
 
 
@@ -167,7 +168,7 @@ def own_graphs(update: Update) -> Verdict:
     for forward in update.forwards:
         if forward.stale:
             what = "a loss was computed before the parameters moved and its backward ran after, or the reverse."
-            return Finding("stale graph", forward.where, what, "run the loss anew, forward and backward, after a move.")
+            return _of_forward("stale graph", forward, what, "run the loss anew, forward and backward, after a move.")
     return None
 
 
@@ -177,7 +178,7 @@ def running_statistics(update: Update) -> Verdict:
         if forward.statistics:
             what = f"the perturbed pass moves running statistics of batch norm ({_some(forward.statistics)})."
             fix = "give the model: perturbed(model); or wrap the pass in `with gap_torch.frozen_running_stats(model):`."
-            return Finding("statistics", forward.where, what, fix)
+            return _of_forward("statistics", forward, what, fix)
     if update.layers and update.at_theta_star():
         return f"running statistics of {update.layers} layers stayed as they were in the perturbed pass"
     return None
@@ -196,8 +197,10 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _went_through(update: Update, backward: Pass) -> list[Forward]:
-    return [f for f in update.forwards if backward in f.reached_by]
+def _of_forward(kind: str, forward: Forward, what: str, fix: str) -> Finding:
+    """At its last backward, which is more often a line of the loop itself; else where the model was called."""
+    where = [forward.where, *(flow.where for flow in forward.flows.values())][-1]
+    return Finding(kind, where, what + (f" (Forward pass: {forward.where}.)" if where != forward.where else ""), fix)
 
 
 def _union(forwards: list[Forward]) -> set[int]:
@@ -205,8 +208,8 @@ def _union(forwards: list[Forward]) -> set[int]:
 
 
 def _replayed(update: Update) -> bool:
-    states = [[f.random_state for f in _went_through(update, backward)] for backward in ("g1", "g2")]  # type: ignore[arg-type]
-    return bool(states[0]) and states[0] == states[1]
+    first, second = ([f.random_state for f in update.went_through(backward)] for backward in PERTURBED_PAIR)
+    return bool(first) and first == second
 
 
 def _some(names: list[str]) -> str:

@@ -11,6 +11,16 @@ Pass = Literal["g1", "aside", "g2", "g_l"]
 
 
 @dataclass
+class Flow:
+    """What a backward call brought to the outputs of a forward pass."""
+
+    where: str
+    """The backward call."""
+    samples: set[int] = field(default_factory=set)
+    """Those that got a gradient other than zero."""
+
+
+@dataclass
 class Forward:
     """A call of the model, or of a part of it that is called by itself."""
 
@@ -23,8 +33,8 @@ class Forward:
     samples: list[int]
     """A fingerprint of each; none where they can't be told."""
     random_state: int
-    reached_by: dict[Pass, set[int]] = field(default_factory=dict)
-    """The passes whose backward went through it, and the samples that got a gradient other than zero."""
+    flows: dict[Pass, Flow] = field(default_factory=dict)
+    """By the pass that they were part of."""
     reached: bool = False
     """Whether any backward did, that of torch.autograd.grad included."""
     stale: bool = False
@@ -94,10 +104,10 @@ class Update:
         """Forward passes with moved parameters."""
         return [f for f in self.forwards if (f.perturbed if self.first else f.by_hand)]
 
+    def went_through(self, adds_to: Pass) -> list[Forward]:
+        """The forward passes that the backward calls of that pass went through."""
+        return [f for f in self.forwards if adds_to in f.flows]
+
     def has(self, adds_to: Pass) -> bool:
         """Whether there was a backward call for that."""
         return any(b.adds_to == adds_to for b in self.backwards)
-
-    def where(self, adds_to: Pass) -> str:
-        """Where the last one was."""
-        return [b.where for b in self.backwards if b.adds_to == adds_to][-1]

@@ -43,6 +43,14 @@ def unchanged(before: Copies) -> bool:
     return all(same_bits(copy, copy_of(p)) for p, copy in before.items())
 
 
+def moved(before: Copies) -> bool:
+    """Whether the parameters are elsewhere, by more than the rounding of adding something and subtracting it again."""
+    if unchanged(before):
+        return False
+    distance = length({p: wide(copy_of(p)) - wide(copy) for p, copy in before.items()})
+    return distance > 16 * max(torch.finfo(copy.dtype).eps for copy in before.values()) * length(before)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """In float64."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

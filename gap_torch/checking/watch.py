@@ -17,7 +17,7 @@ from . import values
 from .patches import Patches
 from .places import here
 from .report import Finding
-from .update import Backward, Forward, Move, Pass, Update
+from .update import Backward, Flow, Forward, Move, Pass, Update
 
 
 class Watch:
@@ -36,7 +36,9 @@ class Watch:
         self.wrapper = optimizer if isinstance(optimizer, GAPWrapper) else None
         self.base = optimizer.base_optimizer if isinstance(optimizer, GAPWrapper) else optimizer
         self.model, self.done, self.begun = model, done, begun
-        self.depth, self.calling_backward, self.within_aside, self.separate = 0, False, False, False
+        self.depth, self.within_aside, self.separate = 0, False, False
+        self.backward_at = ""
+        """The backward call that is under way."""
         self.grad_norm: Tensor | None = None
         self.buffers: dict[str, list[Tensor]] = {}
         """Running statistics of each layer."""
@@ -100,7 +102,7 @@ class Watch:
         graph = torch.is_grad_enabled()
         if graph and not self.update.theta:
             self._copy_theta()
-        moved = bool(self.update.theta) and not self.perturbed and not values.unchanged(self.update.theta)
+        moved = bool(self.update.theta) and not self.perturbed and values.moved(self.update.theta)
         found = values.samples((args, kwargs))
         device = self.params[0].device
         self.forward = Forward(
@@ -129,15 +131,15 @@ class Watch:
     def _reached(self, forward: Forward, gradient: Tensor) -> None:
         """A backward call has come to what the model returned."""
         forward.reached = True
-        if not self.calling_backward:
+        if not self.backward_at:
             return  # torch.autograd.grad
         forward.stale |= forward.perturbed != self.perturbed
-        gave = forward.reached_by.setdefault(self._adds_to(), set())
+        flow = forward.flows.setdefault(self._adds_to(), Flow(self.backward_at))
         if gradient.ndim and len(gradient) == len(forward.samples):
             counts = gradient.reshape(len(gradient), -1).ne(0).any(1).tolist()
-            gave.update(sample for sample, counted in zip(forward.samples, counts, strict=True) if counted)
+            flow.samples.update(sample for sample, counted in zip(forward.samples, counts, strict=True) if counted)
         elif gradient.any():
-            gave.update(forward.samples)
+            flow.samples.update(forward.samples)
 
     def _running_statistics(self) -> dict[str, list[Tensor]]:
         """The buffers of layers that track any. While they are frozen, some layers have others."""
@@ -166,11 +168,11 @@ class Watch:
             return original(*args, **kwargs)
         where, adds_to = here(), self._adds_to()
         self._before_backward(where, adds_to)
-        self.calling_backward = True
+        self.backward_at = where
         try:
             original(*args, **kwargs)
         finally:
-            self.calling_backward = False
+            self.backward_at = ""
         self.update.backwards.append(Backward(where, adds_to))
         self.update.call(adds_to, where)
         if adds_to == "g2":
@@ -291,7 +293,7 @@ class Watch:
         update.step = here()
         update.call("step", update.step)
         self._look_for_the_sum(update.step)
-        update.step_by_hand = bool(update.theta) and not values.unchanged(update.theta)
+        update.step_by_hand = bool(update.theta) and values.moved(update.theta)
         if self.wrapper is not None:
             update.due = self.wrapper.due
             update.hidden = not update.first and self.wrapper.grad_norm is not self.grad_norm

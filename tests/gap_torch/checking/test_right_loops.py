@@ -266,14 +266,15 @@ def test_as_a_statement_it_reports_when_the_next_update_begins(name: str) -> Non
     for _ in range(3):
         loop(s)
     assert shown == [check.report]
-    if name not in ("dropout", "zeroed between"):
-        assert not [p for p in shown[0].problems], str(shown[0])
+    assert shown[0].ok or name == "scaled", str(shown[0])
+    assert not shown[0].problems, str(shown[0])
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_it_changes_nothing_and_leaves_nothing(name: str) -> None:
     loop, scene = RIGHT[name]
     watched, plainly = scene(), scene()
+    plainly.model.load_state_dict(watched.model.state_dict())
     attributes = [(o, n, getattr(o, n)) for o, n in _patched()]
     torch.manual_seed(1)
     with gap_torch.check(watched.optimizer, watched.model, show=None):
