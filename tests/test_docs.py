@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import gap_torch
 from gap_torch import GAPWrapper, consistency
 from gap_torch.consistency import FixedThreshold, FixMatch, Method, Threshold
 from gap_torch.losses import ce_dice_loss
@@ -27,7 +28,7 @@ def _read(page: str) -> str:
     return (ROOT / page).read_text()
 
 
-PAGES = ("README.md", "docs/wrapper.md", "docs/methods.md")
+PAGES = ("README.md", "docs/wrapper.md", "docs/methods.md", "docs/check.md")
 BLOCKS = [(page, i) for page in PAGES for i in range(len(_blocks(page)))]
 
 
@@ -49,6 +50,7 @@ def names() -> dict:
     views = method.prepare(model, unlabelled)
     return {
         "torch": torch,
+        "gap_torch": gap_torch,
         "GAPWrapper": GAPWrapper,
         "model": model,
         "base": torch.optim.SGD(model.parameters(), 0.1),

@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 from ..wrapper import GAPWrapper
 from . import rules
 from .places import from_library, raised
-from .report import Finding, Report
+from .report import Finding, Report, print_once
 from .update import Update
 from .watch import Watch
 
 Show = Callable[[Report], object]
 
 
-def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Show | None = print) -> "Check":
+def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Show | None = print_once) -> "Check":
     """Watch the next update of your own training code, verify Algorithm 1 in it, and print a report.
 
     As a statement, where the training code can't be reached (Lightning's `configure_optimizers`):
@@ -31,7 +31,7 @@ def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Sho
             training_step()
         assert report.ok
 
-    An update slows down while it is watched, and the host takes about six copies of the parameters; after that nothing
+    An update slows down while it is watched, and the host takes up to eight copies of the parameters; after that nothing
     of the check is left. One check runs at a time: another one ends it.
 
     Args:
@@ -39,7 +39,8 @@ def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Sho
             that it is not wrapped.
         model: what the loop calls, or a module around it.
         updates: how many updates to watch. Those without GAP (`interval`) do not count.
-        show: called with the report when it is complete; None for nothing.
+        show: called with the report when it is complete; None for nothing. By default it is printed, on rank 0 and
+            wherever something is wrong.
 
     Returns:
         A `Check`, whose `report` fills up.
@@ -111,7 +112,7 @@ class Check:
                 self.report.right.append(verdict)
         self._add(update)
         if update.step and (update.due or not self._has_wrapper):
-            self.report.updates += 1
+            self.report.updates += not update.hidden
             self._to_watch -= 1
 
     def _begun(self, update: Update) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch.distributed as dist
+
 
 class Finding(NamedTuple):
     """Something that is wrong, or worth knowing (a note)."""
@@ -68,3 +70,10 @@ class Report:
             yield f"  right  {line}"
         for note in self.notes:
             yield f"  note   {note.where}: {note.what} {note.fix}".rstrip()
+
+
+def print_once(report: Report) -> None:
+    """Print `report`, but not what rank 0 says as well."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not several or dist.get_rank() == 0 or not report.ok:
+        print((f"rank {dist.get_rank()}: " if several else "") + str(report))

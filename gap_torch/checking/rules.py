@@ -25,21 +25,28 @@ def verdicts(update: Update, has_wrapper: bool) -> Iterator[Verdict]:
     elif update.first:
         for rule in RULES:
             yield rule(update)
-    elif update.hidden:
-        yield "first_step() ran where it can't be watched (torch.compile): check the step without compiling it"
-    else:
+    elif not update.hidden:
         yield _no_perturbed_pass(update)
         yield g2_is_used(update)
 
 
 def notes(update: Update) -> Iterator[Finding]:
     """What is worth knowing."""
+    if update.hidden:
+        what = "first_step() ran where it can't be watched, as in a compiled step, so nothing is known of this update."
+        yield Finding("not told", update.step, what, "Check it without torch.compile.")
     if not update.first or not update.second:
         return
     if update.move is not None and update.move.wanted == 0 and any(update.move.eps):
         what = "||g1|| was zero or not finite, so nothing was moved."
         fix = "Common early in FixMatch, when no pixel is confident, and with a GradScaler: check again later."
         yield Finding("no move", update.first, what, fix)
+    if update.move is None:
+        what = "radius and sum of the gradients: the parameters are spread over processes."
+        yield Finding("not told", update.first, what)
+    if not all(_union(update.went_through(backward)) for backward in PERTURBED_PAIR):
+        what = "whether both passes saw the same samples: no input of the model was seen in one of them or both."
+        yield Finding("not told", update.first, what)
     if not update.has("g_l") and not update.has("aside"):
         what = "no backward came after second_step(), and none was set aside."
         fix = "If the labelled loss is part of the other two passes, it is in the direction too: move it behind them."
@@ -142,7 +149,7 @@ def same_samples(update: Update) -> Verdict:
 
 def g2_is_used(update: Update) -> Verdict:
     """Some backward goes through a forward pass at theta*."""
-    moved = [f for f in update.at_theta_star() if f.has_graph]
+    moved = [f for f in update.at_theta_star() if f.tracked]
     if moved and not any(f.reached for f in moved):
         what = "the loss at the perturbed parameters is computed, but no backward goes through it: there is no g2."
         fix = "call .backward() on that loss, before the parameters go back (a detached one has no gradient)."
@@ -156,7 +163,7 @@ def fixed_targets(update: Update) -> Verdict:
     if not any(f.reached for f in moved):
         return None
     for forward in moved:
-        if not forward.reached or not forward.training:
+        if forward.for_nothing:
             what = "a forward pass at the perturbed parameters that no gradient goes through: for targets?"
             fix = "make targets once, at theta, before the first pass; both passes must see the same."
             return _of_forward("targets", forward, what, fix)
@@ -180,7 +187,7 @@ def running_statistics(update: Update) -> Verdict:
             fix = "give the model: perturbed(model); or wrap the pass in `with gap_torch.frozen_running_stats(model):`."
             return _of_forward("statistics", forward, what, fix)
     if update.layers and update.at_theta_star():
-        return f"running statistics of {update.layers} layers stayed as they were in the perturbed pass"
+        return f"batch norm's running statistics stayed as they were in the perturbed pass (layers: {update.layers})"
     return None
 
 

@@ -28,19 +28,26 @@ class Forward:
     perturbed: bool
     by_hand: bool
     """Whether the parameters had been moved by something else than `first_step`."""
-    has_graph: bool
-    training: bool
+    with_grad: bool
+    """Whether autograd was on."""
     samples: list[int]
     """A fingerprint of each; none where they can't be told."""
     random_state: int
     flows: dict[Pass, Flow] = field(default_factory=dict)
     """By the pass that they were part of."""
+    tracked: bool = False
+    """Whether it returned tensors that a gradient can reach."""
     reached: bool = False
     """Whether any backward did, that of torch.autograd.grad included."""
     stale: bool = False
     """Whether the parameters were elsewhere by then."""
     statistics: list[str] = field(default_factory=list)
     """Layers whose running statistics it has moved."""
+
+    @property
+    def for_nothing(self) -> bool:
+        """Whether no gradient has come through it, though it might have, or was not meant to."""
+        return not self.reached and (self.tracked or not self.with_grad)
 
 
 class Backward(NamedTuple):

@@ -61,8 +61,8 @@ class Watch:
     def start(self) -> None:
         """Hang up the hooks."""
         self._begin_update()
-        for module in self.model.modules():
-            if not isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
+        for module in self.model.modules():  # frozen parts and teachers may run at theta* as they like
+            if self._concerns(module) and not isinstance(module, torch.jit.ScriptModule):
                 before = module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
                 after = module.register_forward_hook(self._after_forward, always_call=True)
                 self.hooks += [before, after]
@@ -99,15 +99,13 @@ class Watch:
         self.depth += 1
         if self.depth > 1 or _in_backward():  # a part of the model, or checkpointing's second forward
             return
-        graph = torch.is_grad_enabled()
-        if graph and not self.update.theta:
+        with_grad = torch.is_grad_enabled()
+        if with_grad and not self.update.theta:
             self._copy_theta()
         moved = bool(self.update.theta) and not self.perturbed and values.moved(self.update.theta)
         found = values.samples((args, kwargs))
         device = self.params[0].device
-        self.forward = Forward(
-            here(), self.perturbed, moved, graph, module.training, found, values.random_state(device)
-        )
+        self.forward = Forward(here(), self.perturbed, moved, with_grad, found, values.random_state(device))
         self.update.forwards.append(self.forward)
         self.before = self._statistics() if self.perturbed or moved else {}
         if self.perturbed and not self.update.dropout:
@@ -122,6 +120,7 @@ class Watch:
             return
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
+                self.forward.tracked = True
                 tensor.register_hook(partial(self._reached, self.forward))
         if self.before:
             now = self._statistics()
@@ -314,7 +313,7 @@ class Watch:
     def _concerns(self, owner: Any) -> bool:
         if isinstance(owner, nn.Module):
             ours = set(self.params)
-            return any(p in ours for p in owner.parameters())
+            return any(p in ours and p.requires_grad for p in owner.parameters())
         return owner is self.base
 
 

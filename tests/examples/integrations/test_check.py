@@ -1,7 +1,7 @@
 """The self-check in every framework: from the outside, around `fit` or `run`, and from inside. No finding."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ def _script(name: str) -> Any:
 
 
 @pytest.fixture
-def checked_when_made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, Any], list[Report]]]:
+def checked_when_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], list[Report]]:
     """`checked_when_made(script, model)`: one line after the optimizer is made, wherever the script does that."""
 
     def install(script: Any, model: Any) -> list[Report]:
@@ -40,7 +40,7 @@ def checked_when_made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any
         monkeypatch.setattr(script, "GAPWrapper", make)
         return shown
 
-    yield install
+    return install
 
 
 @pytest.mark.parametrize("name", NEEDS)

@@ -23,7 +23,9 @@ class Scene:
     def __init__(self, *middle: nn.Module, base: type = torch.optim.SGD, tau: float = 0.0, **options: Any) -> None:
         torch.manual_seed(0)
         norm = nn.BatchNorm2d(4)
-        self.model: nn.Module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU(), *middle, nn.Conv2d(4, 3, 1))
+        self.model: nn.Module = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU(), *middle, nn.Conv2d(4, 3, 1)
+        )
         self.method = FixMatch(lambda x: x.flip(-1), lambda x: 0.7 * x, tau=tau)
         self.x, self.y, self.u = torch.randn(2, 1, 6, 6), torch.randint(3, (2, 6, 6)), torch.randn(4, 1, 6, 6)
         self.optimizer = GAPWrapper(base(self.model.parameters(), lr=0.1), **{"eps": 0.1, **options})
@@ -168,7 +170,8 @@ def replayed(s: Scene) -> None:
     s.optimizer.zero_grad()
 
 
-def compiled_model(s: Scene) -> None:
+def compiled_inside(s: Scene) -> None:
+    """The check is given the model without its compiled shell."""
     whole, s.model = s.model, torch.compile(s.model, backend="eager")
     plain(s)
     s.model = whole
@@ -198,6 +201,31 @@ def two_losses_in_one_pass(s: Scene) -> None:
     s.optimizer.zero_grad()
 
 
+def frozen_encoder(s: Scene) -> None:
+    """Its features are computed without gradient in every pass."""
+    assert isinstance(s.model, nn.Sequential)
+    encoder, head = s.model[:-1], s.model[-1]
+    target = s.views().target
+
+    def logits(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = encoder(x)
+        return head(features)
+
+    F.cross_entropy(logits(s.u), target).backward()
+    with s.optimizer.perturbed(s.model):
+        F.cross_entropy(logits(s.u), target).backward()
+    F.cross_entropy(logits(s.x), s.y).backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def in_eval_mode(s: Scene) -> None:
+    """Fine-tuning with batch norm as it is."""
+    s.model.eval()
+    plain(s)
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -205,6 +233,16 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def _frozen(s: Scene) -> Scene:
+    s.model[:-1].requires_grad_(False)  # type: ignore[index]
+    return s
+
+
+def _compiled(s: Scene) -> Scene:
+    s.model = torch.compile(s.model, backend="eager")  # type: ignore[assignment]
+    return s
 
 
 RIGHT: dict[str, tuple[Callable[[Scene], None], Callable[[], Scene]]] = {
@@ -233,9 +271,20 @@ RIGHT: dict[str, tuple[Callable[[Scene], None], Callable[[], Scene]]] = {
     "instance norm": (plain, lambda: Scene(nn.InstanceNorm2d(4, track_running_stats=True))),
     "checkpointed": (plain, lambda: Scene(Checkpointed(False))),
     "checkpointed, reentrant": (plain, lambda: Scene(Checkpointed(True))),
-    "compiled model": (compiled_model, Scene),
+    "compiled model": (plain, lambda: _compiled(Scene())),
+    "compiled inside": (compiled_inside, Scene),
     "in parts": (in_parts, Scene),
+    "frozen encoder": (frozen_encoder, lambda: _frozen(Scene())),
+    "eval mode": (in_eval_mode, Scene),
     "two losses": (two_losses_in_one_pass, Scene),
+}
+
+
+NOTES = {
+    "g1 = 0": {"no move"},
+    "dropout": {"dropout"},
+    "zeroed between": {"zeroing"},
+    "compiled inside": {"not told"},
 }
 
 
@@ -244,8 +293,7 @@ def assert_right(report: Report, name: str = "") -> None:
     assert report.ok, str(report)
     assert any("came back bit for bit" in line for line in report.right)
     assert any("g1 + alpha * g2" in line for line in report.right)
-    kinds = {note.kind for note in report.notes}
-    assert kinds == {"g1 = 0": {"no move"}, "dropout": {"dropout"}, "zeroed between": {"zeroing"}}.get(name, set())
+    assert {note.kind for note in report.notes} == NOTES.get(name, set())
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -307,6 +355,65 @@ def test_g1_that_is_not_finite_is_no_error() -> None:
         s.optimizer.step()
     assert not report.problems, str(report)
     assert [note.kind for note in report.notes] == ["no move"]
+
+
+# ---------------------------------------------------------------- what is worth a note
+
+
+def _kinds(report: Report) -> list[str]:
+    assert report.ok, str(report)
+    return [note.kind for note in report.notes]
+
+
+def test_a_joint_loss_in_both_passes_is_noted() -> None:
+    """As in SAM: it can't be told that part of it is the labelled loss."""
+    s = Scene()
+    views = s.views()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        (s.supervised() + s.consistency(views)).backward()
+        with s.optimizer.perturbed(s.model):
+            (s.supervised() + s.consistency(views)).backward()
+        s.optimizer.step()
+    assert _kinds(report) == ["no g_l"]
+
+
+class InAndOut(nn.Module):
+    """A model whose inputs and outputs are in objects that nobody can look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 1)
+
+    def forward(self, sample: Any) -> Any:
+        return type("Output", (), {"logits": nn.functional.linear(sample.x, self.inner.weight)})
+
+
+def test_inputs_that_cannot_be_seen_are_noted() -> None:
+    model, sample = InAndOut(), type("Sample", (), {"x": torch.ones(2, 3)})
+    optimizer = GAPWrapper(torch.optim.SGD([model.inner.weight], 0.1))
+    with gap_torch.check(optimizer, model, show=None) as report:
+        model(sample).logits.sum().backward()
+        with optimizer.perturbed(model):
+            model(sample).logits.sum().backward()
+        model(sample).logits.sum().backward()
+        optimizer.step()
+    assert _kinds(report) == ["not told"]
+
+
+def test_a_compiled_first_step_is_no_update_without_gap() -> None:
+    s = Scene()
+    first_step = torch.compile(s.optimizer.first_step, backend="eager")
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        views = s.views()
+        s.consistency(views).backward()
+        first_step()
+        with frozen_running_stats(s.model):
+            s.consistency(views).backward()
+        s.optimizer.second_step()
+        s.optimizer.step()
+    assert not report.ok
+    assert not report.problems, str(report)
+    assert [note.kind for note in report.notes] == ["not told"]
 
 
 # ---------------------------------------------------------------- two ranks

@@ -1,3 +1,4 @@
+# ruff: noqa: PT012 (blocks of several statements are what is tested)
 """Each slip gives its finding and no other, at the line that is marked `# HERE`."""
 
 import inspect
