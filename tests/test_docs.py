@@ -83,6 +83,15 @@ def test_the_block_runs(page: str, index: int, names: dict) -> None:
     assert all(torch.isfinite(p).all() for p in names["model"].parameters())
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_report_is_what_the_page_shows(index: int, names: dict, capsys: pytest.CaptureFixture) -> None:
+    block = _blocks("docs/check.md")[index]
+    exec(compile(block, "train.py", "exec"), names)
+    printed = re.sub(r"\S*/train.py", "train.py", capsys.readouterr().out).splitlines()
+    shown = re.findall(r"^```\n(gap_torch.check:.*?|  WRONG.*?)^```", _read("docs/check.md"), re.DOTALL | re.MULTILINE)
+    assert set(shown[index].splitlines()) <= set(printed), "\n".join(printed)
+
+
 def _methods() -> list[str]:
     exported = [getattr(consistency, name) for name in consistency.__all__]
     classes = [c for c in exported if isinstance(c, type) and issubclass(c, (Method, Threshold))]

@@ -31,8 +31,8 @@ def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Sho
             training_step()
         assert report.ok
 
-    An update slows down while it is watched, and the host takes up to eight copies of the parameters; after that nothing
-    of the check is left. One check runs at a time: another one ends it.
+    An update slows down while it is watched, and the host takes up to eight copies of the parameters; after that
+    nothing of the check is left. One check runs at a time: another one ends it.
 
     Args:
         optimizer: the GAPWrapper, or what Accelerate or Lightning made of it. With any other optimizer the report says
@@ -68,7 +68,7 @@ class Check:
         self._has_wrapper = isinstance(optimizer, GAPWrapper)
         self._watch = Watch(optimizer, model, self._done, self._begun)
         if Check.running is not None:
-            Check.running.stop()
+            Check.running.stop("another check")
         Check.running = self
         self._watch.start()
         atexit.register(self.stop)
@@ -87,7 +87,7 @@ class Check:
             self._unfinished(self._watch.update)
         self.stop()
 
-    def stop(self) -> None:
+    def stop(self, by: str = "its end") -> None:
         """End the check and show the report, however far it has come."""
         if Check.running is not self:
             return
@@ -95,7 +95,7 @@ class Check:
         atexit.unregister(self.stop)
         self._watch.stop()
         if not self.report.updates and not self.report.stopped and not self.report.problems:
-            self.report.stopped = "its end, before any update was complete"
+            self.report.stopped = f"{by}, before any update was complete"
         if self._show is not None:
             self._show(self.report)
 

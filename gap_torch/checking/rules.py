@@ -42,10 +42,10 @@ def notes(update: Update) -> Iterator[Finding]:
         fix = "Common early in FixMatch, when no pixel is confident, and with a GradScaler: check again later."
         yield Finding("no move", update.first, what, fix)
     if update.move is None:
-        what = "radius and sum of the gradients: the parameters are spread over processes."
+        what = "radius and sum of the gradients can't be told: the parameters are spread over processes."
         yield Finding("not told", update.first, what)
     if not all(_union(update.went_through(backward)) for backward in PERTURBED_PAIR):
-        what = "whether both passes saw the same samples: no input of the model was seen in one of them or both."
+        what = "whether both passes saw the same samples can't be told: the inputs of the model were not seen."
         yield Finding("not told", update.first, what)
     if not update.has("g_l") and not update.has("aside"):
         what = "no backward came after second_step(), and none was set aside."

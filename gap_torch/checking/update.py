@@ -30,9 +30,9 @@ class Forward:
     """Whether the parameters had been moved by something else than `first_step`."""
     with_grad: bool
     """Whether autograd was on."""
-    samples: list[int]
-    """A fingerprint of each; none where they can't be told."""
     random_state: int
+    samples: list[int] = field(default_factory=list)
+    """A fingerprint of each; none where they can't be told."""
     flows: dict[Pass, Flow] = field(default_factory=dict)
     """By the pass that they were part of."""
     tracked: bool = False

@@ -36,14 +36,16 @@ class Watch:
         self.wrapper = optimizer if isinstance(optimizer, GAPWrapper) else None
         self.base = optimizer.base_optimizer if isinstance(optimizer, GAPWrapper) else optimizer
         self.model, self.done, self.begun = model, done, begun
-        self.depth, self.within_aside, self.separate = 0, False, False
+        self.within_forward, self.within_aside, self.separate = False, False, False
         self.backward_at = ""
         """The backward call that is under way."""
+        self.touched = False
+        """Whether it has come to something of ours."""
         self.grad_norm: Tensor | None = None
         self.buffers: dict[str, list[Tensor]] = {}
         """Running statistics of each layer."""
-        self.before: dict[str, list[Tensor]] = {}
-        """The same before the present forward pass, if that must not move them."""
+        self.parts: set[nn.Module] = set()
+        """Of the model, itself included: those with parameters of the optimizer."""
         self.update = Update()
         self.hooks: list[Any] = []
         self.patches = Patches()
@@ -61,12 +63,11 @@ class Watch:
     def start(self) -> None:
         """Hang up the hooks."""
         self._begin_update()
-        for module in self.model.modules():  # frozen parts and teachers may run at theta* as they like
-            if self._concerns(module) and not isinstance(module, torch.jit.ScriptModule):
-                before = module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
-                after = module.register_forward_hook(self._after_forward, always_call=True)
-                self.hooks += [before, after]
+        # frozen parts and teachers may run at theta* as they like
+        self.parts = {module for module in self.model.modules() if self._concerns(module)}
         self.hooks.append(self.base.register_step_pre_hook(self._step))
+        # no forward hooks, which would go along into deep copies and pickles of the model
+        self.patches.replace(nn.Module, "__call__", self._forward)
         self.patches.replace(torch.autograd, "backward", self._backward)
         self.patches.replace(nn.Module, "zero_grad", self._zero_grad)
         self.patches.replace(Optimizer, "zero_grad", self._zero_grad)
@@ -93,45 +94,50 @@ class Watch:
 
     # ------------------------------------------------------------------ forward
 
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        self.depth += 1
-        if self.depth > 1 or _in_backward():  # a part of the model, or checkpointing's second forward
-            return
-        with_grad = torch.is_grad_enabled()
-        if with_grad and not self.update.theta:
-            self._copy_theta()
-        moved = bool(self.update.theta) and not self.perturbed and values.moved(self.update.theta)
-        found = values.samples((args, kwargs))
-        device = self.params[0].device
-        self.forward = Forward(here(), self.perturbed, moved, with_grad, found, values.random_state(device))
-        self.update.forwards.append(self.forward)
-        self.before = self._statistics() if self.perturbed or moved else {}
-        if self.perturbed and not self.update.dropout:
-            layers = [n for n, m in self.model.named_modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
-            self.update.dropout = (layers or [""])[0]
+    def _forward(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or module not in self.parts:
+            return original(module, *args, **kwargs)
+        if self.within_forward or _in_backward():  # a part of the model, or checkpointing's second forward
+            return original(module, *args, **kwargs)
+        forward, statistics = self._before_forward()
+        self.within_forward = True
+        try:
+            output = original(module, *args, **kwargs)
+        finally:
+            self.within_forward = False
+        forward.samples = values.samples((args, kwargs))
+        self._after_forward(forward, output, statistics)
+        return output
 
-    def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        self.depth -= 1
-        if self.depth or _in_backward():
-            return
+    def _before_forward(self) -> tuple[Forward, dict[str, list[Tensor]]]:
+        """A record of it, and the running statistics if it must not move them."""
+        update, with_grad = self.update, torch.is_grad_enabled()
+        if with_grad and not update.theta:
+            self._copy_theta()
+        by_hand = bool(update.theta) and not self.perturbed and values.moved(update.theta)
+        random_state = values.random_state(self.params[0].device)
+        forward = Forward(here(), self.perturbed, by_hand, with_grad, random_state)
+        update.forwards.append(forward)
+        if self.perturbed and not update.dropout:
+            layers = [n for n, m in self.model.named_modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
+            update.dropout = (layers or [""])[0]
+        return forward, self._statistics() if self.perturbed or by_hand else {}
+
+    def _after_forward(self, forward: Forward, output: Any, before: dict[str, list[Tensor]]) -> None:
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                self.forward.tracked = True
-                tensor.register_hook(partial(self._reached, self.forward))
-        if self.before:
-            now = self._statistics()
-            held = {name: all(map(values.same_bits, old, now[name])) for name, old in self.before.items()}
-            self.forward.statistics = [name for name in held if not held[name]]
+                forward.tracked = True
+                tensor.register_hook(partial(self._reached, forward))
+        now = self._statistics() if before else {}
+        held = {name: all(map(values.same_bits, old, now[name])) for name, old in before.items()}
+        forward.statistics = [name for name in held if not held[name]]
 
     def _reached(self, forward: Forward, gradient: Tensor) -> None:
         """A backward call has come to what the model returned."""
         forward.reached = True
         if not self.backward_at:
             return  # torch.autograd.grad
+        self.touched = True
         forward.stale |= forward.perturbed != self.perturbed
         flow = forward.flows.setdefault(self._adds_to(), Flow(self.backward_at))
         if gradient.ndim and len(gradient) == len(forward.samples):
@@ -166,30 +172,38 @@ class Watch:
         if torch.compiler.is_compiling() or _in_backward():
             return original(*args, **kwargs)
         where, adds_to = here(), self._adds_to()
-        self._before_backward(where, adds_to)
-        self.backward_at = where
+        leftover = adds_to == "g1" and not self.update.has("g1") and values.any_gradient(self.params)
+        if not self.update.theta:
+            self._copy_theta()
+        if adds_to == "g2":
+            self._look_at_gradients(where)
+        elif adds_to == "g_l":
+            self._look_for_the_sum(where)
+        versions, self.touched, self.backward_at = self._versions(), False, where
         try:
             original(*args, **kwargs)
         finally:
             self.backward_at = ""
-        self.update.backwards.append(Backward(where, adds_to))
-        self.update.call(adds_to, where)
-        if adds_to == "g2":
-            now = values.gradients(self.params)
-            values.add_difference(self.update.g2, now, self.update.last or {})
-            self.update.last = now
+        if self.touched or versions != self._versions():  # else it was another model's
+            self._after_backward(Backward(where, adds_to), leftover)
 
-    def _before_backward(self, where: str, adds_to: Pass) -> None:
-        if not self.update.theta:
-            self._copy_theta()
-        if adds_to == "g1" and not self.update.has("g1"):
-            if values.any_gradient(self.params):
-                self.update.seen.append(_leftover(where))
-            self.begun(self.update)
-        elif adds_to == "g2":
-            self._look_at_gradients(where)
-        elif adds_to == "g_l":
-            self._look_for_the_sum(where)
+    def _after_backward(self, backward: Backward, leftover: bool) -> None:
+        update = self.update
+        first = not update.has("g1")
+        update.backwards.append(backward)
+        update.call(backward.adds_to, backward.where)
+        if backward.adds_to == "g1" and first:
+            if leftover:
+                update.seen.append(_leftover(backward.where))
+            self.begun(update)
+        elif backward.adds_to == "g2":
+            now = values.gradients(self.params)
+            values.add_difference(update.g2, now, update.last or {})
+            update.last = now
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Something that changes when anything is added to a `.grad`."""
+        return [(id(p.grad), p.grad._version) for p in self.params if p.grad is not None]
 
     def _look_at_gradients(self, where: str) -> None:
         """Whether `.grad` is still as the perturbed pass left it."""

@@ -1,6 +1,8 @@
 """No false alarm: loops that follow Algorithm 1, in all the ways in which the pages show it."""
 
 import contextlib
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -332,12 +334,12 @@ def test_it_changes_nothing_and_leaves_nothing(name: str) -> None:
     for a, b in zip(watched.model.state_dict().values(), plainly.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert all(getattr(o, n) is before for o, n, before in attributes)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in watched.model.modules())
     assert not watched.optimizer.base_optimizer._optimizer_step_pre_hooks
 
 
 def _patched() -> Iterator[tuple[Any, str]]:
     yield torch.autograd, "backward"
+    yield nn.Module, "__call__"
     for owner in (nn.Module, torch.optim.Optimizer):
         yield owner, "zero_grad"
     for name in ("first_step", "second_step", "set_aside", "zero_grad"):
@@ -355,6 +357,42 @@ def test_g1_that_is_not_finite_is_no_error() -> None:
         s.optimizer.step()
     assert not report.problems, str(report)
     assert [note.kind for note in report.notes] == ["no move"]
+
+
+def test_other_models_are_passed_over() -> None:
+    """Which are trained in turns with this one."""
+    s, other = Scene(), Scene()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        other.optimizer.zero_grad()
+        other.supervised().backward()
+        views = s.views()
+        s.consistency(views).backward()
+        plain(other)
+        with s.optimizer.perturbed(s.model):
+            plain(other)
+            s.consistency(views).backward()
+        other.supervised().backward()
+        s.supervised().backward()
+        s.optimizer.step()
+    assert_right(report)
+    assert [name for name, _ in report.timeline] == ["g1", "first_step", "g2", "second_step", "g_l", "step"]
+
+
+def test_the_model_may_be_copied_and_pickled_meanwhile() -> None:
+    """As teachers are made, often after the optimizer."""
+    s = Scene()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        copy.deepcopy(s.optimizer)
+        teacher = pickle.loads(pickle.dumps(copy.deepcopy(s.model)))
+        views = s.views()
+        s.consistency(views).backward()
+        with s.optimizer.perturbed(s.model):
+            with torch.no_grad():
+                teacher(s.u)  # which is not at theta*
+            s.consistency(views).backward()
+        s.supervised().backward()
+        s.optimizer.step()
+    assert_right(report)
 
 
 # ---------------------------------------------------------------- what is worth a note

@@ -547,7 +547,7 @@ def test_another_check_ends_the_first(capsys: pytest.CaptureFixture) -> None:
     s = Scene()
     gap_torch.check(s.optimizer, s.model)
     with gap_torch.check(s.optimizer, s.model, show=None):
-        assert "so nothing is known" in capsys.readouterr().out
+        assert "stopped by another check" in capsys.readouterr().out
 
 
 def test_two_updates() -> None:
