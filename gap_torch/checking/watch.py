@@ -1,4 +1,4 @@
-"""Eyes on a training loop: hooks and patches that write down what happens in an update."""
+"""Eyes on a training loop: what writes down what happens in an update."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +47,6 @@ class Watch:
         self.parts: set[nn.Module] = set()
         """Of the model, itself included: those with parameters of the optimizer."""
         self.update = Update()
-        self.hooks: list[Any] = []
         self.patches = Patches()
 
     @property
@@ -61,11 +60,11 @@ class Watch:
         return self.wrapper is not None and self.wrapper._perturbed
 
     def start(self) -> None:
-        """Hang up the hooks."""
+        """Hang up the hook and the patches."""
         self._begin_update()
         # frozen parts and teachers may run at theta* as they like
         self.parts = {module for module in self.model.modules() if self._concerns(module)}
-        self.hooks.append(self.base.register_step_pre_hook(self._step))
+        self.hook = self.base.register_step_pre_hook(self._step)
         # no forward hooks, which would go along into deep copies and pickles of the model
         self.patches.replace(nn.Module, "__call__", self._forward)
         self.patches.replace(torch.autograd, "backward", self._backward)
@@ -78,9 +77,7 @@ class Watch:
     def stop(self) -> None:
         """Take them off again: nothing of the check is left."""
         self.patches.undo()
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks.clear()
+        self.hook.remove()
         self.update = Update()
 
     def _begin_update(self) -> None:
