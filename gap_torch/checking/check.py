@@ -1,7 +1,7 @@
 """`gap_torch.check`: watch one update of a training loop, and say what is right and what is wrong with it."""
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import ClassVar
 
@@ -31,8 +31,8 @@ def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Sho
             training_step()
         assert report.ok
 
-    An update slows down while it is watched, and the host takes up to eight copies of the parameters; after that
-    nothing of the check is left. One check runs at a time: another one ends it.
+    An update slows down while it is watched, and the host takes some copies of the parameters; after that nothing
+    of the check is left. One check runs at a time: another one ends it.
 
     Args:
         optimizer: the GAPWrapper, or what Accelerate or Lightning made of it. With any other optimizer the report says
@@ -48,6 +48,7 @@ def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Sho
     Raises:
         TypeError: `optimizer` is no optimizer.
         ValueError: no parameter of `model` is in `optimizer`; `updates` is less than 1.
+        RuntimeError: the parameters are perturbed.
     """
     return Check(_unwrapped(optimizer), model, updates, show)
 
@@ -63,6 +64,8 @@ class Check:
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if not any(p in held for p in model.parameters()):
             raise ValueError("model: none of its parameters is in the optimizer, so there is nothing to watch.")
+        if isinstance(optimizer, GAPWrapper):
+            optimizer._forbid_while_perturbed("check()")
         self.report = Report()
         self._show, self._to_watch = show, updates
         self._has_wrapper = isinstance(optimizer, GAPWrapper)
@@ -105,49 +108,44 @@ class Check:
         """An update is complete."""
         if not self._to_watch:
             return
-        for verdict in rules.verdicts(update, self._has_wrapper):
-            if isinstance(verdict, Finding):
-                update.seen.append(verdict)
-            elif verdict is not None and verdict not in self.report.right:
-                self.report.right.append(verdict)
-        self._add(update)
-        if update.step and (update.due or not self._has_wrapper):
+        verdicts = [verdict for verdict in rules.verdicts(update, self._has_wrapper) if verdict]
+        self._add(update, [v for v in verdicts if isinstance(v, Finding)], [v for v in verdicts if isinstance(v, str)])
+        if update.where("step") and (update.due or not self._has_wrapper):
             self.report.updates += not update.hidden
             self._to_watch -= 1
 
     def _begun(self, update: Update) -> None:
         """The first backward of an update: all that is left to see, once enough updates have been watched."""
         if not self._to_watch:
-            self.report.add(update.seen, [])
+            self.report.add(update.seen)
             self.stop()
 
-    def _add(self, update: Update) -> None:
+    def _add(self, update: Update, problems: Iterable[Finding], right: Iterable[str] = ()) -> None:
         self.report.timeline = update.timeline
-        self.report.add(update.seen, [*update.notes, *rules.notes(update)])
+        self.report.add([*update.seen, *problems], rules.notes(update), right)
 
     # ------------------------------------------------------------------ ends before the step
 
     def _unfinished(self, update: Update) -> None:
         """The block is over."""
-        if update.first:
+        if update.where("first_step"):
             self._done(update)
-        elif update.backwards:
-            self._add(update)
-            where = update.backwards[-1].where
+        elif update.timeline:
             what = "the block ended without first_step(), second_step() and step()."
-            self.report.problems.append(Finding("no step", where, what, rules.USE_PERTURBED))
+            self._add(update, [Finding("no step", update.timeline[-1][1], what, rules.USE_PERTURBED)])
 
     def _explain(self, error: BaseException, trace: TracebackType | None) -> None:
         """An exception has ended the block."""
-        update = self._watch.update
-        self.report.stopped = f"{type(error).__name__} at {raised(trace)}"
-        self._add(update)
+        update, where = self._watch.update, raised(trace)
+        self.report.stopped = f"{type(error).__name__} at {where}"
+        problems = []
         if from_library(trace) and not update.seen:
-            self.report.problems.append(Finding("refused", raised(trace), str(error), "as it says."))
-        elif "modified by an inplace operation" in str(error) and update.first:
+            problems = [Finding("refused", where, str(error), "as it says.")]
+        elif "modified by an inplace operation" in str(error) and update.where("first_step"):
             what = "the backward of a loss that was computed before the parameters moved (or moved back)."
             fix = "run the loss anew, forward and backward, after a move."
-            self.report.problems.append(Finding("stale graph", raised(trace), what, fix))
+            problems = [Finding("stale graph", where, what, fix)]
+        self._add(update, problems)
 
 
 def _unwrapped(optimizer: object) -> Optimizer:

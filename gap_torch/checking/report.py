@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -40,32 +41,35 @@ class Report:
         """Whether an update was watched to its end, and nothing was wrong with it."""
         return self.updates > 0 and not self.problems
 
-    def add(self, problems: Iterable[Finding], notes: Iterable[Finding]) -> None:
+    def add(self, problems: Iterable[Finding], notes: Iterable[Finding] = (), right: Iterable[str] = ()) -> None:
         """Take these up, each once."""
         self.problems = list(dict.fromkeys([*self.problems, *problems]))
         self.notes = list(dict.fromkeys([*self.notes, *notes]))
+        self.right = list(dict.fromkeys([*self.right, *right]))
 
     def __str__(self) -> str:
-        return "\n".join([f"gap_torch.check: {self._verdict()}", *self._steps(), *self._lines()])
+        return "\n".join([f"gap_torch.check: {self._verdict()}", *self._calls(), *self._lines()])
 
     def _verdict(self) -> str:
-        watched = f"{self.updates} update{'s' * (self.updates != 1)} watched"
-        stopped = f", stopped by {self.stopped}" if self.stopped else ""
+        stopped = f" (Stopped by {self.stopped}.)" if self.stopped else ""
+        watched = "this update" if self.updates < 2 else f"these {self.updates} updates"
         if self.problems:
-            return f"{watched}{stopped}, {len(self.problems)} thing{'s' * (len(self.problems) != 1)} WRONG"
-        return f"{watched}{stopped}, {'all that can be told is right' if self.updates else 'so nothing is known'}"
+            count = len(self.problems)
+            return f"{count} thing{'s are' if count > 1 else ' is'} WRONG in {watched}.{stopped}"
+        if not self.updates:
+            return f"no update was watched to its end, so nothing is known.{stopped}"
+        reserve = ", as far as can be told" if any(note.kind == "not told" for note in self.notes) else ""
+        return f"GAP ran as Algorithm 1 in {watched}{reserve}.{stopped}"
 
-    def _steps(self) -> Iterable[str]:
-        runs: list[tuple[tuple[str, str], int]] = []
-        for call in self.timeline:
-            same = bool(runs) and runs[-1][0] == call
-            runs[-1 if same else len(runs) :] = [(call, runs[-1][1] + 1 if same else 1)]
-        return [f"    {name:<12} {where}{f'  x {n}' if n > 1 else ''}" for (name, where), n in runs]
+    def _calls(self) -> Iterable[str]:
+        for (name, where), run in groupby(self.timeline):
+            times = len(list(run))
+            yield f"    {name:<12} {where}" + (f"  x {times}" if times > 1 else "")
 
     def _lines(self) -> Iterable[str]:
         for problem in self.problems:
             yield f"  WRONG  {problem.where}: {problem.what}"
-            yield f"         What to do: {problem.fix}"
+            yield f"         To mend it: {problem.fix}"
         for line in self.right:
             yield f"  right  {line}"
         for note in self.notes:

@@ -3,15 +3,13 @@
 A rule looks at the record of an update and says what is wrong (a Finding), what is right (a line), or nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from .report import Finding
-from .update import Forward, Pass, Update
+from .update import Forward, Update
 
 Verdict = Finding | str | None
-Rule = Callable[[Update], Verdict]
 
-PERTURBED_PAIR: tuple[Pass, Pass] = ("g1", "g2")
 USE_PERTURBED = "put the second backward into `with optimizer.perturbed(model):`, and call optimizer.step() after it."
 
 
@@ -22,7 +20,7 @@ def verdicts(update: Update, has_wrapper: bool) -> Iterator[Verdict]:
         yield g2_is_used(update)
     elif not update.due:
         yield "an update without GAP (interval)"
-    elif update.first:
+    elif update.where("first_step"):
         for rule in RULES:
             yield rule(update)
     elif not update.hidden:
@@ -32,28 +30,29 @@ def verdicts(update: Update, has_wrapper: bool) -> Iterator[Verdict]:
 
 def notes(update: Update) -> Iterator[Finding]:
     """What is worth knowing."""
+    first, second = update.where("first_step"), update.where("second_step")
     if update.hidden:
         what = "first_step() ran where it can't be watched, as in a compiled step, so nothing is known of this update."
-        yield Finding("not told", update.step, what, "Check it without torch.compile.")
-    if not update.first or not update.second:
+        yield Finding("not told", update.where("step"), what, "Check it without torch.compile.")
+    if not first or not second:
         return
-    if update.move is not None and update.move.wanted == 0 and any(update.move.eps):
-        what = "||g1|| was zero or not finite, so nothing was moved."
-        fix = "Common early in FixMatch, when no pixel is confident, and with a GradScaler: check again later."
-        yield Finding("no move", update.first, what, fix)
     if update.move is None:
-        what = "radius and sum of the gradients can't be told: the parameters are spread over processes."
-        yield Finding("not told", update.first, what)
-    if not all(_union(update.went_through(backward)) for backward in PERTURBED_PAIR):
+        yield Finding("not told", first, "the radius can't be told: the parameters are spread over processes.")
+    elif update.move.wanted == 0:
+        what = "theta* is theta: eps is 0, or ||g1|| was zero or not finite."
+        fix = "Common early in FixMatch, when no pixel is confident, and with a GradScaler: check again later."
+        yield Finding("no move", first, what, fix)
+    if not _samples(update.went_through("g1")) or not _samples(update.went_through("g2")):
         what = "whether both passes saw the same samples can't be told: the inputs of the model were not seen."
-        yield Finding("not told", update.first, what)
-    if not update.has("g_l") and not update.has("aside"):
+        yield Finding("not told", first, what)
+    if silent := _silent(update):
+        what = f"{len(silent)} of the samples at theta* got no gradient."
+        fix = "Fine if no pixel of theirs is confident; if targets are made from them, make those once, at theta."
+        yield Finding("no gradient", update.where("g2"), what, fix)
+    if not update.where("g_l") and not update.where("aside"):
         what = "no backward came after second_step(), and none was set aside."
         fix = "If the labelled loss is part of the other two passes, it is in the direction too: move it behind them."
-        yield Finding("no g_l", update.second, what, fix)
-    if update.dropout and not _replayed(update):
-        what = f"dropout ({update.dropout}) drew other masks in the perturbed pass, as it does by default."
-        yield Finding("dropout", update.first, what, "perturbed(model, rng=RNGState.now()) replays those of g1.")
+        yield Finding("no g_l", second, what, fix)
 
 
 # ---------------------------------------------------------------------- without a perturbed pass
@@ -62,12 +61,15 @@ def notes(update: Update) -> Iterator[Finding]:
 def _no_wrapper(update: Update) -> Finding:
     what = f"the optimizer is no GAPWrapper, and its step is that of the plain method.{_by_hand(update)}"
     fix = f"wrap it, optimizer = GAPWrapper(optimizer, eps=0.1), and {USE_PERTURBED}"
-    return Finding("no wrapper", update.step, what, fix)
+    return Finding("no wrapper", update.where("step"), what, fix)
 
 
 def _no_perturbed_pass(update: Update) -> Finding:
+    if update.dropped:
+        what = "gradients were zeroed between second_step() and step(): what had been computed by then is lost."
+        return Finding("zeroed", update.dropped, what, "zero gradients only after step().")
     what = f"step() without first_step() and second_step(): this update is that of the plain method.{_by_hand(update)}"
-    return Finding("no perturbed pass", update.step, what, USE_PERTURBED)
+    return Finding("no perturbed pass", update.where("step"), what, f"{USE_PERTURBED} (In a warm-up: check later.)")
 
 
 def _by_hand(update: Update) -> str:
@@ -83,13 +85,14 @@ def _by_hand(update: Update) -> str:
 
 def order(update: Update) -> Verdict:
     """first_step, second_step and step, in this order."""
-    if not update.second:
+    if not update.where("second_step"):
         what = "no second_step() came after first_step(): the parameters were left at theta*."
-        return Finding("no second_step", update.first, what, "call second_step() after the perturbed backward.")
-    if not update.step:
-        what = "after second_step() there was no step() before this update ended or the next first_step() came."
+        fix = "call second_step() after the perturbed backward."
+        return Finding("no second_step", update.where("first_step"), what, fix)
+    if not update.where("step"):
+        what = "no step() came after second_step(), before the end or the next first_step()."
         fix = "call optimizer.step() once all passes are done; with micro-batches, let each pass go over all of them."
-        return Finding("no step", update.second, what, fix)
+        return Finding("no step", update.where("second_step"), what, fix)
     return "first_step(), second_step() and step() come in this order, each with a backward before it"
 
 
@@ -98,34 +101,31 @@ def radius(update: Update) -> Verdict:
     move = update.move
     if move is None:
         return None
-    eps = ", ".join(f"{radius:g}" for radius in dict.fromkeys(move.eps))
-    if not move.as_wanted:
-        what = f"theta* is not theta + eps * g1 / ||g1||: its distance is {move.radius:g}, not {move.wanted:g}."
+    if not move.exact:
+        what = f"theta* is not theta + eps * g1 / ||g1||: its distance is {move.distance:g}, not {move.wanted:g}."
         fix = "see that nothing changes parameters or .grad while first_step() runs; else please report it."
-        return Finding("radius", update.first, what, fix)
-    return f"theta* lies along g1, at a distance of {move.radius:.4g} (eps = {eps})"
+        return Finding("radius", update.where("first_step"), what, fix)
+    return f"theta* = theta + eps * g1 / ||g1||, at a distance of {move.distance:.4g}" if move.wanted else None
 
 
 def restored(update: Update) -> Verdict:
-    """theta is back, bit for bit."""
-    if update.restored is False:
+    """theta is back, bit for bit, and nothing that was done to theta* is lost by that."""
+    if not (where := update.where("second_step")):
+        return None
+    if update.overwritten:
+        what = "the parameters were changed between first_step() and second_step(), which has undone it."
+        fix = "call no other optimizer's step() there, and write nothing into the model."
+        return Finding("overwritten", where, what, fix)
+    if not update.restored:
         what = "the parameters are not back at theta, bit for bit, after second_step()."
-        return Finding("restore", update.second, what, "see that nothing else writes to them in the perturbed pass.")
-    return "the parameters came back bit for bit" if update.restored else None
-
-
-def gradient_sum(update: Update) -> Verdict:
-    """`.grad` = g1 + alpha * g2, and what was set aside. Lost gradients have been noticed already."""
-    if update.sum_holds is False and not update.seen:
-        what = ".grad after second_step() is not g1 + alpha * g2 (+ what was set aside)."
-        return Finding("sum", update.second, what, "see that no hook or other code writes to .grad in between.")
-    return ".grad after second_step() is g1 + alpha * g2" if update.sum_holds else None
+        return Finding("restore", where, what, "see that nothing writes to them in a hook; else please report it.")
+    return "the parameters came back bit for bit"
 
 
 def same_samples(update: Update) -> Verdict:
     """What contributes to one of g1 and g2 was part of the pass of the other."""
     first, second = update.went_through("g1"), update.went_through("g2")
-    seen1, seen2 = _union(first), _union(second)
+    seen1, seen2 = _samples(first), _samples(second)
     if not seen1 or not seen2:
         return None
     for forward in second:
@@ -165,9 +165,9 @@ def fixed_targets(update: Update) -> Verdict:
     for forward in moved:
         if forward.for_nothing:
             what = "a forward pass at the perturbed parameters that no gradient goes through: for targets?"
-            fix = "make targets once, at theta, before the first pass; both passes must see the same."
+            fix = "make targets once, at theta, before the first pass. (A pass to log something: move it out, too.)"
             return _of_forward("targets", forward, what, fix)
-    return "no forward pass for targets at theta*"
+    return None if _silent(update) else "no forward pass for targets at theta*"
 
 
 def own_graphs(update: Update) -> Verdict:
@@ -182,8 +182,9 @@ def own_graphs(update: Update) -> Verdict:
 def running_statistics(update: Update) -> Verdict:
     """Batch norm's stay as they are in the perturbed pass."""
     for forward in update.at_theta_star():
-        if forward.statistics:
-            what = f"the perturbed pass moves running statistics of batch norm ({_some(forward.statistics)})."
+        if names := forward.statistics:
+            shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+            what = f"the perturbed pass moves running statistics of batch norm ({shown})."
             fix = "give the model: perturbed(model); or wrap the pass in `with gap_torch.frozen_running_stats(model):`."
             return _of_forward("statistics", forward, what, fix)
     if update.layers and update.at_theta_star():
@@ -191,17 +192,7 @@ def running_statistics(update: Update) -> Verdict:
     return None
 
 
-RULES: tuple[Rule, ...] = (
-    order,
-    radius,
-    restored,
-    gradient_sum,
-    same_samples,
-    g2_is_used,
-    fixed_targets,
-    own_graphs,
-    running_statistics,
-)
+RULES = (order, radius, restored, same_samples, g2_is_used, fixed_targets, own_graphs, running_statistics)
 
 
 def _of_forward(kind: str, forward: Forward, what: str, fix: str) -> Finding:
@@ -210,14 +201,12 @@ def _of_forward(kind: str, forward: Forward, what: str, fix: str) -> Finding:
     return Finding(kind, where, what + (f" (Forward pass: {forward.where}.)" if where != forward.where else ""), fix)
 
 
-def _union(forwards: list[Forward]) -> set[int]:
+def _samples(forwards: list[Forward]) -> set[int]:
     return {sample for forward in forwards for sample in forward.samples}
 
 
-def _replayed(update: Update) -> bool:
-    first, second = ([f.random_state for f in update.went_through(backward)] for backward in PERTURBED_PAIR)
-    return bool(first) and first == second
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+def _silent(update: Update) -> set[int]:
+    """Samples that went through the model together with those of g2, and got no gradient themselves."""
+    second = update.went_through("g2")
+    counted = {sample for forward in second for sample in forward.flows["g2"].samples}
+    return _samples(second) - counted if counted else set()

@@ -1,7 +1,7 @@
 """The arithmetic of the self-check: copies on the CPU, sums in float64, fingerprints of samples."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,20 @@ Copies = dict[Tensor, Tensor]
 """Parameter -> a copy of it or of its gradient, on the CPU, in its own dtype."""
 
 
+class Move(NamedTuple):
+    """How the parameters went from theta to theta*."""
+
+    distance: float
+    wanted: float
+    """What it should be."""
+    exact: bool
+    """Whether each number is where it should be, up to rounding."""
+
+
 def copy_of(tensor: Tensor) -> Tensor:
     """A copy on the CPU; of a DTensor, of this process's part."""
-    return local(tensor.detach()).detach().to("cpu", copy=True)
+    copy = local(tensor.detach()).detach().to("cpu", copy=True)
+    return copy if copy.layout == torch.strided else copy.to_dense()
 
 
 def gradients(params: list[Tensor]) -> Copies:
@@ -28,14 +39,9 @@ def any_gradient(params: list[Tensor]) -> bool:
     return any(bool(local(p.grad).any()) for p in params if p.grad is not None)
 
 
-def all_finite(params: list[Tensor]) -> bool:
-    """Whether no `.grad` has an infinity or a NaN."""
-    return all(bool(local(p.grad).isfinite().all()) for p in params if p.grad is not None)
-
-
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equality that tells -0 from 0 and takes NaN for NaN."""
-    return a.shape == b.shape and torch.equal(_bits(a.contiguous()), _bits(b.contiguous()))
+    return a.shape == b.shape and torch.equal(_bits(a), _bits(b))
 
 
 def unchanged(before: Copies) -> bool:
@@ -47,88 +53,52 @@ def moved(before: Copies) -> bool:
     """Whether the parameters are elsewhere, by more than the rounding of adding something and subtracting it again."""
     if unchanged(before):
         return False
-    distance = length({p: wide(copy_of(p)) - wide(copy) for p, copy in before.items()})
-    return distance > 16 * max(torch.finfo(copy.dtype).eps for copy in before.values()) * length(before)
+    distance = math.sqrt(sum(_squares(_wide(copy_of(p)) - _wide(copy)) for p, copy in before.items()))
+    size = math.sqrt(sum(_squares(_wide(copy)) for copy in before.values()))
+    return distance > 16 * max(torch.finfo(copy.dtype).eps for copy in before.values()) * size
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """In float64."""
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def displacement(theta: Copies, g1: Copies, eps: dict[Tensor, float], adaptive: bool) -> Copies:
-    """eps * g1 / ||g1|| in float64 (Algorithm 1, line 7), or ASAM's; zeros where ||g1|| is zero or not finite.
+def measure(theta: Copies, theta_star: Copies, g1: Copies, eps: dict[Tensor, float], adaptive: bool) -> Move:
+    """The move from `theta` to `theta_star`, against eps * g1 / ||g1|| in float64 (Algorithm 1, line 7) or ASAM's.
 
     Args:
-        theta: the parameters before the move.
+        theta: the parameters before.
+        theta_star: after.
         g1: the gradients of those that have one.
         eps: radius of each parameter's group.
         adaptive: as for the wrapper.
     """
-    size = {p: wide(theta[p]).abs() if adaptive else 1.0 for p in g1}
-    norm = math.sqrt(sum((size[p] * wide(g).abs()).square().sum().item() for p, g in g1.items()))
-    if not 0 < norm < math.inf:
-        return {p: torch.zeros_like(wide(g)) for p, g in g1.items()}
-    return {p: eps[p] * size[p] ** 2 * wide(g) / norm for p, g in g1.items()}
-
-
-def length(tensors: Copies) -> float:
-    """L2 norm over all."""
-    return math.sqrt(sum(wide(t).abs().square().sum().item() for t in tensors.values()))
-
-
-def moved_as(expected: Copies, theta: Copies, now: Copies) -> bool:
-    """Whether every number of theta is where it is expected, up to the rounding of its dtype."""
+    sizes = {p: _wide(theta[p]).abs() if adaptive else 1.0 for p in g1}
+    norm = math.sqrt(sum(_squares(sizes[p] * _wide(g)) for p, g in g1.items()))
+    scale = 1 / norm if 0 < norm < math.inf else 0.0
+    distance, wanted, exact = 0.0, 0.0, True
     for p, start in theta.items():
-        along = expected.get(p, torch.zeros_like(wide(start)))
+        step = _wide(theta_star[p]) - _wide(start)
+        along = torch.zeros_like(step)
+        if p in g1 and scale:  # else its numbers may not be finite
+            along = eps[p] * scale * sizes[p] ** 2 * _wide(g1[p])
         rounding = torch.finfo(start.dtype)
         # ||g1|| is itself rounded, and a sum over many numbers is so more than once
-        slack = rounding.tiny + rounding.eps * (2 * wide(start).abs() + 64 * along.abs())
-        if bool(((wide(now[p]) - wide(start) - along).abs() > slack).any()):
-            return False
-    return True
-
-
-def equals_sum(total: Copies, parts: list[tuple[float, Copies]]) -> bool:
-    """Whether `total` is the weighted sum of `parts`, up to the rounding of its dtype. Overflows are passed over."""
-    for p in set(total).union(*(part for _, part in parts)):
-        terms = [weight * wide(part[p]) for weight, part in parts if p in part]
-        if p not in total:
-            if any(bool(term.any()) for term in terms):
-                return False
-            continue
-        error = wide(total[p]) - sum(terms)
-        scale = sum(float(term.abs().max()) for term in terms if term.numel())
-        if error.numel() and math.isfinite(scale) and bool(error.isfinite().all()):
-            rounding = 16 * torch.finfo(total[p].dtype).eps * scale
-            if float(error.abs().max()) > rounding:
-                return False
-    return True
-
-
-def add_difference(total: Copies, now: Copies, before: Copies) -> None:
-    """total += now - before, in float64; what isn't there is zero."""
-    for p, value in now.items():
-        change = wide(value) - wide(before[p]) if p in before else wide(value)
-        total[p] = total[p] + change if p in total else change
+        slack = rounding.tiny + rounding.eps * (2 * _wide(start).abs() + 64 * along.abs())
+        distance, wanted = distance + _squares(step), wanted + _squares(along)
+        exact = exact and bool(((step - along).abs() <= slack).all())
+    return Move(math.sqrt(distance), math.sqrt(wanted), exact)
 
 
 def samples(inputs: Any) -> list[int]:
     """A fingerprint of each sample of a batch: equal bits, equal number, whatever else is in the batch.
 
     Args:
-        inputs: what a model is called with. Its samples lie along the first dimension of the first tensor that needs
+        inputs: what a model is called with. Its samples lie along the first dimension of the largest tensor that needs
             no gradient (those that do have come out of a network). Without such a tensor there are none.
     """
-    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim and _is_plain(t)]
-    batch = [_bits(t.detach().contiguous(), len(t)) for t in tensors if len(t) == len(tensors[0]) and t.numel()]
-    return [hash(numbers) for numbers in zip(*(_row_sums(bits) for bits in batch), strict=True)]
-
-
-def random_state(device: torch.device) -> int:
-    """A fingerprint of the state of the random numbers that a layer on `device` draws."""
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return _row_sums(state.view(1, -1))[0]
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and _is_plain(t)]
+    size = len(max(tensors, key=Tensor.numel)) if tensors else 0
+    try:
+        batch = [_row_sums(_bits(t.detach(), size)) for t in tensors if len(t) == size]
+    except RuntimeError:  # tensors without values of their own: in torch.func's transforms, on the device "meta"
+        return []
+    return [hash(numbers) for numbers in zip(*batch, strict=True)]
 
 
 def sharded(params: list[Tensor]) -> bool:
@@ -136,8 +106,17 @@ def sharded(params: list[Tensor]) -> bool:
     return any(is_sharded(p) for p in params)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(tensor.abs().square().sum())
+
+
 def _is_plain(tensor: Tensor) -> bool:
-    return not tensor.requires_grad and tensor.layout == torch.strided and not is_sharded(tensor)
+    whole = tensor.layout == torch.strided and not is_sharded(tensor)
+    return whole and bool(tensor.ndim and tensor.numel()) and not tensor.requires_grad
 
 
 def _bits(tensor: Tensor, rows: int = 1) -> Tensor:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +17,7 @@ from . import values
 from .patches import Patches
 from .places import here
 from .report import Finding
-from .update import Backward, Flow, Forward, Move, Pass, Update
+from .update import Flow, Forward, Pass, Update
 
 
 class Watch:
@@ -27,7 +27,7 @@ class Watch:
         optimizer: a GAPWrapper, or another optimizer, in whose updates no perturbed pass will be found.
         model: where forward passes are watched, of the whole or of any part with parameters.
         done: called with each update after its step, or when another begins without one.
-        begun: called when the first backward of an update begins.
+        begun: called after the first backward of an update.
     """
 
     def __init__(
@@ -36,23 +36,30 @@ class Watch:
         self.wrapper = optimizer if isinstance(optimizer, GAPWrapper) else None
         self.base = optimizer.base_optimizer if isinstance(optimizer, GAPWrapper) else optimizer
         self.model, self.done, self.begun = model, done, begun
+        # frozen parts and teachers may run at theta* as they like
+        self.parts = {module for module in model.modules() if self._concerns(module)}
         self.within_forward, self.within_aside, self.separate = False, False, False
-        self.backward_at = ""
-        """The backward call that is under way."""
         self.touched = False
-        """Whether it has come to something of ours."""
+        """Whether the backward call that is under way has come to something of ours."""
+        self.backward_at = ""
+        """Its line."""
+        self.zeroed_at = ""
+        """The last zero_grad() since the last backward."""
+        self.unscaled_at, self.scaled_again = "", False
+        """A GradScaler's unscale_() in this update, and whether a loss has been scaled since."""
         self.grad_norm: Tensor | None = None
+        """The last that is accounted for."""
         self.buffers: dict[str, list[Tensor]] = {}
         """Running statistics of each layer."""
-        self.parts: set[nn.Module] = set()
-        """Of the model, itself included: those with parameters of the optimizer."""
-        self.update = Update()
+        self.thread = get_ident()
         self.patches = Patches()
+        self._begin_update()
 
     @property
     def params(self) -> list[Tensor]:
         """All that the optimizer holds (which may have been replaced since the beginning, as by `load_state_dict`)."""
-        return [p for group in self.base.param_groups for p in group["params"]]
+        held = [p for group in self.base.param_groups for p in group["params"]]
+        return [p for p in held if p.is_floating_point() or p.is_complex()]
 
     @property
     def perturbed(self) -> bool:
@@ -61,15 +68,14 @@ class Watch:
 
     def start(self) -> None:
         """Hang up the hook and the patches."""
-        self._begin_update()
-        # frozen parts and teachers may run at theta* as they like
-        self.parts = {module for module in self.model.modules() if self._concerns(module)}
-        self.hook = self.base.register_step_pre_hook(self._step)
+        self.hook = self.base.register_step_pre_hook(self._before_step)
         # no forward hooks, which would go along into deep copies and pickles of the model
         self.patches.replace(nn.Module, "__call__", self._forward)
         self.patches.replace(torch.autograd, "backward", self._backward)
         self.patches.replace(nn.Module, "zero_grad", self._zero_grad)
         self.patches.replace(Optimizer, "zero_grad", self._zero_grad)
+        self.patches.replace(torch.amp.GradScaler, "unscale_", self._unscale)
+        self.patches.replace(torch.amp.GradScaler, "scale", self._scale)
         self.patches.replace(GAPWrapper, "first_step", self._first_step)
         self.patches.replace(GAPWrapper, "second_step", self._second_step)
         self.patches.replace(GAPWrapper, "set_aside", self._set_aside)
@@ -78,10 +84,13 @@ class Watch:
         """Take them off again: nothing of the check is left."""
         self.patches.undo()
         self.hook.remove()
-        self.update = Update()
+        self._begin_update()
+
+    # ------------------------------------------------------------------ where an update begins and ends
 
     def _begin_update(self) -> None:
-        self.update = Update()
+        self.update, self.filled = Update(), False
+        self.unscaled_at, self.scaled_again = "", False
         self.grad_norm = self.wrapper.grad_norm if self.wrapper else None
 
     def _finish_update(self) -> None:
@@ -89,45 +98,62 @@ class Watch:
         self._begin_update()
         self.done(update)
 
+    def _forget_what_is_gone(self) -> None:
+        """An update may come to nothing: its gradients are zeroed, or an exception has ended its perturbed pass."""
+        if self.perturbed or self.within_aside:
+            return
+        update = self.update
+        complete = bool(update.where("second_step"))
+        if self.filled and not values.any_gradient(self.params):
+            update.dropped = self.zeroed_at or here() if complete else update.dropped
+        elif complete or not update.where("first_step"):
+            return
+        update.forget()
+        self.filled, self.unscaled_at, self.scaled_again = False, "", False
+
+    def _copy_theta(self) -> None:
+        # while they are frozen, some layers have other buffers
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, _NormBase)}
+        self.buffers = {name: [*each.buffers(False)] for name, each in layers.items() if each.track_running_stats}
+        self.update.layers = len(self.buffers)
+        self.update.theta = {p: values.copy_of(p) for p in self.params}
+
     # ------------------------------------------------------------------ forward
 
     def _forward(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or module not in self.parts:
             return original(module, *args, **kwargs)
-        if self.within_forward or _in_backward():  # a part of the model, or checkpointing's second forward
+        if self.within_forward or self._elsewhere():  # a part of the model, or checkpointing's second forward
             return original(module, *args, **kwargs)
-        forward, statistics = self._before_forward()
+        forward = self._before_forward(values.samples((args, kwargs)))
+        statistics = self._statistics() if forward.at == "g2" or forward.by_hand else {}
         self.within_forward = True
         try:
             output = original(module, *args, **kwargs)
         finally:
             self.within_forward = False
-        forward.samples = values.samples((args, kwargs))
-        self._after_forward(forward, output, statistics)
+        self._listen(forward, output)
+        now = self._statistics() if statistics else {}
+        forward.statistics = [
+            name for name, old in statistics.items() if not all(map(values.same_bits, old, now[name]))
+        ]
         return output
 
-    def _before_forward(self) -> tuple[Forward, dict[str, list[Tensor]]]:
-        """A record of it, and the running statistics if it must not move them."""
+    def _before_forward(self, samples: list[int]) -> Forward:
+        self._forget_what_is_gone()
         update, with_grad = self.update, torch.is_grad_enabled()
         if with_grad and not update.theta:
             self._copy_theta()
         by_hand = bool(update.theta) and not self.perturbed and values.moved(update.theta)
-        random_state = values.random_state(self.params[0].device)
-        forward = Forward(here(), self.perturbed, by_hand, with_grad, random_state)
-        update.forwards.append(forward)
-        if self.perturbed and not update.dropout:
-            layers = [n for n, m in self.model.named_modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
-            update.dropout = (layers or [""])[0]
-        return forward, self._statistics() if self.perturbed or by_hand else {}
+        update.forwards.append(Forward(here(), self._adds_to(), by_hand, with_grad, samples))
+        return update.forwards[-1]
 
-    def _after_forward(self, forward: Forward, output: Any, before: dict[str, list[Tensor]]) -> None:
+    def _listen(self, forward: Forward, output: Any) -> None:
+        """Hear of the gradients that come to what the model has made (a leaf was there before, and will be after)."""
         for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 forward.tracked = True
                 tensor.register_hook(partial(self._reached, forward))
-        now = self._statistics() if before else {}
-        held = {name: all(map(values.same_bits, old, now[name])) for name, old in before.items()}
-        forward.statistics = [name for name in held if not held[name]]
 
     def _reached(self, forward: Forward, gradient: Tensor) -> None:
         """A backward call has come to what the model returned."""
@@ -135,26 +161,15 @@ class Watch:
         if not self.backward_at:
             return  # torch.autograd.grad
         self.touched = True
-        forward.stale |= forward.perturbed != self.perturbed
-        flow = forward.flows.setdefault(self._adds_to(), Flow(self.backward_at))
+        flow = forward.flows.setdefault(self._adds_to(), Flow(self.backward_at, set()))
         if gradient.ndim and len(gradient) == len(forward.samples):
             counts = gradient.reshape(len(gradient), -1).ne(0).any(1).tolist()
             flow.samples.update(sample for sample, counted in zip(forward.samples, counts, strict=True) if counted)
         elif gradient.any():
             flow.samples.update(forward.samples)
 
-    def _running_statistics(self) -> dict[str, list[Tensor]]:
-        """The buffers of layers that track any. While they are frozen, some layers have others."""
-        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, _NormBase)}
-        return {name: [*layer.buffers(recurse=False)] for name, layer in layers.items() if layer.track_running_stats}
-
     def _statistics(self) -> dict[str, list[Tensor]]:
         return {name: [values.copy_of(b) for b in buffers] for name, buffers in self.buffers.items()}
-
-    def _copy_theta(self) -> None:
-        self.buffers = self._running_statistics()
-        self.update.layers = len(self.buffers)
-        self.update.theta = {p: values.copy_of(p) for p in self.params}
 
     # ------------------------------------------------------------------ backward
 
@@ -163,40 +178,42 @@ class Watch:
             return "aside"
         if self.perturbed:
             return "g2"
-        return "g_l" if self.update.second else "g1"
+        return "g_l" if self.update.where("second_step") else "g1"
 
     def _backward(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or _in_backward():
+        if torch.compiler.is_compiling() or self._elsewhere():
             return original(*args, **kwargs)
-        where, adds_to = here(), self._adds_to()
-        leftover = adds_to == "g1" and not self.update.has("g1") and values.any_gradient(self.params)
+        self._forget_what_is_gone()
+        where, before = here(), self._versions()
+        leftover = values.any_gradient(self.params)
         if not self.update.theta:
             self._copy_theta()
-        if adds_to == "g2":
+        if self.perturbed:
             self._look_at_gradients(where)
-        elif adds_to == "g_l":
-            self._look_for_the_sum(where)
-        versions, self.touched, self.backward_at = self._versions(), False, where
+        self.touched, self.backward_at = False, where
         try:
             original(*args, **kwargs)
         finally:
             self.backward_at = ""
-        if self.touched or versions != self._versions():  # else it was another model's
-            self._after_backward(Backward(where, adds_to), leftover)
+        if self.touched or before != self._versions():  # else it was another model's
+            self._after_backward(where, leftover)
 
-    def _after_backward(self, backward: Backward, leftover: bool) -> None:
-        update = self.update
-        first = not update.has("g1")
-        update.backwards.append(backward)
-        update.call(backward.adds_to, backward.where)
-        if backward.adds_to == "g1" and first:
-            if leftover:
-                update.seen.append(_leftover(backward.where))
+    def _after_backward(self, where: str, leftover: bool) -> None:
+        update, adds_to = self.update, self._adds_to()
+        first = adds_to == "g1" and not update.where("g1")
+        update.call(adds_to, where)
+        self.zeroed_at = ""
+        if adds_to == "g2":
+            update.last = values.gradients(self.params)
+        if adds_to != "aside":
+            self.filled = values.any_gradient(self.params)
+        if first and leftover:
+            update.seen.append(_leftover(where))
+        if self.scaled_again:
+            update.seen.append(_unscaled(self.unscaled_at))
+            self.unscaled_at, self.scaled_again = "", False
+        if first:
             self.begun(update)
-        elif backward.adds_to == "g2":
-            now = values.gradients(self.params)
-            values.add_difference(update.g2, now, update.last or {})
-            update.last = now
 
     def _versions(self) -> list[tuple[int, int]]:
         """Something that changes when anything is added to a `.grad`."""
@@ -205,57 +222,35 @@ class Watch:
     def _look_at_gradients(self, where: str) -> None:
         """Whether `.grad` is still as the perturbed pass left it."""
         update, now = self.update, values.gradients(self.params)
-        if update.last is None or values.sharded(self.params):
-            return
         changed = [p for p, g in update.last.items() if p not in now or not values.same_bits(g, now[p])]
-        if not changed:
-            return
-        gone = all(p not in now or not now[p].any() for p in changed)
-        if gone and not now and not update.has("g2"):
-            update.notes.append(_harmless((update.zeroings or [where])[-1]))
-        elif gone:
-            update.seen.append(_zeroed((update.zeroings or [where])[-1], "while the parameters were perturbed"))
+        if not update.where("g2"):  # before it, the wrapper puts back what is None
+            changed = [p for p in changed if p in now]
+        if all(p not in now or not now[p].any() for p in changed):
+            if changed:
+                update.seen.append(_zeroed(self.zeroed_at or where, "while the parameters were perturbed"))
         elif not self.separate:
             update.seen.append(_changed(where))
-        if now or update.has("g2"):
-            update.last = now
-
-    def _look_for_the_sum(self, where: str) -> None:
-        """Whether what `second_step` left is still there."""
-        update = self.update
-        if update.last is not None and any(g.any() for g in update.last.values()):
-            if not values.any_gradient(self.params):
-                update.seen.append(_zeroed((update.zeroings or [where])[-1], "after second_step()"))
-            update.last = None
+        update.last = now
 
     # ------------------------------------------------------------------ the optimizer
 
     def _first_step(self, original: Callable[..., None], wrapper: GAPWrapper, *args: Any, **kwargs: Any) -> None:
         if wrapper.base_optimizer is not self.base or torch.compiler.is_compiling():
             return original(wrapper, *args, **kwargs)
-        if self.update.second:  # and there was no step()
+        self._forget_what_is_gone()
+        if self.update.where("second_step"):  # and there was no step()
             self._finish_update()
-        elif self.update.first and not self.perturbed:  # an exception has ended that one
-            self._begin_update()
         g1 = {p: g for p, g in values.gradients(self.params).items() if p.requires_grad}
         theta = {p: values.copy_of(p) for p in self.params}
         original(wrapper, *args, **kwargs)
-        update = self.update
-        update.first, update.theta, update.g1, update.zeroings = here(), theta, g1, []
-        update.call("first_step", update.first)
+        update, self.separate = self.update, bool(kwargs.get("separate"))
+        update.call("first_step", here())
+        self.grad_norm = wrapper.grad_norm
+        update.theta, update.theta_star = theta, {p: values.copy_of(p) for p in theta}
         update.last = values.gradients(self.params)
-        self.separate = bool(kwargs.get("separate"))
         if not values.sharded(self.params):
-            update.move = self._measure(theta, g1, wrapper.adaptive)
-
-    def _measure(self, theta: values.Copies, g1: values.Copies, adaptive: bool) -> Move:
-        radii = {p: float(group["gap_eps"]) for group in self.base.param_groups for p in group["params"]}
-        wanted = values.displacement(theta, g1, radii, adaptive)
-        now = {p: values.copy_of(p) for p in theta}
-        moved = {p: values.wide(now[p]) - values.wide(theta[p]) for p in theta}
-        eps = [float(group["gap_eps"]) for group in self.base.param_groups]
-        as_wanted = values.moved_as(wanted, theta, now)
-        return Move(values.length(moved), values.length(wanted), as_wanted, eps)
+            eps = {p: float(group["gap_eps"]) for group in self.base.param_groups for p in group["params"]}
+            update.move = values.measure(theta, update.theta_star, g1, eps, wrapper.adaptive)
 
     def _second_step(self, original: Callable[..., None], wrapper: GAPWrapper) -> None:
         if wrapper.base_optimizer is not self.base or torch.compiler.is_compiling():
@@ -263,73 +258,74 @@ class Watch:
         update, where = self.update, here()
         if self.perturbed:
             self._look_at_gradients(where)
-        if self.separate:  # it may have been clipped
-            update.g2 = values.gradients(self.params)
+            update.overwritten = not values.unchanged(update.theta_star)
         original(wrapper)
-        update.second, update.zeroings = where, []
         update.call("second_step", where)
         update.restored = values.unchanged(update.theta)
-        update.last = values.gradients(self.params)
-        if update.g2 and not values.sharded(self.params):
-            update.sum_holds = all(map(self._sum_holds, self.base.param_groups))
-        update.g1, update.g2, update.aside = {}, {}, {}
-
-    def _sum_holds(self, group: dict[str, Any]) -> bool:
-        """Whether `.grad` of the group is g1 + alpha * g2, and what was set aside."""
-        update, params = self.update, set(group["params"])
-        parts = [(1.0, update.g1), (group["gap_alpha"], update.g2), (1.0, update.aside)]
-        total = {p: g for p, g in (update.last or {}).items() if p in params}
-        return values.equals_sum(total, [(w, {p: g for p, g in part.items() if p in params}) for w, part in parts])
+        update.theta_star, update.last = {}, {}
+        self.filled = values.any_gradient(self.params)
 
     @contextmanager
     def _set_aside(self, original: Callable[..., Any], wrapper: GAPWrapper) -> Iterator[None]:
-        if wrapper.base_optimizer is not self.base:
-            with original(wrapper):
-                yield
-            return
         with original(wrapper):
-            self.within_aside = True
+            self.within_aside = wrapper.base_optimizer is self.base
             try:
                 yield
-                values.add_difference(self.update.aside, values.gradients(self.params), {})
             finally:
                 self.within_aside = False
 
-    def _step(self, *_: Any) -> None:
-        """Runs before a step of the base optimizer."""
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs before a step of the base optimizer. A closure makes the gradients within it."""
         if torch.compiler.is_compiling() or self.perturbed:  # which the wrapper refuses
-            return
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return self._step(here())
+
+        def watched(*inputs: Any) -> Any:
+            loss = closure(*inputs)
+            self._step(where)
+            return loss
+
+        where = here()
+        return args[:1], {**kwargs, "closure": watched}
+
+    def _step(self, where: str) -> None:
+        self._forget_what_is_gone()
         update = self.update
-        update.step = here()
-        update.call("step", update.step)
-        self._look_for_the_sum(update.step)
+        update.call("step", where)
         update.step_by_hand = bool(update.theta) and values.moved(update.theta)
         if self.wrapper is not None:
             update.due = self.wrapper.due
-            update.hidden = not update.first and self.wrapper.grad_norm is not self.grad_norm
+            update.hidden = not update.where("first_step") and self.wrapper.grad_norm is not self.grad_norm
         self._finish_update()
 
     def _zero_grad(self, original: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or not self._concerns(owner):
-            return original(owner, *args, **kwargs)
-        update = self.update
-        overflow = bool(update.second) and not self.perturbed and not values.all_finite(self.params)
         original(owner, *args, **kwargs)
-        if overflow:  # a GradScaler has skipped the step
-            self._begin_update()
-        elif update.first or update.forwards:
-            update.zeroings.append(here())
-            update.call("zero_grad", update.zeroings[-1])
+        if torch.compiler.is_compiling() or not self._concerns(owner):
+            return
+        self.zeroed_at = here()
+        if self.update.where("first_step"):
+            self.update.call("zero_grad", self.zeroed_at)
+
+    def _unscale(self, original: Callable[..., None], scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+        original(scaler, optimizer)
+        if scaler.is_enabled() and optimizer.param_groups is self.base.param_groups:
+            self.unscaled_at = here()
+
+    def _scale(self, original: Callable[..., Any], scaler: torch.amp.GradScaler, outputs: Any) -> Any:
+        self.scaled_again = bool(self.unscaled_at)
+        return original(scaler, outputs)
+
+    def _elsewhere(self) -> bool:
+        """In another thread, or within a backward call."""
+        return get_ident() != self.thread or torch._C._current_graph_task_id() != -1
 
     def _concerns(self, owner: Any) -> bool:
         if isinstance(owner, nn.Module):
             ours = set(self.params)
             return any(p in ours and p.requires_grad for p in owner.parameters())
         return owner is self.base
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _leftover(where: str) -> Finding:
@@ -342,8 +338,10 @@ def _zeroed(where: str, when: str) -> Finding:
     return Finding("zeroed", where, what, "zero gradients only between step() and the next update's first backward.")
 
 
-def _harmless(where: str) -> Finding:
-    return Finding("zeroing", where, "zeroing between first_step() and the perturbed backward does nothing here.")
+def _unscaled(where: str) -> Finding:
+    what = "gradients were unscaled while losses of this update were still to come, which the GradScaler has scaled."
+    fix = "call scaler.unscale_(optimizer) once, after the last backward; to clip g1 before, scale max_norm."
+    return Finding("unscaled", where, what, fix)
 
 
 def _changed(where: str) -> Finding:

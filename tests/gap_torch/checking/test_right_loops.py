@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -228,6 +229,99 @@ def in_eval_mode(s: Scene) -> None:
     plain(s)
 
 
+def by_closure(s: Scene) -> None:
+    def closure() -> Tensor:
+        s.optimizer.zero_grad()
+        views = s.views()
+        s.consistency(views).backward()
+        with s.optimizer.perturbed(s.model):
+            s.consistency(views).backward()
+        loss = s.supervised()
+        loss.backward()
+        return loss
+
+    s.optimizer.step(closure)
+    s.optimizer.zero_grad()
+
+
+def measured_before(s: Scene) -> None:
+    """The labelled gradient is looked at, and zeroed before g1."""
+    s.supervised().backward()
+    s.optimizer.zero_grad()
+    plain(s)
+
+
+def measured_before_and_dropped(s: Scene) -> None:
+    s.supervised().backward()
+    for p in s.model.parameters():
+        p.grad = None
+    plain(s)
+
+
+def skipped(s: Scene) -> None:
+    """An update whose loss is too high comes to nothing, once before and once after the labelled loss."""
+    for labelled in (False, True):
+        views = s.views()
+        s.consistency(views).backward()
+        with s.optimizer.perturbed(s.model):
+            s.consistency(views).backward()
+        if labelled:
+            s.supervised().backward()
+        s.optimizer.zero_grad()
+    plain(s)
+
+
+def zeroed_in_part(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.model[0].weight.grad = None  # type: ignore[index]  # needless, but the wrapper puts g1 back
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def clipped_in_scaled_units(s: Scene) -> None:
+    views = s.views()
+    s.scaler.scale(s.consistency(views)).backward()
+    nn.utils.clip_grad_norm_(s.model.parameters(), 1e-3 * s.scaler.get_scale())
+    with s.optimizer.perturbed(s.model):
+        s.scaler.scale(s.consistency(views)).backward()
+    s.scaler.scale(s.supervised()).backward()
+    s.scaler.unscale_(s.optimizer)
+    s.scaler.step(s.optimizer)
+    s.scaler.update()
+    s.optimizer.zero_grad()
+
+
+def unscaled_throughout(s: Scene) -> None:
+    """With losses that are not scaled any more."""
+    views = s.views()
+    s.scaler.scale(s.consistency(views)).backward()
+    s.scaler.unscale_(s.optimizer)
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.scaler.step(s.optimizer)
+    s.scaler.update()
+    s.optimizer.zero_grad()
+
+
+def scaled_and_dropped(s: Scene) -> None:
+    """As `scaled`, with gradients that no zero_grad() drops."""
+    for factor in (float("inf"), 1.0):
+        views = s.views()
+        s.scaler.scale(s.consistency(views) * factor).backward()
+        with s.optimizer.perturbed(s.model):
+            s.scaler.scale(s.consistency(views)).backward()
+        s.scaler.scale(s.supervised()).backward()
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+        for p in s.model.parameters():
+            p.grad = None
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -279,13 +373,20 @@ RIGHT: dict[str, tuple[Callable[[Scene], None], Callable[[], Scene]]] = {
     "frozen encoder": (frozen_encoder, lambda: _frozen(Scene())),
     "eval mode": (in_eval_mode, Scene),
     "two losses": (two_losses_in_one_pass, Scene),
+    "closure": (by_closure, Scene),
+    "measured before": (measured_before, Scene),
+    "measured before, dropped": (measured_before_and_dropped, Scene),
+    "skipped": (skipped, Scene),
+    "zeroed in part": (zeroed_in_part, Scene),
+    "clipped, scaled": (clipped_in_scaled_units, Scene),
+    "unscaled": (unscaled_throughout, Scene),
+    "scaled, dropped": (scaled_and_dropped, Scene),
 }
 
 
 NOTES = {
     "g1 = 0": {"no move"},
-    "dropout": {"dropout"},
-    "zeroed between": {"zeroing"},
+    "eps 0": {"no move"},
     "compiled inside": {"not told"},
 }
 
@@ -294,7 +395,6 @@ def assert_right(report: Report, name: str = "") -> None:
     assert not report.problems, str(report)
     assert report.ok, str(report)
     assert any("came back bit for bit" in line for line in report.right)
-    assert any("g1 + alpha * g2" in line for line in report.right)
     assert {note.kind for note in report.notes} == NOTES.get(name, set())
 
 
@@ -316,7 +416,7 @@ def test_as_a_statement_it_reports_when_the_next_update_begins(name: str) -> Non
     for _ in range(3):
         loop(s)
     assert shown == [check.report]
-    assert shown[0].ok or name == "scaled", str(shown[0])
+    assert shown[0].ok, str(shown[0])
     assert not shown[0].problems, str(shown[0])
 
 
@@ -340,6 +440,8 @@ def test_it_changes_nothing_and_leaves_nothing(name: str) -> None:
 def _patched() -> Iterator[tuple[Any, str]]:
     yield torch.autograd, "backward"
     yield nn.Module, "__call__"
+    yield torch.amp.GradScaler, "scale"
+    yield torch.amp.GradScaler, "unscale_"
     for owner in (nn.Module, torch.optim.Optimizer):
         yield owner, "zero_grad"
     for name in ("first_step", "second_step", "set_aside", "zero_grad"):
@@ -395,6 +497,82 @@ def test_the_model_may_be_copied_and_pickled_meanwhile() -> None:
     assert_right(report)
 
 
+class WithPrototypes(nn.Module):
+    """Returns a parameter beside its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.prototypes = nn.Conv2d(1, 3, 1), nn.Parameter(torch.ones(3, 2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(x), self.prototypes
+
+
+def _watched(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Report:
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1))
+    with gap_torch.check(optimizer, model, show=None) as report:
+        unlabelled, x = torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+        loss(unlabelled).backward()
+        with optimizer.perturbed(model):
+            loss(unlabelled).backward()
+        loss(x).backward()
+        optimizer.step()
+    return report
+
+
+def test_no_hook_stays_on_a_parameter_that_the_model_returns() -> None:
+    model = WithPrototypes()
+    assert_right(_watched(model, lambda x: sum(output.square().mean() for output in model(x))))
+    assert not model.prototypes._backward_hooks
+
+
+def test_parameters_that_are_integers() -> None:
+    model = nn.Conv2d(1, 3, 1)
+    model.register_parameter("codes", nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False))
+    assert_right(_watched(model, lambda x: model(x).square().mean()))
+
+
+def test_within_vmap_inputs_can_not_be_seen() -> None:
+    model = nn.Conv2d(1, 3, 1)
+    report = _watched(model, lambda x: torch.vmap(model)(x).square().mean())
+    assert _kinds(report) == ["not told"]
+
+
+def test_what_others_have_patched_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    s, seen = Scene(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "zero_grad", nn.Module.zero_grad)  # which is undone before the check ends
+        check = gap_torch.check(s.optimizer, s.model, show=None)
+    before = torch.autograd.backward
+    patch.setattr(torch.autograd, "backward", lambda *args, **kwargs: seen.append(1) or before(*args, **kwargs))
+    check.stop()
+    plain(s)
+    assert len(seen) == 3
+    assert "checking" not in nn.Module.zero_grad.__module__
+    patch.undo()
+
+
+def test_another_thread_is_another_training() -> None:
+    """Which trains the same model's copy, or evaluates, at the same time."""
+    s, other = Scene(), Scene()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        views = s.views()
+        loss = s.consistency(views)
+        loss.register_hook(lambda _: _in_a_thread(lambda: other.supervised().backward()))
+        loss.backward()
+        with s.optimizer.perturbed(s.model):
+            s.consistency(views).backward()
+        s.supervised().backward()
+        s.optimizer.step()
+    assert_right(report)
+
+
+def _in_a_thread(work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
 # ---------------------------------------------------------------- what is worth a note
 
 
@@ -413,6 +591,25 @@ def test_a_joint_loss_in_both_passes_is_noted() -> None:
             (s.supervised() + s.consistency(views)).backward()
         s.optimizer.step()
     assert _kinds(report) == ["no g_l"]
+
+
+def test_targets_that_may_come_from_the_same_forward_pass_are_noted() -> None:
+    """Weak and strong views go through the model together: whether the weak half gives targets can't be told."""
+    s = Scene()
+
+    def loss() -> Tensor:
+        weak, strong = s.model(torch.cat([s.u, 0.7 * s.u])).chunk(2)
+        return F.cross_entropy(strong, weak.detach().argmax(1))
+
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        loss().backward()
+        with s.optimizer.perturbed(s.model):
+            loss().backward()
+        s.supervised().backward()
+        s.optimizer.step()
+    assert _kinds(report) == ["no gradient"]
+    assert "4 of the samples" in str(report)
+    assert "no forward pass for targets" not in str(report)
 
 
 class InAndOut(nn.Module):
