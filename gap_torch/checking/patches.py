@@ -25,7 +25,7 @@ class Patches:
         setattr(owner, name, replacement)
 
     def undo(self) -> None:
-        """Put back what was there. What somebody else has put on top meanwhile stays, and ours below it does nothing."""
+        """Put back what was there. What others have put on top meanwhile stays, and ours below it does nothing."""
         self._on = False
         for owner, name, original, replacement in self._replaced:
             if getattr(owner, name) is replacement:

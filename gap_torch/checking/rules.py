@@ -182,13 +182,13 @@ def own_graphs(update: Update) -> Verdict:
 def running_statistics(update: Update) -> Verdict:
     """Batch norm's stay as they are in the perturbed pass."""
     for forward in update.at_theta_star():
-        if names := forward.statistics:
+        if names := forward.moved:
             shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
             what = f"the perturbed pass moves running statistics of batch norm ({shown})."
             fix = "give the model: perturbed(model); or wrap the pass in `with gap_torch.frozen_running_stats(model):`."
             return _of_forward("statistics", forward, what, fix)
-    if update.layers and update.at_theta_star():
-        return f"batch norm's running statistics stayed as they were in the perturbed pass (layers: {update.layers})"
+    if update.has_statistics and update.at_theta_star():
+        return "batch norm's running statistics stayed as they were in the perturbed pass"
     return None
 
 

@@ -38,8 +38,8 @@ class Forward:
     """Whether it returned tensors that a gradient can reach."""
     reached: bool = False
     """Whether any backward did, that of torch.autograd.grad included."""
-    statistics: list[str] = field(default_factory=list)
-    """Layers whose running statistics it has moved, while it must not."""
+    moved: list[str] = field(default_factory=list)
+    """Running statistics that it has moved, and should not have."""
 
     @property
     def for_nothing(self) -> bool:
@@ -69,8 +69,8 @@ class Update:
     """Where the gradients were zeroed that a perturbed pass before had made for a step."""
     step_by_hand: bool = False
     """Whether the step came while the parameters were elsewhere."""
-    layers: int = 0
-    """With running statistics."""
+    has_statistics: bool = False
+    """Whether the model has running statistics."""
     move: Move | None = None
     """What first_step() did; None where it can't be told, as with sharded parameters."""
     overwritten: bool = False

@@ -49,8 +49,8 @@ class Watch:
         """A GradScaler's unscale_() in this update, and whether a loss has been scaled since."""
         self.grad_norm: Tensor | None = None
         """The last that is accounted for."""
-        self.buffers: dict[str, list[Tensor]] = {}
-        """Running statistics of each layer."""
+        self.statistics: dict[str, Tensor] = {}
+        """The buffers of layers that track any. (While they are frozen, some layers have others.)"""
         self.thread = get_ident()
         self.patches = Patches()
         self._begin_update()
@@ -112,10 +112,10 @@ class Watch:
         self.filled, self.unscaled_at, self.scaled_again = False, "", False
 
     def _copy_theta(self) -> None:
-        # while they are frozen, some layers have other buffers
-        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, _NormBase)}
-        self.buffers = {name: [*each.buffers(False)] for name, each in layers.items() if each.track_running_stats}
-        self.update.layers = len(self.buffers)
+        layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, _NormBase)]
+        tracking = [(name, layer) for name, layer in layers if layer.track_running_stats]
+        self.statistics = {f"{name}.{key}": b for name, layer in tracking for key, b in layer.named_buffers("", False)}
+        self.update.has_statistics = bool(self.statistics)
         self.update.theta = {p: values.copy_of(p) for p in self.params}
 
     # ------------------------------------------------------------------ forward
@@ -126,17 +126,15 @@ class Watch:
         if self.within_forward or self._elsewhere():  # a part of the model, or checkpointing's second forward
             return original(module, *args, **kwargs)
         forward = self._before_forward(values.samples((args, kwargs)))
-        statistics = self._statistics() if forward.at == "g2" or forward.by_hand else {}
+        must_stay = self.statistics if forward.at == "g2" or forward.by_hand else {}
+        before = {name: values.copy_of(buffer) for name, buffer in must_stay.items()}
         self.within_forward = True
         try:
             output = original(module, *args, **kwargs)
         finally:
             self.within_forward = False
         self._listen(forward, output)
-        now = self._statistics() if statistics else {}
-        forward.statistics = [
-            name for name, old in statistics.items() if not all(map(values.same_bits, old, now[name]))
-        ]
+        forward.moved = [n for n, old in before.items() if not values.same_bits(old, values.copy_of(must_stay[n]))]
         return output
 
     def _before_forward(self, samples: list[int]) -> Forward:
@@ -167,9 +165,6 @@ class Watch:
             flow.samples.update(sample for sample, counted in zip(forward.samples, counts, strict=True) if counted)
         elif gradient.any():
             flow.samples.update(forward.samples)
-
-    def _statistics(self) -> dict[str, list[Tensor]]:
-        return {name: [values.copy_of(b) for b in buffers] for name, buffers in self.buffers.items()}
 
     # ------------------------------------------------------------------ backward
 
