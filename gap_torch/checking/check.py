@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
+from ..sharding import reshard
 from ..wrapper import GAPWrapper
 from . import rules
 from .places import from_library, raised
@@ -61,6 +62,7 @@ class Check:
     def __init__(self, optimizer: Optimizer, model: nn.Module, updates: int, show: Show | None) -> None:
         if updates < 1:
             raise ValueError(f"updates must be at least 1, got {updates}.")
+        reshard(model)  # between a forward pass and the next, FSDP2 may show other parameters than the optimizer's
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if not any(p in held for p in model.parameters()):
             raise ValueError("model: none of its parameters is in the optimizer, so there is nothing to watch.")

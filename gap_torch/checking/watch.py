@@ -37,7 +37,8 @@ class Watch:
         self.base = optimizer.base_optimizer if isinstance(optimizer, GAPWrapper) else optimizer
         self.model, self.done, self.begun = model, done, begun
         # frozen parts and teachers may run at theta* as they like
-        self.parts = {module for module in model.modules() if self._concerns(module)}
+        ours = {p for p in self.params if p.requires_grad}
+        self.parts = {module for module in model.modules() if not ours.isdisjoint(module.parameters())}
         self.within_forward, self.within_aside, self.separate = False, False, False
         self.touched = False
         """Whether the backward call that is under way has come to something of ours."""
@@ -297,7 +298,7 @@ class Watch:
 
     def _zero_grad(self, original: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
         original(owner, *args, **kwargs)
-        if torch.compiler.is_compiling() or not self._concerns(owner):
+        if torch.compiler.is_compiling() or (owner is not self.base and owner not in self.parts):
             return
         self.zeroed_at = here()
         if self.update.where("first_step"):
@@ -315,12 +316,6 @@ class Watch:
     def _elsewhere(self) -> bool:
         """In another thread, or within a backward call."""
         return get_ident() != self.thread or torch._C._current_graph_task_id() != -1
-
-    def _concerns(self, owner: Any) -> bool:
-        if isinstance(owner, nn.Module):
-            ours = set(self.params)
-            return any(p in ours and p.requires_grad for p in owner.parameters())
-        return owner is self.base
 
 
 def _leftover(where: str) -> Finding:

@@ -660,7 +660,33 @@ DDP_OPTIONS: list[dict[str, Any]] = [{}, {"gradient_as_bucket_view": True}, {"st
 
 
 def _worker(rank: int) -> list[str]:
-    return [_under_ddp(loop, **options) for options in DDP_OPTIONS for loop in (plain, shared_forward, micro_batches)]
+    loops = (plain, shared_forward, micro_batches)
+    return [*(_under_ddp(loop, **options) for options in DDP_OPTIONS for loop in loops), _under_fsdp2(rank)]
+
+
+def _under_fsdp2(rank: int) -> str:
+    """After a forward pass, when the model shows other parameters than the optimizer has."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model, mesh = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), eps=0.1)
+    unlabelled, x = torch.randn(4, 4) + rank, torch.randn(2, 4) - rank
+    with torch.no_grad():
+        model(x)
+    with gap_torch.check(optimizer, model, show=None) as report:
+        for views in unlabelled.split(2):
+            model(views).square().mean().backward()
+        with optimizer.perturbed(model):
+            for views in unlabelled.split(2):
+                model(views).square().mean().backward()
+        model(x).square().mean().backward()
+        optimizer.step()
+    right = report.ok and "both passes saw the same 4 samples" in report.right
+    return "" if right and [note.kind for note in report.notes] == ["not told"] else str(report)
 
 
 def _under_ddp(loop: Callable[[Scene], None], **options: Any) -> str:
