@@ -128,6 +128,16 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_report_is_what_the_page_shows(index: int, names: dict, capsys: pytest.CaptureFixture) -> None:
+    page = ROOT / "docs" / "check.md"
+    _, block = _blocks(page)[index]
+    exec(compile(block, "train.py", "exec"), names)
+    printed = re.sub(r"\S*/train.py", "train.py", capsys.readouterr().out).splitlines()
+    shown = re.findall(r"^```\n(gap_torch.check:.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert set(shown[index].splitlines()) <= set(printed), "\n".join(printed)
+
+
 def _methods() -> list[str]:
     exported = [getattr(consistency, name) for name in consistency.__all__]
     classes = [c for c in exported if isinstance(c, type) and issubclass(c, (Method, Threshold))]
