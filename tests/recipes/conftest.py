@@ -1,0 +1,60 @@
+"""What the recipes' tests share: the lines of a page, run in a loop of the same structure, and a network to train."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples" / "integrations"))  # where the pages' files of code are
+
+Lines = Callable[[str, str], Any]
+Gradients = Callable[[Optimizer], list[Tensor | None]]
+
+
+@pytest.fixture(scope="session")
+def lines() -> Lines:
+    """`lines(page, heading)`: the code under a heading of docs/recipes/<page>.md, compiled, to be run with `exec`."""
+
+    def compiled(page: str, heading: str) -> Any:
+        path = ROOT / "docs" / "recipes" / f"{page}.md"
+        section = path.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+        return compile("".join(blocks), f"{path.name}: {heading}", "exec")
+
+    return compiled
+
+
+@pytest.fixture
+def updated_with() -> Gradients:
+    """`updated_with(optimizer)`: a list that holds, after its next step, the gradients which that step was made with."""
+
+    def watch(optimizer: Optimizer) -> list[Tensor | None]:
+        seen: list[Tensor | None] = []
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def note(*_: Any) -> None:
+            seen[:] = [None if p.grad is None else p.grad.clone() for p in params]
+
+        optimizer.register_step_pre_hook(note)
+        return seen
+
+    return watch
+
+
+@pytest.fixture
+def network() -> Callable[..., nn.Sequential]:
+    """`network(seed, dtype)`: a small segmentation network with batch norm, three classes."""
+
+    def build(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+        torch.manual_seed(seed)
+        layers = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1)
+        return nn.Sequential(*layers).to(dtype).train()
+
+    return build
