@@ -8,6 +8,7 @@ What is particular, and which algorithms it fits: docs/recipes/usb.md.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from semilearn.algorithms.fixmatch import FixMatch
 from semilearn.core.criterions import ConsistencyLoss
 from semilearn.core.hooks import ParamUpdateHook
@@ -45,7 +46,7 @@ class GAPUpdateHook(ParamUpdateHook):
         scale(weight * kept.loss).backward()
         with optimizer.perturbed(model):
             with algorithm.amp_cm():
-                loss = kept.again(model(algorithm.strong)["logits"])
+                loss = kept.again(algorithm.strong_logits())
             scale(weight * loss).backward()
         # The sum is in .grad: of semilearn's own update, the backward has nothing left to do.
         algorithm.out_dict["loss"] = rest.detach().requires_grad_()
@@ -62,8 +63,8 @@ class GAP:
     class GapFlexMatch(GAP, FlexMatch): ...
     """
 
-    strong: Tensor
-    """The strong views of the present step, which the perturbed pass predicts on again."""
+    batch: dict[str, Any]
+    """The present step's, which the perturbed pass predicts on again."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,9 +83,16 @@ class GAP:
         self._hooks = [hook for hook in hooks if type(hook) is not ParamUpdateHook]
 
     def process_batch(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        batch = super().process_batch(*args, **kwargs)  # type: ignore[misc]
-        self.strong = batch["x_ulb_s"]
-        return batch
+        self.batch = super().process_batch(*args, **kwargs)  # type: ignore[misc]
+        return self.batch
+
+    def strong_logits(self) -> Tensor:
+        """Of the strong views, beside what they went through the model with at theta, as batch norm sees all of it."""
+        model, use_cat, strong = self.model, self.use_cat, self.batch["x_ulb_s"]  # type: ignore[attr-defined]
+        if not use_cat:
+            return model(strong)["logits"]
+        everything = torch.cat([self.batch[name] for name in ("x_lb", "x_ulb_w", "x_ulb_s")])
+        return model(everything)["logits"][-len(strong) :]
 
 
 @ALGORITHMS.register("gapmatch")
