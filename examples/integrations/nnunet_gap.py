@@ -137,7 +137,9 @@ class GapMatchTrainer(nnUNetTrainer):
         self._backward(lambda: self.weight * self.consistency(views))  # g1
         with self.optimizer.perturbed(self.network):
             self._backward(lambda: self.weight * self.consistency(views))  # g2, at theta*
-        loss = self._backward(lambda: self.loss(self.network(data), target if self.enable_deep_supervision else target[0]))
+        loss = self._backward(
+            lambda: self.loss(self.network(data), target if self.enable_deep_supervision else target[0])
+        )
         self._step()
         return {"loss": loss.detach().cpu().numpy()}
 

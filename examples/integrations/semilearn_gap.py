@@ -31,7 +31,10 @@ class KeptApart(ConsistencyLoss):
 
     def forward(self, logits: Tensor, targets: Tensor, name: str = "ce", mask: Tensor | None = None) -> Tensor:
         evaluate = super().forward
-        self.loss, self.again = evaluate(logits, targets, name, mask), lambda other: evaluate(other, targets, name, mask)
+        self.loss, self.again = (
+            evaluate(logits, targets, name, mask),
+            lambda other: evaluate(other, targets, name, mask),
+        )
         return self.loss.detach()
 
 

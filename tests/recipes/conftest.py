@@ -33,7 +33,7 @@ def lines() -> Lines:
 
 @pytest.fixture
 def updated_with() -> Gradients:
-    """`updated_with(optimizer)`: a list that holds, after its next step, the gradients which that step was made with."""
+    """`updated_with(optimizer)`: a list that holds, after each step, the gradients which that step was made with."""
 
     def watch(optimizer: Optimizer) -> list[Tensor | None]:
         seen: list[Tensor | None] = []

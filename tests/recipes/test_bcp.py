@@ -33,7 +33,7 @@ def mix_loss(
     u_weight: float = 0.5,
     unlab: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Dice and cross-entropy of `image` under the mask and of `patch` beside it; `unlab` says which one is unlabelled."""
+    """Dice and cross-entropy of `image` under the mask and of `patch` beside it; with `unlab`, `image` is unlabelled."""
     weights = (u_weight, l_weight) if unlab else (l_weight, u_weight)
     parts = region(output, image, mask), region(output, patch, 1 - mask)
     dice, ce = (sum(w * part[i] for w, part in zip(weights, parts, strict=True)) for i in range(2))
@@ -119,9 +119,7 @@ def test_without_the_lines_it_is_the_plain_loop(network: Any) -> None:
         for _ in range(3):
             names = loop.names()
             common = {"u_weight": U_WEIGHT}
-            unl = mix_loss(
-                names["out_unl"], names["plab_a"], names["lab_a"], names["loss_mask"], unlab=True, **common
-            )
+            unl = mix_loss(names["out_unl"], names["plab_a"], names["lab_a"], names["loss_mask"], unlab=True, **common)
             lab = mix_loss(names["out_l"], names["lab_b"], names["plab_b"], names["loss_mask"], **common)
             loop.optimizer.zero_grad()
             ((sum(unl) + sum(lab)) / 2).backward()

@@ -14,7 +14,7 @@ from gap_torch.reference import algorithm_1
 pytest.importorskip("ignite", reason="pip install 'gap-torch[integrations]'")
 engines = pytest.importorskip("monai.engines", reason="pip install 'gap-torch[integrations]'")
 
-from monai.engines.utils import IterationEvents
+IterationEvents = engines.utils.IterationEvents
 
 EPS, ALPHA, WEIGHT = 0.3, 0.5, 0.7
 

@@ -1,4 +1,4 @@
-"""examples/integrations/nnunet_gap.py in nnU-Net itself: its preprocessing, plans, loaders, network and training loop."""
+"""examples/integrations/nnunet_gap.py in nnU-Net itself: its preprocessing, plans, loaders, network and loop."""
 
 import copy
 import json

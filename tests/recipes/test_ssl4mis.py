@@ -111,9 +111,7 @@ def test_each_of_two_networks_takes_its_own_step_of_gap(
     for twin, pseudo, found in zip(twins, (names["pseudo_outputs2"], names["pseudo_outputs1"]), seen, strict=True):
         expected = algorithm_1(
             list(twin.parameters()),
-            lambda twin=twin, pseudo=pseudo: (
-                WEIGHT * F.cross_entropy(twin(loop.volume_batch)[LABELLED:], pseudo)
-            ),
+            lambda twin=twin, pseudo=pseudo: WEIGHT * F.cross_entropy(twin(loop.volume_batch)[LABELLED:], pseudo),
             lambda twin=twin: F.cross_entropy(twin(loop.volume_batch)[:LABELLED], loop.labels),
             eps=EPS,
             alpha=alpha,

@@ -1,4 +1,5 @@
 """examples/integrations/semilearn_gap.py in semilearn's own classes and training loop, with a tiny network."""
+# ruff: noqa: E402 (semilearn can be imported only once torchaudio can)
 
 import copy
 import importlib
@@ -26,11 +27,11 @@ except (ImportError, RuntimeError, OSError):
 pytest.importorskip("semilearn", reason=REASON)
 
 import semilearn_gap
-from semilearn import get_algorithm
 from semilearn.algorithms.fixmatch import FixMatch
 from semilearn.algorithms.flexmatch import FlexMatch
 from semilearn.algorithms.freematch import FreeMatch
 from semilearn.core.hooks import Hook, ParamUpdateHook
+from semilearn.core.utils import ALGORITHMS
 
 EPS, ALPHA, LAMBDA, CUTOFF, CLASSES, BATCH, RATIO = 0.3, 0.5, 0.7, 0.4, 3, 4, 2
 
@@ -95,11 +96,17 @@ def _algorithm(kind: type, **options: Any) -> Any:
 
 
 def test_the_name_is_registered() -> None:
-    from semilearn.core.utils import ALGORITHMS
-
     assert ALGORITHMS["gapmatch"] is semilearn_gap.GapMatch
     assert issubclass(semilearn_gap.GapMatch, FixMatch)
-    assert callable(get_algorithm)
+
+
+def test_the_pages_lines_make_another_algorithm(lines: Any) -> None:
+    names: dict[str, Any] = {}
+    exec(lines("usb", "The lines"), names)
+    algorithm = _algorithm(names["GapFlexMatch"], num_train_iter=1)
+    algorithm.train()
+    assert isinstance(algorithm, FlexMatch)
+    assert algorithm.optimizer.grad_norm > 0
 
 
 def test_the_hook_takes_the_place_of_semilearns() -> None:
