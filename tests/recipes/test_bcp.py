@@ -33,7 +33,7 @@ def mix_loss(
     u_weight: float = 0.5,
     unlab: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Dice and cross-entropy of `image` under the mask and of `patch` beside it; with `unlab`, `image` is unlabelled."""
+    """Dice and cross-entropy of `image` under the mask and of `patch` beside it; `unlab`: `image` is unlabelled."""
     weights = (u_weight, l_weight) if unlab else (l_weight, u_weight)
     parts = region(output, image, mask), region(output, patch, 1 - mask)
     dice, ce = (sum(w * part[i] for w, part in zip(weights, parts, strict=True)) for i in range(2))

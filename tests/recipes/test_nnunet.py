@@ -3,6 +3,7 @@
 import copy
 import json
 import multiprocessing
+import shutil
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -16,10 +17,12 @@ from torch import Tensor
 
 pytest.importorskip("nnunetv2", reason="pip install 'gap-torch[recipes]'")
 
+import nnunet_gap
 import numpy as np
 from nnunet_gap import GapMatchTrainer, TwoViews
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from PIL import Image
 
 from gap_torch.reference import algorithm_1
@@ -179,3 +182,11 @@ def test_splits_without_cases_of_their_own_are_an_error(plans: dict, split: dict
         trainer = SimpleNamespace(fold=fold, preprocessed_dataset_folder_base=str(tmp_path))
         with pytest.raises(ValueError, match="needs a list 'unlabelled'"):
             GapMatchTrainer.unlabelled_cases(trainer)
+
+
+def test_nnunet_finds_the_trainer_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(nnunet_gap.__file__, tmp_path / "nnunet_gap_copy.py")
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    found = recursive_find_trainer_class_by_name("GapMatchTrainer")
+    assert found.__name__ == "GapMatchTrainer"
+    assert issubclass(found, nnUNetTrainer)

@@ -107,7 +107,9 @@ def test_each_of_two_networks_takes_its_own_step_of_gap(
     twins = copy.deepcopy(loop.models)
     names = loop.forward()
     seen = [updated_with(optimizer) for optimizer in loop.optimizers]
+    statistics = [{name: b.clone() for name, b in model.named_buffers()} for model in loop.models]
     exec(lines("ssl4mis", "Two networks that teach each other"), names)
+    torch.testing.assert_close([dict(m.named_buffers()) for m in loop.models], statistics, rtol=0, atol=0)
     for twin, pseudo, found in zip(twins, (names["pseudo_outputs2"], names["pseudo_outputs1"]), seen, strict=True):
         expected = algorithm_1(
             list(twin.parameters()),
