@@ -44,24 +44,29 @@ class Estimate(NamedTuple):
 
 
 def passes(cell: Cell) -> float:
-    """Forward and backward passes of an iteration, the labelled one too."""
+    """Forward and backward passes of an iteration after the warm-up, the labelled one too."""
     targets, loss = PASSES[cell.method]
     return 1 + targets + loss * (1 + cell.gap)
+
+
+def work(cell: Cell) -> float:
+    """Forward and backward passes of the whole run. The warm-up has the labelled ones alone."""
+    recipe = cell.recipe
+    return recipe.warm_up + (recipe.iterations - recipe.warm_up) * passes(cell)
 
 
 def estimate(cell: Cell, records: Mapping[Cell, Record], kind: str) -> Estimate:
     """From done cells of the same data set, preset and kind of device ("cpu", "cuda"): of the same method if there are
     any, else of all, scaled by their passes. The time counts everything: reading, validation and scoring too."""
-    work = cell.recipe.iterations * passes(cell)
     alike = {
-        other: record["wall_seconds"] / (record["recipe"]["iterations"] * passes(other))
+        other: record["wall_seconds"] / work(other)
         for other, record in records.items()
         if record["state"] == "done"
         and (other.data_set, other.preset, record["kind"]) == (cell.data_set, cell.preset, kind)
     }
     same = [seconds for other, seconds in alike.items() if (other.method, other.gap) == (cell.method, cell.gap)]
     if same:
-        return Estimate(work * median(same), "measured")
+        return Estimate(work(cell) * median(same), "measured")
     if alike:
-        return Estimate(work * median(alike.values()), "scaled")
-    return Estimate(work * GUESSES.get((cell.data_set, cell.preset, kind), 1.0), "guess")
+        return Estimate(work(cell) * median(alike.values()), "scaled")
+    return Estimate(work(cell) * GUESSES.get((cell.data_set, cell.preset, kind), 1.0), "guess")

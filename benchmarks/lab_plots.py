@@ -15,15 +15,14 @@ from matplotlib.lines import Line2D
 from published import PUBLISHED, Method
 
 GAINING = ("fixmatch", "flexmatch", "freematch", *grid.INSTANCE_PERTURBATIONS)
-PRESET_COLOURS = {FULL_SCALE: COLOURS[1], "study": COLOURS[0]}
 METHOD_COLOURS: dict[Method, str] = {SUPERVISED: COLOURS[6], FIXMATCH: COLOURS[0], GAPMATCH: COLOURS[1]}
 CAPTIONS = {
     "gain_by_method": "What GAP adds to the test Dice on ACDC, by method and labelled share: a dot a seed, a line for "
     "their mean, the paper's gain as a diamond.",
     "dice_over_share": "Test Dice over the labelled share: a dot a seed, solid lines through their means, the paper's "
     "dashed.",
-    "eps_alpha": "GapMatch's validation Dice over eps for each alpha, ACDC, 1 % of the labels, reduced scale: a dot a "
-    "seed, lines through their means.",
+    "eps_alpha": "GapMatch's validation Dice over eps for each alpha, ACDC, 1 % of the labels: a dot a seed, lines "
+    "through their means.",
 }
 
 
@@ -65,7 +64,7 @@ def gain_by_method(found: Found) -> Figure | None:
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_xticks(range(len(GAINING)), [title((method, False)) for method in GAINING], rotation=40, ha="right")
     panels[0].set_ylabel("gain in Dice by GAP\n(percentage points)")
-    handles = [Line2D([], [], color=PRESET_COLOURS[p], marker="o", label=f"ours, {_scale(p)}") for p in presets]
+    handles = [Line2D([], [], color=_colour(p), marker="o", label=f"ours, {_scale(p)}") for p in presets]
     paper = Line2D([], [], color="black", marker="D", fillstyle="none", linestyle="", label="paper")
     figure.legend(handles=[*handles, paper], loc="outside upper center", ncols=3, frameon=False)
     return figure
@@ -98,24 +97,30 @@ def _dice_by_share(found: Found, data_set: str, preset: str, method: Method) -> 
 
 
 def eps_alpha(found: Found) -> Figure | None:
-    """A line an alpha."""
-    (preset,) = dict.fromkeys(batch.preset for batch in grid.BATCHES if batch.group == "hyper-parameters")
-    sweep = [(changes["eps"], changes["alpha"]) for changes in SWEEPS["eps and alpha"]]
-    all_eps, all_alpha = (sorted(set(values)) for values in zip(*sweep, strict=True))
-    dice = {
+    """A panel a preset, a line an alpha."""
+    presets = dict.fromkeys(batch.preset for batch in grid.BATCHES if batch.group == "hyper-parameters")
+    dice = {preset: _dice_by_alpha_and_eps(found, preset) for preset in presets}
+    shown = [preset for preset in presets if any(any(by_eps.values()) for by_eps in dice[preset].values())]
+    if not shown:
+        return None
+    figure, panels = _panels([_scale(preset) for preset in shown], height=4.0, width=6.5)
+    for axes, preset in zip(panels, shown, strict=True):
+        for index, (alpha, by_eps) in enumerate(dice[preset].items()):
+            shift = 1.05 ** (index - 1)  # so that dots of one eps stand side by side
+            _line(axes, {eps * shift: values for eps, values in by_eps.items()}, COLOURS[index], f"alpha {alpha:g}")
+        _ticks(axes, by_eps, "eps (log scale)")
+    panels[0].set_ylabel("validation Dice (%)")
+    figure.legend(handles=_handles(panels[0]), loc="outside upper center", ncols=len(dice[shown[0]]), frameon=False)
+    return figure
+
+
+def _dice_by_alpha_and_eps(found: Found, preset: str) -> dict[float, dict[float, list[float]]]:
+    sweep = [(changes["alpha"], changes["eps"]) for changes in SWEEPS["eps and alpha"]]
+    all_alpha, all_eps = (sorted(set(values)) for values in zip(*sweep, strict=True))
+    return {
         alpha: {eps: [*lab_scores.validations(found, preset, {"eps": eps, "alpha": alpha}).values()] for eps in all_eps}
         for alpha in all_alpha
     }
-    if not any(values for of_alpha in dice.values() for values in of_alpha.values()):
-        return None
-    figure, (axes,) = _panels([""], height=4.0, width=6.5)
-    for index, (alpha, of_alpha) in enumerate(dice.items()):
-        shift = 1.05 ** (index - 1)  # so that dots of one eps stand side by side
-        _line(axes, {eps * shift: values for eps, values in of_alpha.items()}, COLOURS[index], f"alpha {alpha:g}")
-    _ticks(axes, all_eps, "eps (log scale)")
-    axes.set_ylabel("validation Dice (%)")
-    figure.legend(handles=_handles(axes), loc="outside upper center", ncols=len(dice), frameon=False)
-    return figure
 
 
 def _panels(titles: list[str], height: float, width: float = 9.0) -> tuple[Figure, list[Axes]]:
@@ -129,7 +134,7 @@ def _panels(titles: list[str], height: float, width: float = 9.0) -> tuple[Figur
 
 def _dots(axes: Axes, place: float, values: list[float], preset: str) -> None:
     """Every seed, and a bar at their mean."""
-    colour = PRESET_COLOURS[preset]
+    colour = _colour(preset)
     axes.plot([place] * len(values), values, "o", color=colour, markersize=4, alpha=0.7)
     if values:
         axes.hlines(mean(values), place - 0.12, place + 0.12, color=colour, linewidth=2)
@@ -155,5 +160,9 @@ def _handles(axes: Axes) -> list[Line2D]:
     return [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
 
 
+def _colour(preset: str) -> str:
+    return COLOURS[grid.PRESETS.index(preset) % len(COLOURS)]
+
+
 def _scale(preset: str) -> str:
-    return "full scale" if preset == FULL_SCALE else "reduced scale"
+    return "full scale" if preset == FULL_SCALE else f"reduced scale ({preset})"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grid import Cell
-from segmentation.recipe import GAP_FIELDS
+from segmentation.errors import InputError
+from segmentation.recipe import GAP_FIELDS, METHOD_FIELDS, Recipe
 from segmentation.report import write_json
 
 Record = dict[str, Any]
@@ -24,11 +25,17 @@ class Records:
         return self.folder / f"{cell.name}.json"
 
     def read(self, cell: Cell) -> Record | None:
-        """None where there is none yet."""
+        """None where there is none yet. Raises InputError for a damaged one."""
+        path = self.path(cell)
         try:
-            return json.loads(self.path(cell).read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except ValueError:  # not JSON, or not even text
+            record = None
+        if not isinstance(record, dict) or not {"state", "recipe"} <= record.keys():
+            raise InputError(f"{path}: not a readable record; restore it, or delete it to run its cell anew.")
+        return record
 
     def write(self, cell: Cell, record: Record) -> None:
         """Atomically."""
@@ -47,7 +54,11 @@ class Records:
 
 
 def changed(cell: Cell, record: Record) -> list[str]:
-    """Recipe fields that count and had another value when the record was made. One that it lacks is newer than it."""
-    then, now = record["recipe"], json.loads(json.dumps(cell.recipe.to_dict()))
-    counts = [name for name in now if name in then and (cell.gap or name not in GAP_FIELDS)]
-    return [name for name in counts if then[name] != now[name]]
+    """Recipe fields that count and had another value when the record was made.
+
+    A field that it lacks is newer than it; its default is what there was before.
+    """
+    now, defaults = (json.loads(json.dumps(recipe.to_dict())) for recipe in (cell.recipe, Recipe()))
+    then = {**defaults, **record["recipe"]}
+    idle = {*GAP_FIELDS * (not cell.gap), *METHOD_FIELDS * (cell.method == "supervised")}
+    return [name for name in now if name not in idle and then[name] != now[name]]

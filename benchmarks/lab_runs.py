@@ -17,12 +17,14 @@ import torch
 from common import environment
 from grid import TASKS, Cell
 from lab_records import Record, Records
-from segmentation.data import patient_of, patients_for_share, read_list, split_by_patients
-from segmentation.errors import RunError, UserError
-from segmentation.job import Job, run
+from segmentation.data import patient_of, patients_for_share, split_by_patients
+from segmentation.errors import InputError, OldRunError, RunError, UserError
+from segmentation.identity import digests
+from segmentation.job import Job, read_lists, run
+from segmentation.report import write_json
 
-CLOCK = "seconds"
-"""File in a cell's folder: wall time so far."""
+CLOCK, CHECKPOINTS = "seconds", "*/last.pt"
+"""In a cell's folder: wall time that the checkpoint has taken, and what is resumed."""
 
 
 @dataclass(frozen=True)
@@ -46,41 +48,54 @@ class Lab:
     def folder(self, cell: Cell) -> Path:
         return self.work / cell.name
 
+    def begun(self, cell: Cell) -> bool:
+        """Whether an earlier attempt has left a checkpoint to go on from."""
+        return any(self.folder(cell).glob(CHECKPOINTS))
+
     def spent(self, cell: Cell) -> float:
-        """Seconds that earlier attempts have taken, if there is a checkpoint of them to go on from."""
-        folder = self.folder(cell)
-        return _seconds(folder / CLOCK) if any(folder.glob("*/last.pt")) else 0.0
+        """Seconds that its checkpoint has taken."""
+        return spent(self.folder(cell))
+
+    def lists(self, data_set: str) -> dict[str, str]:
+        """What tells the data set's lists from others (`identity.digests`). Raises InputError for bad ones."""
+        return digests(read_lists(TASKS[data_set], self.data[data_set]))
 
     def attempt(self, cell: Cell) -> bool:
         """Run `cell` and record it, unless it is recorded or another process is at it. Returns whether it was run.
 
         A run that fails is recorded too. One that is interrupted leaves a checkpoint, and goes on from it.
+        Raises InputError for bad data, and for a checkpoint of another recipe.
         """
         with claimed(self.folder(cell)) as mine:
             if not mine or self.records.read(cell):
                 return False
             print(f"\n{cell.name}", flush=True)
-            with stopwatch(self.folder(cell) / CLOCK) as seconds:
+            with stopwatch(self.folder(cell)) as seconds:
                 outcome = self._outcome(cell)
             self.records.write(cell, {**outcome, "wall_seconds": seconds()})
-            for checkpoint in self.folder(cell).glob("*/last.pt"):
+            for checkpoint in self.folder(cell).glob(CHECKPOINTS):
                 checkpoint.unlink()  # several times the weights, and never resumed again
+            (self.folder(cell) / CLOCK).unlink(missing_ok=True)
             return True
 
     def _outcome(self, cell: Cell) -> Record:
         job = self._job(cell)
+        names = read_lists(job.task, job.data)
         record = {
             "state": "done",
             "cell": {"name": cell.name, **asdict(cell), "changes": dict(cell.changes)},
             "kind": self.device.type,
             **environment(str(self.device)),
-            "labelled_names": _labelled_patients(job),
+            "labelled_names": _patients(split_by_patients(names[job.task.training_list], job.patients)[0]),
+            "lists": digests(names),
             "recipe": cell.recipe.to_dict(),
         }
         try:
             run(job)
         except RunError as error:
             return {**record, "state": "failed", "reason": str(error)}
+        except OldRunError as error:
+            raise InputError(f"{error.args[0]}; delete {self.folder(cell)} to start anew.") from None
         return {**_result(job.folder(cell.recipe)), **record}
 
     def _job(self, cell: Cell) -> Job:
@@ -95,6 +110,7 @@ class Lab:
             out=self.folder(cell),
             old_runs="resume",
             title=cell.name,
+            log_name=cell.name,  # with --jobs, lines of several cells are mixed
             stride=task.stride,
             goal="scores" if cell.tested else "training",
         )
@@ -132,13 +148,27 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def stopwatch(path: Path) -> Iterator[Callable[[], float]]:
-    """A clock that goes on from what `path` says, and leaves there what it has come to."""
-    started = time.perf_counter() - _seconds(path)
+def stopwatch(folder: Path) -> Iterator[Callable[[], float]]:
+    """A clock that goes on from `spent(folder)`; what it comes to is kept if a new checkpoint has come of it."""
+    before, started = _written(folder), time.perf_counter() - spent(folder)
     try:
         yield lambda: time.perf_counter() - started
     finally:
-        path.write_text(str(time.perf_counter() - started))
+        if _written(folder) != before:
+            write_json(folder / CLOCK, time.perf_counter() - started)
+
+
+def spent(folder: Path) -> float:
+    """Seconds that the checkpoint in a cell's folder has taken; 0 where there is none, or nobody knows."""
+    try:
+        return float((folder / CLOCK).read_text()) if _written(folder) else 0.0
+    except (OSError, ValueError):  # the process was killed before it could say
+        return 0.0
+
+
+def _written(folder: Path) -> list[int]:
+    """When the checkpoints were."""
+    return [path.stat().st_mtime_ns for path in folder.glob(CHECKPOINTS)]
 
 
 @contextmanager
@@ -160,13 +190,8 @@ def interrupted_after(seconds: float | None = None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _seconds(path: Path) -> float:
-    return float(path.read_text()) if path.exists() else 0.0
-
-
-def _labelled_patients(job: Job) -> list[str]:
-    names = read_list(job.data / f"{job.task.training_list}.list")
-    return list(dict.fromkeys(map(patient_of, split_by_patients(names, job.patients)[0])))
+def _patients(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(map(patient_of, names)))
 
 
 def _result(folder: Path) -> dict[str, Any]:

@@ -4,16 +4,19 @@
     python benchmarks/reproduce.py --run --data-acdc data/ACDC --budget 60         an hour of it
     python benchmarks/reproduce.py --report                     docs/results.md and its figures
 
-`--run` goes on where the last one stopped, in the middle of a cell too. Several may run at once: none makes a cell that
-another one has or makes. Records go to benchmarks/results/cells/, checkpoints and logs to runs/reproduce/.
+`--run` goes on where the last one stopped, in the middle of a cell too. Several may run at once, with the same --work:
+none makes a cell that another one has or makes. Records go to benchmarks/results/cells/, checkpoints and logs to
+runs/reproduce/. The exit status is 2 for bad input, and 1 where a process of --jobs died.
 A cell that failed (a loss was not finite) is recorded as such; delete its record and its work folder to try it again.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grid
@@ -25,7 +28,7 @@ from lab_plan import estimate
 from lab_records import Records, changed
 from lab_runs import Lab, interrupted_after, work
 from segmentation.cli import usable_device
-from segmentation.errors import UserError
+from segmentation.errors import InputError, UserError
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,26 +63,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.report:
             lab_report.report(Records(arguments.records), arguments.page, arguments.figures)
             return 0
+        _refuse_bad_numbers(arguments)
         lab = _lab(arguments)
+        lists = {data_set: lab.lists(data_set) for data_set in lab.data}  # bad data is one error, not one a cell
         presets = arguments.preset or _default_presets(arguments)
         cells = grid.cells(arguments.group, presets)
         if arguments.plan:
-            plan(lab, cells)
-        else:
-            run(lab, cells, 60 * arguments.budget, arguments.jobs, arguments.threads)
+            plan(lab, cells, lists)
+            return 0
+        return run(lab, cells, 60 * arguments.budget, arguments.jobs, arguments.threads)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def plan(lab: Lab, cells: Sequence[Cell]) -> None:
-    """Print every cell with its state, and how long the open ones would take on the lab's device, one after another."""
+def plan(lab: Lab, cells: Sequence[Cell], lists: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """Print every cell with its state, and how long the open ones would take on the lab's device, one after another.
+
+    With `lists`, those of each data set (`Lab.lists`), also which records were made with others.
+    """
     records = lab.records.of(cells)
     rows, totals = [], dict.fromkeys(("done", "failed", "stale", "begun", "open"), 0)
     seconds_left = 0.0
     for cell in cells:
-        state, note = _state(lab, cell)
+        state, note = _state(lab, cell, (lists or {}).get(cell.data_set))
         time, source = "", ""
         if state in ("open", "begun"):
             seconds, source = estimate(cell, records, lab.device.type)
@@ -95,8 +102,11 @@ def plan(lab: Lab, cells: Sequence[Cell]) -> None:
     print(f"{len(cells)} cells: {counts}. The open ones would take about {_duration(seconds_left)}, one at a time.")
 
 
-def run(lab: Lab, cells: Sequence[Cell], seconds: float, jobs: int = 1, threads: int | None = None) -> None:
-    """Work through the open cells that there is data for; with several jobs, in as many processes."""
+def run(lab: Lab, cells: Sequence[Cell], seconds: float, jobs: int = 1, threads: int | None = None) -> int:
+    """Work through the open cells that there is data for; with several jobs, in as many processes.
+
+    Returns the exit status.
+    """
     for data_set in dict.fromkeys(cell.data_set for cell in cells):
         if data_set not in lab.data:
             print(f"without --data-{data_set.lower()} the cells of {data_set} are left out")
@@ -106,7 +116,7 @@ def run(lab: Lab, cells: Sequence[Cell], seconds: float, jobs: int = 1, threads:
     if jobs == 1:
         torch.set_num_threads(threads)
         work(lab, cells, seconds)
-        return
+        return 0
     workers = [_worker(lab, cells, seconds, threads) for _ in range(jobs)]
     try:
         with interrupted_after():
@@ -117,6 +127,11 @@ def run(lab: Lab, cells: Sequence[Cell], seconds: float, jobs: int = 1, threads:
             worker.terminate()  # once each: a second one would not wait for the checkpoint
         for worker in workers:
             worker.join()
+    ended_well = (0, -signal.SIGTERM)  # the latter if stopped before it had begun
+    died = [worker.exitcode for worker in workers if worker.exitcode not in ended_well]
+    if died:
+        print(f"{len(died)} of {jobs} processes died, with exit status {', '.join(map(str, died))}", file=sys.stderr)
+    return 1 if died else 0
 
 
 def _worker(lab: Lab, cells: Sequence[Cell], seconds: float, threads: int) -> multiprocessing.process.BaseProcess:
@@ -129,6 +144,15 @@ def _work_apart(lab: Lab, cells: Sequence[Cell], seconds: float, threads: int) -
     os.setsid()  # a terminal's Ctrl-C goes to the first process alone, which passes it on
     torch.set_num_threads(threads)
     work(lab, cells, seconds)
+
+
+def _refuse_bad_numbers(arguments: argparse.Namespace) -> None:
+    if not (math.isfinite(arguments.budget) and arguments.budget > 0):
+        raise InputError(f"--budget must be finite and above 0 minutes, not {arguments.budget:g}.")
+    for option in ("jobs", "threads"):
+        number = getattr(arguments, option)
+        if number is not None and number < 1:
+            raise InputError(f"--{option} must be at least 1, not {number}.")
 
 
 def _lab(arguments: argparse.Namespace) -> Lab:
@@ -147,14 +171,15 @@ def _default_presets(arguments: argparse.Namespace) -> Sequence[str]:
     return ("study",) if usable_device(arguments.device).type == "cpu" else (grid.FULL_SCALE,)
 
 
-def _state(lab: Lab, cell: Cell) -> tuple[str, str]:
+def _state(lab: Lab, cell: Cell, lists: Mapping[str, str] | None) -> tuple[str, str]:
     """A word, and what there is to say of it."""
     state, record = lab.records.state(cell), lab.records.read(cell)
     if record is None:
-        return ("begun" if lab.spent(cell) else "open"), ""
+        return ("begun" if lab.begun(cell) else "open"), ""
     if state == "stale":
         return state, f"made with another {', '.join(changed(cell, record))}; delete it to run it anew"
-    return state, record.get("reason", "")
+    other_lists = lists is not None and record.get("lists", lists) != lists  # older records do not say
+    return state, record.get("reason", "made with other lists than those of the data" * other_lists)
 
 
 def _duration(seconds: float) -> str:

@@ -1,13 +1,22 @@
-"""Two gloo processes, for all tests."""
+"""For all tests: two gloo processes, and the number of threads put back."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A command that sets its own number would change the rounding of all tests behind it."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

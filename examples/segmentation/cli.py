@@ -3,10 +3,9 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import torch
 
@@ -14,7 +13,7 @@ from . import ranks
 from .data import patients_for_share
 from .errors import InputError, UserError
 from .job import Job, OldRuns, run
-from .recipe import GAPMATCH, METHODS, Method, Recipe, method_of
+from .recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Method, Recipe, method_of
 from .task import Task
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
@@ -74,7 +73,7 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     parser.add_argument("--warm-up", type=int, help="iterations on labelled images alone at the start")
     parser.add_argument(
         "--aligned",
-        choices=get_args(get_type_hints(Recipe)["aligned"]),
+        choices=CHOICES["aligned"],
         help="hold the perturbed prediction to the method's targets, or to the unperturbed prediction",
     )
     parser.add_argument("--freeze-statistics", action=on_or_off, help="of batch norm, in the perturbed pass")
@@ -113,6 +112,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     knobs = {name: value for name, value in knobs.items() if value is not None}
     recipe = Recipe(seed=arguments.seed, **{**task.presets[preset], **knobs})
     methods = _methods(arguments.method, arguments.gap, both=phantom)
+    _refuse_idle_knobs(knobs, methods)
     stride = _stride(task, arguments, recipe)
     patients = arguments.patients
     if patients is None:
@@ -167,6 +167,17 @@ def _methods(names: Sequence[str] | None, gap: bool | None, both: bool) -> list[
     if len(set(methods)) < len(methods):
         raise InputError(f"--method {' '.join(names)}{' --gap' * (gap is True)}: names a method twice.")
     return methods
+
+
+def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[tuple[Method, bool]]) -> None:
+    """Raise InputError for options that mean nothing to any of the runs."""
+    with_gap, unlabelled = any(gap for _, gap in methods), any(method != "supervised" for method, _ in methods)
+    for name in knobs:
+        option = f"--{name.replace('_', '-')}"
+        if name in GAP_FIELDS and not with_gap:
+            raise InputError(f"{option}: means nothing without GAP; name a run that has it, or leave it out.")
+        if name in METHOD_FIELDS and not unlabelled:
+            raise InputError(f"{option}: means nothing to supervised alone; name another method, or leave it out.")
 
 
 def _stride(task: Task, arguments: argparse.Namespace, recipe: Recipe) -> tuple[int, ...] | None:

@@ -9,5 +9,12 @@ class InputError(UserError, ValueError):
     """Bad input from outside: a file, an argument or a tensor."""
 
 
+class OldRunError(InputError):
+    """A checkpoint that another run can't go on from. Its arguments: what is wrong with it, and what to do."""
+
+    def __str__(self) -> str:
+        return "; ".join(self.args) + "."
+
+
 class RunError(UserError, RuntimeError):
     """A run that came to nothing, though its input was good."""

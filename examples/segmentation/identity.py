@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import InputError
+from .errors import OldRunError
 from .recipe import Recipe
 
 Identity = dict[str, Any]
@@ -31,21 +31,25 @@ def identity(
         lists: the names in each list file, in order.
         compiled: whether `torch.compile` makes the training passes: it rounds and draws dropout masks in its own way.
     """
-    digests = {f"{name}.list": _digest(names) for name, names in lists.items()}
     arithmetic = {"amp": str(amp), "compiled": compiled}
-    return {"data set": task, **recipe.to_dict(), "labelled patients": list(patients), **arithmetic, **digests}
+    return {"data set": task, **recipe.to_dict(), "labelled patients": list(patients), **arithmetic, **digests(lists)}
+
+
+def digests(lists: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Of the names in each list file, in order: file -> a few hexadecimal digits."""
+    return {f"{name}.list": _digest(names) for name, names in lists.items()}
 
 
 def require_same(path: Path, theirs: Any, ours: Identity) -> None:
-    """Raise InputError, naming the first difference, unless the checkpoint at `path` is of this very run."""
+    """Raise OldRunError, naming the first difference, unless the checkpoint at `path` is of this very run."""
     if not isinstance(theirs, Mapping):
-        raise InputError(f"{path}: does not say which run it is of; choose another --out.")
+        raise OldRunError(f"{path}: does not say which run it is of", "choose another --out")
     for key, value in ours.items():
         found = theirs.get(key)
         if found != value:
-            raise InputError(
-                f"{path}: was made with {key}={found}, this run has {key}={value}; "
-                f"run it as before, or choose another --out."
+            raise OldRunError(
+                f"{path}: was made with {key}={found}, this run has {key}={value}",
+                "run it as before, or choose another --out",
             )
 
 

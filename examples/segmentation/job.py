@@ -49,6 +49,7 @@ class Job:
         largest_component: whether of each predicted class only the largest connected component is kept.
         compiled: whether `torch.compile` makes the training passes; one process alone.
         published: scores to print below ours: method -> (Dice in percent, ASD in voxels).
+        log_name: what log lines call a run; None for the name of its method.
         goal: how far to go, each including what comes before: "training" chooses on validation and never reads the
             test volumes, "scores" is without table and pictures.
     """
@@ -66,11 +67,16 @@ class Job:
     largest_component: bool = False
     compiled: bool = False
     published: Mapping[str, Scores] = field(default_factory=dict)
+    log_name: str | None = None
     goal: Goal = "pictures"
 
     def folder(self, recipe: Recipe) -> Path:
         """Where the run of `recipe` has its checkpoints, logs and `result.json`."""
         return self.out / recipe.name
+
+    def logged_as(self, recipe: Recipe) -> str:
+        """What log lines call the run of `recipe`."""
+        return self.log_name or recipe.name
 
 
 def run(job: Job) -> list[Row]:
@@ -85,7 +91,7 @@ def run(job: Job) -> list[Row]:
     task, recipe = job.task, job.recipes[0]
     _require_even_shares(recipe)
     refuse_wrong_gradients(recipe, job.device, job.amp)
-    names = ranks.together(lambda: _read_lists(task, job.data))
+    names = ranks.together(lambda: read_lists(task, job.data))
     labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients)
     folders = [job.folder(r) for r in job.recipes]
     ranks.on_main(lambda: _prepare_folders(folders, job))
@@ -118,7 +124,7 @@ def run(job: Job) -> list[Row]:
     rows, models = [], {}
     for trainer, folder, run_identity, progress in zip(trainers, folders, identities, found, strict=True):
         recipe = trainer.recipe
-        result = fit(trainer, validation, folder, run_identity, progress)
+        result = fit(trainer, validation, folder, run_identity, progress, job.logged_as(recipe))
         evaluation = _evaluate(result.model, test, job, recipe) if scored else None
         if ranks.is_main():
             write_json(folder / "result.json", _record(job, recipe, result.progress, evaluation))
@@ -140,7 +146,8 @@ def _require_even_shares(recipe: Recipe) -> None:
             )
 
 
-def _read_lists(task: Task, root: Path) -> dict[str, list[str]]:
+def read_lists(task: Task, root: Path) -> dict[str, list[str]]:
+    """The names in every list file of a data set. Raises InputError for bad lists, and for files that are missing."""
     if root.is_file():
         raise InputError(f"{root}: is a file; give the folder that holds the lists and the data.")
     names = {split: read_list(root / f"{split}.list") for split in task.lists}
@@ -187,7 +194,7 @@ def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe)
         count()
         return largest_component(labels) if job.largest_component else labels
 
-    with counting(f"{recipe.name}: scoring test volumes", len(volumes[:: ranks.world()])) as count:
+    with counting(f"{job.logged_as(recipe)}: scoring test volumes", len(volumes[:: ranks.world()])) as count:
         return evaluate(segment, volumes, job.task.num_classes)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import InputError
 
@@ -24,7 +24,8 @@ Method = Literal[
 METHODS: tuple[Method, ...] = get_args(Method)
 GAPMATCH: tuple[Method, bool] = ("fixmatch", True)
 NO_GAP: tuple[Method, bool] = ("supervised", True)  # nothing to perturb by
-GAP_FIELDS = ("eps", "alpha", "aligned", "freeze_statistics", "replay_dropout")  # mean nothing without it
+METHOD_FIELDS = ("warm_up", "tau", "targets", "unlabelled_loss", "weight")  # mean nothing for supervised training
+GAP_FIELDS = ("eps", "alpha", "aligned", "freeze_statistics", "replay_dropout")  # mean nothing without GAP
 WITH_GAP = "+gap"  # what a run's name ends with
 AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
 HALVINGS = 4  # of the image on its way down the UNet and the V-Net
@@ -91,6 +92,9 @@ class Recipe:
     log_every: int = 20
 
     def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -108,6 +112,8 @@ class Recipe:
             raise InputError("supervised with GAP: there is no consistency loss to perturb by; take a method that has.")
         if self.warm_up < 0:
             raise InputError(f"warm_up must not be negative, not {self.warm_up}.")
+        if self.warm_up >= self.iterations:  # for supervised too: a preset is good for all methods or for none
+            raise InputError(f"warm_up must be below iterations ({self.iterations}), not {self.warm_up}.")
         for name in ("lr", "eps", "alpha", "weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"{name} must be finite and not negative, not {getattr(self, name)}.")
@@ -127,6 +133,12 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON and checkpoints."""
         return asdict(self)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(hint) for name, hint in get_type_hints(Recipe).items() if get_origin(hint) is Literal
+}
+"""Fields that are one of a few words -> those."""
 
 
 def run_name(method: Method, gap: bool) -> str:

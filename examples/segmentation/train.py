@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, ranks
 from .data import Volume
-from .errors import InputError, RunError
+from .errors import OldRunError, RunError
 from .evaluate import evaluate
 from .identity import Identity, require_same
 from .interrupt import interruptible
@@ -44,7 +44,12 @@ class Result:
 
 
 def fit(
-    trainer: Trainer, validation: list[Volume], folder: Path, identity: Identity, progress: Progress | None = None
+    trainer: Trainer,
+    validation: list[Volume],
+    folder: Path,
+    identity: Identity,
+    progress: Progress | None = None,
+    name: str | None = None,
 ) -> Result:
     """Train to the end, validating and writing checkpoints at intervals.
 
@@ -59,12 +64,14 @@ def fit(
         folder: where to write; it exists.
         identity: of this run, for `last.pt`.
         progress: what `resume` returned; None starts from zero.
+        name: of the run in log lines; None for that of its method.
 
     Raises:
         RunError: a loss is not finite.
     """
     recipe, progress = trainer.recipe, progress or Progress()
-    log = RunLog(folder, recipe.name, progress.iteration, recipe.iterations) if ranks.is_main() else Log()
+    name = name or recipe.name
+    log = RunLog(folder, name, progress.iteration, recipe.iterations) if ranks.is_main() else Log()
     if progress.best_weights:
         _export_best(folder, trainer, progress)  # `last.pt` is right where the two differ
     try:
@@ -77,7 +84,7 @@ def fit(
                     _validate(trainer, validation, progress, log, folder)
                 _save_last(folder, trainer, progress, identity)
                 if interrupted():
-                    log.say(f"{recipe.name}: stopped after iteration {progress.iteration}; --resume goes on.")
+                    log.say(f"{name}: stopped after iteration {progress.iteration}; --resume goes on.")
                     raise KeyboardInterrupt
     finally:
         log.close()
@@ -90,7 +97,7 @@ def resume(trainer: Trainer, folder: Path, identity: Identity) -> Progress | Non
     """Fill a fresh `trainer` from `last.pt` in `folder`; None where there is none.
 
     Raises:
-        InputError: `last.pt` is damaged, or of another run than `identity`.
+        InputError: `last.pt` is damaged; an OldRunError if it is of another run than `identity`.
     """
     path = folder / "last.pt"
     if not path.exists():
@@ -103,7 +110,7 @@ def resume(trainer: Trainer, folder: Path, identity: Identity) -> Progress | Non
             trainer.model.load_state_dict(progress.best_weights)  # they fit, or we want to know now
         trainer.load_state_dict(content["state"])
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: does not fit this run, or is damaged; choose another --out.") from error
+        raise OldRunError(f"{path}: does not fit this run, or is damaged", "choose another --out") from error
     return progress
 
 

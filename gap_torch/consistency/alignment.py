@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..losses import wide
 from .divergence import divergence
-from .method import Outputs
+from .method import Outputs, all_logits
 
 
 def alignment(outputs: Outputs, before: Outputs) -> Tensor:
@@ -29,11 +29,14 @@ def alignment(outputs: Outputs, before: Outputs) -> Tensor:
         0-dim tensor.
 
     Raises:
-        ValueError: one of the two has more logits than the other.
+        ValueError: one of the two has more logits than the other, or logits of another shape.
+        TypeError: one of them is neither a tensor nor a tuple or list of them.
     """
-    pairs = list(zip(_all(outputs), _all(before), strict=True))
-    return torch.stack([divergence(after, wide(b.detach()).softmax(dim=1)).mean() for after, b in pairs]).mean()
-
-
-def _all(outputs: Outputs) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else outputs
+    after, fixed = all_logits(outputs), all_logits(before)
+    if len(after) != len(fixed):
+        raise ValueError(
+            f"outputs has {len(after)} logits, before {len(fixed)}: "
+            "both must come from the same model in the same mode."
+        )
+    pairs = zip(after, fixed, strict=True)
+    return torch.stack([divergence(a, wide(b.detach()).softmax(dim=1)).mean() for a, b in pairs]).mean()

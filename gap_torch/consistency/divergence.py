@@ -6,7 +6,7 @@ from torch import Tensor
 from ..losses import wide
 
 
-def divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
+def divergence(logits: Tensor, probabilities: Tensor | None) -> Tensor:
     """KL(probabilities || softmax(logits)) of every pixel, in nats.
 
     Args:
@@ -17,10 +17,9 @@ def divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
         (B, *spatial).
 
     Raises:
-        ValueError: the two differ in shape.
+        ValueError: the two differ in shape, or there are no probabilities (`Views` without a target).
     """
-    if probabilities.shape != logits.shape:
-        raise ValueError(
-            f"probabilities must be of shape {(*logits.shape,)}, as the logits, got {(*probabilities.shape,)}."
-        )
+    if probabilities is None or probabilities.shape != logits.shape:
+        got = None if probabilities is None else (*probabilities.shape,)
+        raise ValueError(f"probabilities must be of shape {(*logits.shape,)}, as the logits, got {got}.")
     return F.kl_div(wide(logits).log_softmax(dim=1), probabilities, reduction="none").sum(dim=1)

@@ -1,10 +1,14 @@
 """What CCT (Ouali, Hudelot and Tami, 2020) does to features before its auxiliary decoders.
 
+Three of its seven perturbations: feature noise, feature drop and spatial dropout, without the three that a prediction
+guides and the adversarial one.
+
 Each multiplies features (B, C, *spatial), of any number of dimensions, by a random factor in training mode, and passes
 them on as they are in eval mode. All randomness comes from the default generator of the features' device, so that
 `RNGState` replays it.
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -35,13 +39,13 @@ class FeatureNoise(FeaturePerturbation):
     """z -> z n + z, n uniform in [-bound, bound], drawn for every value.
 
     Raises:
-        ValueError: `bound` is negative.
+        ValueError: `bound` is negative or not finite.
     """
 
     def __init__(self, bound: float = 0.3) -> None:
         super().__init__()
-        if bound < 0:
-            raise ValueError(f"bound must be at least 0, got {bound}.")
+        if not 0 <= bound < math.inf:
+            raise ValueError(f"bound must be at least 0 and finite, got {bound}.")
         self.bound = bound
 
     def factor(self, features: Tensor) -> Tensor:
@@ -52,7 +56,8 @@ class FeatureDrop(FeaturePerturbation):
     """Takes away where a sample is most active.
 
     A position is dropped, in all channels, where the mean over the channels reaches gamma times the highest such mean
-    of the sample, gamma ~ U(low, high): what is within 10 to 30 % of the highest, at the default.
+    of the sample, gamma ~ U(low, high): what is within 10 to 30 % of the highest, at the default. U(0.7, 0.9) is the
+    authors' code's; the paper, as we recall it, has U(0.6, 0.9).
 
     Raises:
         ValueError: not 0 <= low <= high <= 1.

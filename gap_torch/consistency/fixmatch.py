@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from ..losses import MaskedLoss, ce_dice_loss
 from .cutmix import CutMix
-from .method import Augmentation, Method, Outputs, Views, logits_of
-from .targets import Mode, check_mode, probabilities
-from .thresholds import Threshold, threshold
+from .method import Augmentation, Views
+from .pseudo_label import PseudoLabel
+from .targets import Mode
+from .thresholds import Threshold
 
 
-class FixMatch(Method):
+class FixMatch(PseudoLabel):
     """Pseudo-labels from a weak view, learnt on a strong one where they are confident.
 
     Args:
@@ -38,21 +39,15 @@ class FixMatch(Method):
         loss: MaskedLoss = ce_dice_loss,
         mode: Mode = "eval",
     ) -> None:
-        super().__init__()
-        check_mode(mode)
-        self.weak, self.strong, self.threshold, self.cutmix = weak, strong, threshold(tau), cutmix
-        self.criterion, self.mode = loss, mode
+        super().__init__(weak, tau, loss, mode)
+        self.strong, self.cutmix = strong, cutmix
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
         """The strong view of `unlabelled` (B, C, *spatial) and the weak view's pseudo-labels (equations 4 and 5)."""
         weak = self.weak(unlabelled)
-        p_weak = probabilities(model, weak, self.mode)
-        strong, pseudo_label, confident = self.strong(weak), p_weak.argmax(dim=1), self.threshold(p_weak)
+        pseudo_label, confident = self.labels(model, weak)
+        strong = self.strong(weak)
         if self.cutmix is not None:
             strong, pseudo_label, confident = self.cutmix(strong, pseudo_label, confident)
         return Views(strong, pseudo_label, confident)
-
-    def compare(self, outputs: Outputs, views: Views) -> Tensor:
-        """R between the pseudo-labels and the prediction on the strong view (equations 6-7; at theta*, 8-9)."""
-        return self.criterion(logits_of(outputs), views.target, views.mask)

@@ -1,4 +1,7 @@
-"""FreeMatch's self-adaptive thresholds (Wang et al., 2022): they follow how confident the model has become."""
+"""FreeMatch's self-adaptive thresholds (Wang et al., 2022): they follow how confident the model has become.
+
+The thresholds alone: FreeMatch's other half, a loss for fairness between the classes, is not here.
+"""
 
 import torch
 from torch import Tensor
@@ -11,7 +14,8 @@ class SelfAdaptiveThreshold(Threshold):
 
     tau_t is the moving average of the highest probability, p~_t that of each class's; both begin at 1 / K. A batch
     enters them before its own pixels are judged, and each pixel is a sample. As in the paper p~_t(c) grows with the
-    size of a class as well as with its certainty, so that the pixels of small structures count early.
+    size of a class as well as with its certainty, so that the pixels of small structures count early. A batch's mean
+    that isn't finite is left out.
 
     The averages are buffers; on several ranks each has its own.
 
@@ -40,11 +44,14 @@ class SelfAdaptiveThreshold(Threshold):
     def forward(self, probabilities: Tensor) -> Tensor:
         check_probabilities(probabilities, len(self.local))
         highest, label = probabilities.max(dim=1)
-        self.overall.lerp_(highest.mean().to(self.overall.dtype), 1 - self.momentum)
-        each = probabilities.mean([0, *range(2, probabilities.ndim)])
-        self.local.lerp_(each.to(self.local.dtype), 1 - self.momentum)
+        self._take_in(self.overall, highest.mean())
+        self._take_in(self.local, probabilities.mean([0, *range(2, probabilities.ndim)]))
         return highest >= self.thresholds()[label]
 
     def thresholds(self) -> Tensor:
         """The present threshold of each class, (K,), float32."""
         return self.overall * self.local / self.local.max()
+
+    def _take_in(self, average: Tensor, latest: Tensor) -> None:
+        finite = torch.where(latest.isfinite(), latest, average)  # a nan would never leave the average
+        average.lerp_(finite.to(average.dtype), 1 - self.momentum)

@@ -19,12 +19,12 @@ class ICT(Method):
     Args:
         teacher: f', the moving average of the model to train.
         weak: weak augmentation of a batch (B, C, *spatial), before the mix.
-        beta: of the Beta distribution, above 0.
+        beta: of the Beta distribution.
         loss: called with logits and mixed probabilities, both (B, K, *spatial).
         mode: the teacher's mode (`targets.Mode`).
 
     Raises:
-        ValueError: `beta` is not above 0, or `mode` is unknown.
+        ValueError: `beta` is outside [1e-6, 1e6], or `mode` is unknown.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
 """Mean Teacher (Tarvainen and Valpola, 2017) for segmentation."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class MeanTeacher(Method):
         mode: the teacher's mode (`targets.Mode`).
 
     Raises:
-        ValueError: `noise` is negative, or `mode` is unknown.
+        ValueError: `noise` is negative or not finite, or `mode` is unknown.
     """
 
     def __init__(
@@ -37,8 +39,8 @@ class MeanTeacher(Method):
     ) -> None:
         super().__init__()
         check_mode(mode)
-        if noise < 0:
-            raise ValueError(f"noise must be at least 0, got {noise}.")
+        if not 0 <= noise < math.inf:
+            raise ValueError(f"noise must be at least 0 and finite, got {noise}.")
         self.teacher, self.weak, self.noise, self.criterion, self.mode = teacher, weak, noise, loss, mode
 
     @torch.no_grad()

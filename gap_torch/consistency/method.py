@@ -20,7 +20,8 @@ class Views:
     """What `prepare` fixes at theta, for any number of passes."""
 
     inputs: Tensor
-    """What the model predicts on, (B, C, *spatial)."""
+    """What the model predicts on, (B, C, *spatial). Both passes read it, so a model must not write to it: a first layer
+    that works in place (`nn.ReLU(inplace=True)`) would hand the second pass something else."""
     target: Tensor | None = None
     """Class indices (B, *spatial), int64, or probabilities (B, K, *spatial); None where a loss needs none."""
     mask: Tensor | None = None
@@ -59,9 +60,29 @@ class Method(nn.Module, ABC):
         """To be called after each optimizer step; a teacher follows `model` here."""
 
 
+def all_logits(outputs: Outputs) -> tuple[Tensor, ...]:
+    """The model's own logits and the auxiliary ones behind them.
+
+    Raises:
+        TypeError: neither a tensor nor a tuple or list of them.
+    """
+    if isinstance(outputs, Tensor):
+        return (outputs,)
+    if not isinstance(outputs, (tuple, list)):
+        raise TypeError(
+            f"the model must return logits or a tuple (logits, *auxiliary), got {type(outputs).__name__}; wrap "
+            'one that returns a dict (torchvision: model(images)["out"]) in a module that returns its logits.'
+        )
+    return tuple(outputs)
+
+
 def logits_of(outputs: Outputs) -> Tensor:
-    """The model's own logits, without auxiliary ones."""
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
+    """The model's own logits, without auxiliary ones.
+
+    Raises:
+        TypeError: neither a tensor nor a tuple or list of them.
+    """
+    return all_logits(outputs)[0]
 
 
 def auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:
@@ -69,10 +90,12 @@ def auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:
 
     Raises:
         ValueError: there are none.
+        TypeError: neither a tensor nor a tuple or list of them.
     """
-    if isinstance(outputs, Tensor) or len(outputs) < 2:
+    auxiliary = all_logits(outputs)[1:]
+    if not auxiliary:
         raise ValueError(
             "this method needs a model that returns (logits, *auxiliary) in training mode, as `auxiliary` says, but "
             "its outputs have no auxiliary logits. Is it in eval mode?"
         )
-    return outputs[1:]
+    return auxiliary

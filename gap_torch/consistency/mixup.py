@@ -22,7 +22,7 @@ class MixUp(Method):
         generator: source of random numbers, on the images' device; None for the default one.
 
     Raises:
-        ValueError: `beta` is not above 0, or `mode` is unknown.
+        ValueError: `beta` is outside [1e-6, 1e6], or `mode` is unknown.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ def mixed(beta: float, *tensors: Tensor, generator: torch.Generator | None = Non
     1 - lambda) would only say which of the two counts as the first, and no loss here depends on that.
 
     Args:
-        beta: above 0.
+        beta: from 1e-6 to 1e6 (`check_beta`).
         tensors: floating (B, *), of one batch and device (image, probabilities).
         generator: source of random numbers, on the tensors' device; None for the default one.
     """
@@ -65,9 +65,12 @@ def mixed(beta: float, *tensors: Tensor, generator: torch.Generator | None = Non
 
 
 def check_beta(beta: float) -> None:
-    """Raise ValueError unless Beta(beta, beta) is a distribution."""
-    if not beta > 0:
-        raise ValueError(f"beta must be above 0, got {beta}.")
+    """Raise ValueError unless lambda can be drawn from Beta(beta, beta) in float32: far outside it would be nan.
+
+    Within these bounds it goes all the way from 0 or 1, a coin's toss, to 1/2.
+    """
+    if not 1e-6 <= beta <= 1e6:
+        raise ValueError(f"beta must be between 1e-6 and 1e6, got {beta}.")
 
 
 def _symmetric_beta(beta: float, size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:

@@ -14,18 +14,25 @@ class Teacher(nn.Module):
     theta' <- a theta' + (1 - a) theta with a = min(decay, 1 - 1 / (updates + 1)), so that the random initial weights
     leave early. It is never trained: its parameters require no gradient and are in no optimizer.
 
+    Parameters must be float32 or float64: of a step of 1 - a = 0.01, 16 bits round most away, and the average stands
+    still. Autocast leaves them float32.
+
+    It takes over the model's training flags, and no mode (`targets.Mode`) switches a layer on that is off: make it from
+    a model in training mode.
+
     Args:
         model: what is averaged; the teacher starts as a copy.
         decay: weight of the old average once it is warm, in [0, 1).
 
     Raises:
-        ValueError: `decay` is outside [0, 1).
+        ValueError: `decay` is outside [0, 1), or `model` has floating parameters of fewer than 32 bits.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.99) -> None:
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}.")
+        _check_precision(model)
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay, self.updates = decay, 0
 
@@ -41,13 +48,14 @@ class Teacher(nn.Module):
             ValueError: they, or its buffers, are of other shapes than the teacher's.
         """
         average, latest = ([p.detach() for p in each.parameters()] for each in (self.model, model))
+        buffers, latest_buffers = (list(each.buffers()) for each in (self.model, model))
         _check_alike(average, latest)
-        _check_alike(list(self.model.buffers()), list(model.buffers()))
+        _check_alike(buffers, latest_buffers)
         self.updates += 1
         weight = 1 - min(self.decay, 1 - 1 / self.updates)
         torch._foreach_lerp_(average, latest, weight)
-        for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            ours.copy_(theirs)
+        if buffers:
+            torch._foreach_copy_(buffers, latest_buffers)
 
     def get_extra_state(self) -> Tensor:
         """The number of updates, for `state_dict`."""
@@ -56,6 +64,15 @@ class Teacher(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """What `get_extra_state` gave."""
         self.updates = int(state)
+
+
+def _check_precision(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and p.dtype.itemsize < 4:
+            raise ValueError(
+                f"model must have parameters of float32 or float64, for an average of fewer bits stands still; {name} "
+                f"is {p.dtype}. Under autocast they may stay float32."
+            )
 
 
 def _check_alike(ours: list[Tensor], theirs: list[Tensor]) -> None:

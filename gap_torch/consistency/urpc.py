@@ -18,8 +18,9 @@ class URPC(Method):
         w_s = exp(-D_s)
         loss = (1 / S) sum_s [ sum_v w_s ||p_s - p_c||^2 / sum_v w_s  +  mean_v D_s ]
 
-    Nothing is held fixed: the gradient goes through p_c and w_s too. (The authors' code has KL(p_c || p_s), and in the
-    square the mean over the classes; here it is the paper.)
+    Nothing is held fixed: the gradient goes through p_c and w_s too. KL(p_s || p_c) and the square's sum over classes
+    are, to our knowledge, the paper's, where its authors' code has KL(p_c || p_s) and the mean over classes. The
+    quotient for each scale and the mean of D_s are that code's.
 
     Args:
         weak: weak augmentation of a batch (B, C, *spatial).

@@ -1,5 +1,7 @@
 """Virtual Adversarial Training (Miyato et al., 2018) for segmentation."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -27,15 +29,15 @@ class VAT(Method):
         weak: weak augmentation of a batch (B, C, *spatial).
         radius: of the perturbation that is learnt against.
         xi: of the one that is tried out in the power iteration.
-        iterations: of the power iteration, each one forward and backward pass; with 0 the direction is random.
+        iterations: of the power iteration, 1 or more, each one forward and backward pass.
         tau: least confidence of f(u) for a pixel to count, or a threshold that adapts; None for every pixel. Pixels
             that don't count are in the mean as zeros, as in `losses.cross_entropy`.
         mode: the model's mode for f(u) and in the power iteration (`targets.Mode`), whose passes leave running
             statistics alone. With "train" dropout can outweigh `xi`.
 
     Raises:
-        ValueError: `radius` or `iterations` is negative, `xi` isn't above 0, `tau` is outside [0, 1], or `mode` is
-            unknown.
+        ValueError: `radius` is negative, `xi` isn't above 0, or one of them not finite; `iterations` isn't an int of 1
+            or more, `tau` is outside [0, 1], or `mode` is unknown; from `compare`, `views` without a target.
     """
 
     def __init__(
@@ -49,12 +51,12 @@ class VAT(Method):
     ) -> None:
         super().__init__()
         check_mode(mode)
-        if radius < 0:
-            raise ValueError(f"radius must be at least 0, got {radius}.")
-        if not xi > 0:
-            raise ValueError(f"xi must be above 0, got {xi}.")
-        if iterations < 0:
-            raise ValueError(f"iterations must be at least 0, got {iterations}.")
+        if not 0 <= radius < math.inf:
+            raise ValueError(f"radius must be at least 0 and finite, got {radius}.")
+        if not 0 < xi < math.inf:
+            raise ValueError(f"xi must be above 0 and finite, got {xi}.")
+        if not (isinstance(iterations, int) and iterations >= 1):
+            raise ValueError(f"iterations must be an int of 1 or more, got {iterations}.")
         self.weak, self.radius, self.xi, self.iterations, self.mode = weak, radius, xi, iterations, mode
         self.threshold = None if tau is None else threshold(tau)
 
@@ -68,7 +70,6 @@ class VAT(Method):
 
     def compare(self, outputs: Outputs, views: Views) -> Tensor:
         """Mean over the pixels of KL(f(u) || f(u + r_adv))."""
-        assert views.target is not None
         each = divergence(logits_of(outputs), views.target)
         return each.mean() if views.mask is None else torch.where(views.mask, each, 0.0).mean()
 

@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -141,16 +142,18 @@ def test_the_grid_holds_the_paper_s_tables_and_the_sweeps(lab: SimpleNamespace) 
         cells = lab.grid.cells(presets=[preset])
         assert wanted <= {(cell.data_set, (cell.method, cell.gap), cell.share) for cell in cells}
     swept = [cell for cell in lab.grid.cells(["hyper-parameters"]) if cell.seed == 0]
-    assert len(swept) == 6 * 3 + 4 + 1 + 1 + 1 + 2  # the default is in each sweep; the control
+    assert len(swept) == 6 * 3 + 1 + 4 + 1 + 1 + 1 + 3  # the default is in each sweep; the control
     assert sum(cell.tested for cell in swept) == 2
 
 
-def test_the_paper_s_table_1_is_that_of_the_examples(lab: SimpleNamespace) -> None:
-    for name, task in lab.grid.TASKS.items():
-        for share in (1, 5, 10):
-            ours = {lab.grid.title(m): of[share] for m, of in lab.published.PUBLISHED[name].items()}
-            assert task.published[share].items() <= ours.items()
-        assert task.published[100]["Supervised"] == lab.published.FULLY_SUPERVISED[name]
+def test_the_paper_s_table_1(lab: SimpleNamespace) -> None:
+    published, grid = lab.published.PUBLISHED, lab.grid
+    assert published["ACDC"][grid.SUPERVISED] == {1: (27.7, 32.6), 5: (56.6, 6.15), 10: (83.8, 2.84)}
+    assert published["LA"] == {
+        grid.SUPERVISED: {1: (40.0, 21.2), 5: (52.6, 9.87), 10: (82.7, 3.26)},
+        grid.GAPMATCH: {1: (79.8, 3.06), 5: (88.3, 1.77), 10: (91.0, 1.46)},
+    }
+    assert lab.published.FULLY_SUPERVISED == {"ACDC": (91.5, 0.57), "LA": (91.5, 1.51)}
 
 
 # ---------------------------------------------------------------- the plan
@@ -172,6 +175,28 @@ def test_estimates_follow_passes_and_prefer_the_same_method(lab: SimpleNamespace
     assert lab.plan.estimate(replace(fixmatch, seed=1), found, "cpu") == (pytest.approx(44.0), "measured")
     found[fixmatch]["state"] = "failed"
     assert lab.plan.estimate(replace(fixmatch, seed=1), found, "cpu").source == "scaled"
+
+
+def test_a_warm_up_is_made_of_labelled_passes(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lab.grid.TASKS["ACDC"].presets, "study", {**TINY, "warm_up": 3})
+    supervised, fixmatch = (lab.grid.cell("ACDC", "study", m, 1, 0) for m in (lab.grid.SUPERVISED, lab.grid.FIXMATCH))
+    found = {supervised: _record(supervised, wall_seconds=12.0)}  # 3 s a pass
+    assert lab.plan.estimate(fixmatch, found, "cpu") == (pytest.approx(3 * (3 + 7 / 3)), "scaled")
+
+
+def test_the_plan_names_records_of_other_lists(
+    lab: SimpleNamespace, here: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists, other = here.lists("ACDC"), {"train_slices.list": "0", "val.list": "0", "test.list": "0"}
+    cells = [_supervised(lab, seed) for seed in range(3)]
+    for cell, record in zip(cells, ({}, {"lists": lists}, {"lists": other}), strict=True):
+        here.records.write(cell, _record(cell, **record))
+    lab.reproduce.plan(here, cells, {"ACDC": lists})
+    out = capsys.readouterr().out
+    assert "3 done" in out
+    assert [line.split()[1] for line in out.splitlines() if "other lists" in line] == [cells[2].name]
+    lab.reproduce.plan(here, cells)
+    assert "other lists" not in capsys.readouterr().out
 
 
 def test_the_plan_adds_up(lab: SimpleNamespace, here: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +227,8 @@ def test_a_cell_is_run_recorded_and_never_run_again(lab: SimpleNamespace, here: 
     assert record["cell"]["name"] == cell.name
     assert record["recipe"] == json.loads(json.dumps(cell.recipe.to_dict()))
     assert record["labelled_names"] == ["patient001"]
+    assert record["lists"] == here.lists("ACDC")
+    assert record["lists"].keys() == {"train_slices.list", "val.list", "test.list"}
     assert [iteration for iteration, _ in record["validation_curve"]] == [2, 4]
     assert record["validation_dice"] == pytest.approx(max(dice for _, dice in record["validation_curve"]), rel=1e-3)
     assert record["test"]["predictions"] == 2 * 3  # frames, classes
@@ -209,6 +236,7 @@ def test_a_cell_is_run_recorded_and_never_run_again(lab: SimpleNamespace, here: 
     assert {"device", "torch", "commit", "threads", "date", "seconds_per_iteration"} <= set(record)
     assert record["wall_seconds"] > 4 * record["seconds_per_iteration"]
     assert not list(here.folder(cell).glob("*/last.pt"))
+    assert not (here.folder(cell) / "seconds").exists()
 
     written = here.records.path(cell).stat().st_mtime_ns
     assert not here.attempt(cell)
@@ -283,6 +311,79 @@ def test_what_the_budget_cuts_off_goes_on_to_the_same_end(
     assert ours["wall_seconds"] > before
 
 
+def test_the_clock_counts_what_a_checkpoint_shows(lab: SimpleNamespace, here: Any) -> None:
+    folder = here.folder(_supervised(lab))
+    run = folder / "supervised"
+    run.mkdir(parents=True)
+    (folder / "seconds").write_text("1000")  # with no checkpoint to show for it
+    with lab.runs.stopwatch(folder) as seconds:
+        assert seconds() < 100
+    assert lab.runs.spent(folder) == 0
+
+    with lab.runs.stopwatch(folder):
+        (run / "last.pt").touch()
+    first = lab.runs.spent(folder)
+    assert 0 < first < 100
+    with lab.runs.stopwatch(folder) as seconds:
+        assert seconds() > first
+    assert lab.runs.spent(folder) == first  # nothing has come of that
+
+
+@pytest.mark.parametrize("damage", ["", "12x", None])
+def test_a_broken_clock_stops_nothing(
+    damage: str | None, lab: SimpleNamespace, here: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = _supervised(lab)
+    _interrupt(lab, here, cell)
+    clock = here.folder(cell) / "seconds"
+    assert float(clock.read_text()) > 0
+    clock.unlink()
+    if damage is not None:
+        clock.write_text(damage)
+    lab.reproduce.plan(here, [cell])
+    assert "1 begun" in capsys.readouterr().out
+    assert here.attempt(cell)
+    assert here.records.state(cell) == "done"
+
+
+def test_a_begun_cell_of_another_recipe_says_what_to_delete(
+    lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = _supervised(lab)
+    _interrupt(lab, here, cell)
+    monkeypatch.setitem(lab.grid.TASKS["ACDC"].presets, "study", {**TINY, "lr": 0.5})
+    lab.runs.work(here, [cell], 600)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "stays open" in line)
+    assert "was made with lr=0.01, this run has lr=0.5" in line
+    assert line.endswith(f"delete {here.folder(cell)} to start anew.")
+    assert "--out" not in line
+
+
+def test_log_lines_name_the_cell(lab: SimpleNamespace, here: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = _supervised(lab)
+    here.attempt(cell)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "/4 " in line or "/2" in line]
+    assert len(lines) == 4 + 2 + 2  # steps, validations, the test volumes
+    assert all(line.startswith(cell.name) for line in lines)
+
+
+def _interrupt(lab: SimpleNamespace, here: Any, cell: Any) -> None:
+    """Leave `cell` with a checkpoint and no record."""
+    from segmentation import train
+
+    original = train._validate
+
+    def validate(*arguments: Any) -> None:
+        original(*arguments)
+        signal.raise_signal(signal.SIGALRM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_validate", validate)
+        lab.runs.work(here, [cell], 600)
+    assert here.begun(cell)
+    assert here.records.read(cell) is None
+
+
 @pytest.mark.parametrize("in_the_background", [False, True])
 def test_the_budget_ends_a_run_in_time(lab: SimpleNamespace, here: Any, in_the_background: bool) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN if in_the_background else signal.default_int_handler)
@@ -324,9 +425,46 @@ def test_two_jobs_share_the_cells(
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     cells = [_supervised(lab, seed) for seed in range(3)]
     lab.reproduce.run(here, cells, 600, jobs=2)
-    started = [line for line in capfd.readouterr().out.splitlines() if line.startswith("acdc_")]
-    assert sorted(started) == [cell.name for cell in cells]
+    names = [cell.name for cell in cells]
+    assert sorted(line for line in capfd.readouterr().out.splitlines() if line in names) == names
     assert [here.records.state(cell) for cell in cells] == ["done"] * 3
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_dead_process_is_told(
+    lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(lab.reproduce, "work", lambda *_: None)
+    assert lab.reproduce.run(here, [], 600, jobs=2) == 0
+    monkeypatch.setattr(lab.reproduce, "work", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert lab.reproduce.run(here, [], 600, jobs=2) == 1
+    assert "2 of 2 processes died, with exit status -9, -9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "telling"),
+    [
+        (["--data-acdc", "nowhere"], "nowhere"),
+        (["--data-la", "nowhere"], "nowhere"),
+        (["--jobs", "0"], "--jobs must be at least 1, not 0"),
+        (["--threads", "0"], "--threads must be at least 1, not 0"),
+        (["--budget", "0"], "--budget must be finite and above 0 minutes, not 0"),
+        (["--budget", "nan"], "--budget"),
+        (["--budget", "inf"], "--budget"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str], telling: str, lab: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ["--records", str(tmp_path / "cells"), "--work", str(tmp_path / "work")]
+    assert lab.reproduce.main(["--run", "--device", "cpu", *folders, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert telling in captured.err
+    assert captured.out == ""
 
 
 def test_run_leaves_out_what_has_no_data(
@@ -351,11 +489,36 @@ def test_a_record_of_another_recipe_counts_for_nothing(lab: SimpleNamespace, her
     assert here.records.state(cell) == "stale"
     assert here.records.of([cell]) == {}
     assert not here.attempt(cell)
-    older = {name: value for name, value in record["recipe"].items() if name != "aligned"}
-    here.records.write(cell, {**record, "recipe": older})  # a field has come since
-    assert here.records.state(cell) == "done"
     here.records.write(cell, {**record, "recipe": {**record["recipe"], "eps": 9.0}})  # means nothing without GAP
     assert here.records.state(cell) == "done"
+
+
+def test_a_field_that_a_record_lacks_had_its_default(lab: SimpleNamespace, here: Any) -> None:
+    for cell, field, state in (
+        (_supervised(lab), "weight", "done"),
+        (_supervised(lab, warm_up=1), "warm_up", "done"),  # means nothing to it
+        (lab.grid.cell("ACDC", "study", lab.grid.FIXMATCH, 1, 0, {"warm_up": 1}), "warm_up", "stale"),
+        (_supervised(lab, aligned="predictions"), "aligned", "done"),  # means nothing without GAP
+        (lab.grid.cell("ACDC", "study", lab.grid.GAPMATCH, 1, 0, {"aligned": "predictions"}), "aligned", "stale"),
+    ):
+        record = _record(cell)
+        del record["recipe"][field]
+        here.records.write(cell, record)
+        assert here.records.state(cell) == state
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"state": "do', b"\xff", b"[]", b"{}"])
+def test_a_damaged_record_is_one_line(
+    damage: bytes, lab: SimpleNamespace, here: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = here.records.path(lab.grid.cells()[0])
+    path.parent.mkdir()
+    path.write_bytes(damage)
+    for what in ("--plan", "--report"):
+        assert lab.reproduce.main([what, "--records", str(path.parent), "--page", str(path.parent / "page.md")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {path}: ")
+        assert error.count("\n") == 1
 
 
 def test_means_deviations_and_gains_by_hand(lab: SimpleNamespace) -> None:
@@ -396,8 +559,25 @@ def test_single_runs_losses_failures_and_collapses_are_shown(lab: SimpleNamespac
     table = next(t for t in lab.report.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
     rows = {row[0]: row[3] for row in table.rows[:3]}
     assert rows["EM"] == "60.0 ± -, 2.00 ± - (n = 1 of 3)"
-    assert rows["EM + GAP"] == "20.0 ± -, 2.00 ± -† (n = 1 of 3), 1 failed"
-    assert rows["gain"] == "-40.0 ± -, +0.00 ± - (n = 1 of 3)"
+    assert rows["EM + GAP"] == "20.0 ± -, 2.00 ± -† (n = 1 of 3), 1 failed, 50.8 % empty"
+    assert rows["gain"] == "-40.0 ± -, +0.00 ± -† (n = 1 of 3)"
+
+
+def test_empty_predictions_are_counted_over_all_seeds(lab: SimpleNamespace) -> None:
+    cells = {(gap, s): lab.grid.cell("ACDC", "study", ("em", gap), 1, s) for gap in (False, True) for s in range(3)}
+    found = {cell: _record(cell) for cell in cells.values()}
+    found[cells[False, 0]]["test"]["empty"] = 60  # no more than half
+    found[cells[False, 2]]["test"]["empty"] = 12
+
+    def shown() -> list[str]:
+        table = next(t for t in lab.report.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
+        return [row[1].split("(n = ")[0][-2:] + row[1].split(")")[1] for row in table.rows[:3]]
+
+    assert shown() == ["0 , 20.0 % empty", "0 ", "0 "]  # 72 of 360
+    found[cells[False, 1]]["test"]["empty"] = 108
+    assert shown() == ["† , 50.0 % empty", "0 ", "† "]
+    del found[cells[True, 1]]  # the gain has no part in seed 1
+    assert shown() == ["† , 50.0 % empty", "0 ", "0 "]
 
 
 def test_sweeps_compare_validation_over_the_same_seeds(lab: SimpleNamespace) -> None:
@@ -405,9 +585,34 @@ def test_sweeps_compare_validation_over_the_same_seeds(lab: SimpleNamespace) -> 
     default = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed) for seed in range(3)]
     strong = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed, {"eps": 0.5, "alpha": 2.0}) for seed in range(2)]
     found = {cell: _record(cell, 40.0 + 10 * cell.seed) for cell in (*default, *strong)}
-    eps_alpha, tau, *_ = lab.report.sweeps(found)
+    eps_alpha, _, tau, *_ = lab.report.sweeps(found)
     assert eps_alpha.rows[-1] == ["0.5", "open", "open", "45.0 ± 7.1 (n = 2)"]
     assert ["0.95", "45.0 ± 7.1 (n = 2), default"] in tau.rows  # seed 2 is not in the study
+
+
+def test_a_second_preset_has_sections_and_pictures_of_its_own(
+    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(lab.grid.TASKS["ACDC"].presets, "other", TINY)
+    more = [batch._replace(preset="other") for batch in lab.grid.BATCHES if batch.preset == "study"]
+    monkeypatch.setattr(lab.grid, "BATCHES", (*lab.grid.BATCHES, *more))
+    monkeypatch.setattr(lab.grid, "PRESETS", (*lab.grid.PRESETS, "other"))
+    records = lab.records.Records(tmp_path / "cells")
+    for preset in ("study", "other"):
+        for cell in lab.grid.cells(presets=[preset]):
+            if cell.seed == 0:
+                records.write(cell, _record(cell))
+    page = tmp_path / "results.md"
+    lab.report.report(records, page, tmp_path)
+    headings = [line for line in page.read_text().splitlines() if line.startswith("#")]
+    assert len(set(headings)) == len(headings)
+    for name in lab.plots.CAPTIONS:
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    found = records.of(lab.grid.cells())
+    assert [axes.get_title() for axes in lab.plots.eps_alpha(found).axes] == [
+        "reduced scale (study)",
+        "reduced scale (other)",
+    ]
 
 
 def test_the_report_of_nothing_is_all_open(lab: SimpleNamespace, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_every_method_with_and_without_gap(data: Path, tmp_path: Path) -> None:
         (["--method", "ict", "vat", "--gap"], ["ict+gap", "vat+gap"]),
         (["--method", "supervised", "cct", "--no-gap"], ["supervised", "cct"]),
         (["--method", "ict", "ict+gap", "gapmatch"], ["ict", "ict+gap", "gapmatch"]),
+        (["--method", "supervised", "gapmatch", "--eps", "0.2", "--tau", "0.9"], ["supervised", "gapmatch"]),
     ],
 )
 def test_which_runs_are_meant(options: list[str], expected: list[str], data: Path) -> None:
@@ -210,6 +211,15 @@ def test_bad_data_is_one_line_before_any_training(
         (["--method", "UNet"], "'UNet': not one of"),
         (["--weight", "-1"], "weight"),
         (["--warm-up", "-1"], "warm_up"),
+        (["--preset", "study", "--iterations", "100"], "warm_up must be below iterations (100), not 200"),
+        (["--no-gap", "--eps", "0.2"], "--eps: means nothing without GAP"),
+        (["--method", "fixmatch", "supervised", "--alpha", "0.2"], "--alpha: means nothing without GAP"),
+        (["--method", "ict", "--aligned", "targets"], "--aligned: means"),
+        (["--method", "ict", "--no-freeze-statistics"], "--freeze-statistics: means"),
+        (["--method", "ict", "--replay-dropout"], "--replay-dropout: means"),
+        (["--method", "supervised", "--tau", "0.9"], "--tau: means nothing to supervised alone"),
+        (["--method", "supervised", "--weight", "2"], "--weight: means"),
+        (["--method", "supervised", "--warm-up", "1"], "--warm-up: means"),
     ],
 )
 def test_bad_arguments_are_one_line(

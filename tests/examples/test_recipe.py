@@ -31,11 +31,27 @@ def test_presets_are_valid(task: Task, preset: str) -> None:
         {"tau": 1.01},
         {"weight": -0.1},
         {"warm_up": -1},
+        {"warm_up": 4, "iterations": 4},
+        {"warm_up": 5, "iterations": 4, "method": "supervised", "gap": False},
+        {"method": "UNet"},
+        {"aligned": "prediction"},
+        {"targets": "evaluation"},
+        {"unlabelled_loss": "ce"},
     ],
 )
 def test_bad_values_are_refused_by_name(bad: dict) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         Recipe(**bad)
+
+
+def test_a_warm_up_is_of_all_methods() -> None:
+    Recipe(iterations=4, warm_up=3)
+    assert Recipe(iterations=4, warm_up=3).for_run("supervised").warm_up == 3
+
+
+def test_an_unknown_word_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match="aligned must be one of targets, predictions, not 'prediction'"):
+        Recipe(aligned="prediction")  # type: ignore[arg-type]
 
 
 def test_names_and_back() -> None:

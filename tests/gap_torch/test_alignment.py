@@ -78,5 +78,7 @@ def test_what_does_not_match_is_refused() -> None:
     logits = _logits((2, 3, 4, 4), 0)
     with pytest.raises(ValueError, match="probabilities"):
         alignment(logits, logits[:1])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="outputs has 2 logits, before 1: both must come from the same model"):
         alignment((logits, logits), logits)
+    with pytest.raises(TypeError, match="got dict"):
+        alignment(logits, {"out": logits})

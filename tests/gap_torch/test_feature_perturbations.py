@@ -106,6 +106,8 @@ def test_the_gradient_is_the_factor(perturb) -> None:
     ("perturbation", "bad"),
     [
         (FeatureNoise, {"bound": -0.1}),
+        (FeatureNoise, {"bound": float("nan")}),
+        (FeatureNoise, {"bound": float("inf")}),
         (FeatureDrop, {"low": 0.9, "high": 0.7}),
         (FeatureDrop, {"high": 1.1}),
         (ChannelDropout, {"p": 1.0}),

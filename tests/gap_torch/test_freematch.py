@@ -55,6 +55,20 @@ def test_the_order_of_the_batch_does_not_matter() -> None:
     torch.testing.assert_close(one.thresholds(), other.thresholds())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_prediction_that_is_not_finite_is_forgotten(bad: float) -> None:
+    """The average of a batch that holds one stays out; the next batch comes in as if there had been none."""
+    good = torch.randn(2, 3, 4, 4).softmax(1)
+    broken = good.clone()
+    broken[1, :, 2, 3] = bad
+    threshold, unharmed = SelfAdaptiveThreshold(3, 0.5), SelfAdaptiveThreshold(3, 0.5)
+    begin = threshold.thresholds()
+    threshold(broken)
+    torch.testing.assert_close(threshold.thresholds(), begin)
+    assert torch.equal(threshold(good), unharmed(good))
+    torch.testing.assert_close(threshold.thresholds(), unharmed.thresholds())
+
+
 def test_the_state_is_saved() -> None:
     assert set(SelfAdaptiveThreshold(3).state_dict()) == {"overall", "local"}
 

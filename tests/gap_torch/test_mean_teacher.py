@@ -76,7 +76,7 @@ def test_the_teacher_is_in_the_checkpoint() -> None:
     assert torch.equal(restored.teacher.model[0].weight, model[0].weight)
 
 
-@pytest.mark.parametrize("bad", [{"noise": -0.1}, {"mode": "test"}])
+@pytest.mark.parametrize("bad", [{"noise": -0.1}, {"noise": float("nan")}, {"noise": float("inf")}, {"mode": "test"}])
 def test_bad_arguments_are_named(bad) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         MeanTeacher(Teacher(_network()), _identity, **bad)

@@ -91,7 +91,19 @@ def test_a_batch_of_one_stays_as_it_is() -> None:
     assert torch.equal(mixed(0.3, image)[0], image)
 
 
-@pytest.mark.parametrize("bad", [{"beta": 0.0}, {"beta": -1.0}, {"beta": float("nan")}, {"mode": "test"}])
-def test_bad_arguments_are_named(bad) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        MixUp(_identity, **bad)
+@pytest.mark.parametrize("beta", [1e-6, 1e6])
+def test_the_utmost_betas_have_finite_lambdas(beta: float) -> None:
+    (share,) = mixed(beta, torch.tensor([1.0, 0.0]).repeat(5000))
+    near = share.round() if beta < 1 else torch.full_like(share, 0.5)
+    torch.testing.assert_close(share, near, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, 1e-40, 1e40, float("nan"), float("inf")])
+def test_a_beta_that_cannot_be_drawn_from_is_named(beta: float) -> None:
+    with pytest.raises(ValueError, match="beta"):
+        MixUp(_identity, beta=beta)
+
+
+def test_an_unknown_mode_is_named() -> None:
+    with pytest.raises(ValueError, match="mode"):
+        MixUp(_identity, mode="test")

@@ -152,6 +152,14 @@ def test_bad_arguments_are_named(decay: float) -> None:
         Teacher(nn.Linear(1, 1), decay)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_average_in_16_bits_is_refused(dtype: torch.dtype) -> None:
+    model = _network()
+    model[3].to(dtype)
+    with pytest.raises(ValueError, match=rf"model must have parameters of float32 .* 3\.weight is {dtype}"):
+        Teacher(model)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_an_update_does_not_wait_for_the_gpu() -> None:
     model = _network().cuda()
