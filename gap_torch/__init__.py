@@ -1,8 +1,9 @@
 """gap-torch: Gradient-based Adversarial Perturbation (GAP) for semi-supervised training in PyTorch."""
 
 from .batchnorm import frozen_running_stats
+from .checking import check
 from .rng import RNGState
 from .wrapper import GAPWrapper
 
 __version__ = "0.1.0.dev0"
-__all__ = ["GAPWrapper", "RNGState", "__version__", "frozen_running_stats"]
+__all__ = ["GAPWrapper", "RNGState", "__version__", "check", "frozen_running_stats"]

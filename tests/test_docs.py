@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import gap_torch
 from gap_torch import GAPWrapper, consistency
 from gap_torch.consistency import FixedThreshold, FixMatch, Method, Threshold
 from gap_torch.losses import ce_dice_loss
@@ -27,7 +28,7 @@ def _read(page: str) -> str:
     return (ROOT / page).read_text()
 
 
-PAGES = ("README.md", "docs/wrapper.md", "docs/methods.md")
+PAGES = ("README.md", "docs/wrapper.md", "docs/methods.md", "docs/check.md")
 BLOCKS = [(page, i) for page in PAGES for i in range(len(_blocks(page)))]
 
 
@@ -49,6 +50,7 @@ def names() -> dict:
     views = method.prepare(model, unlabelled)
     return {
         "torch": torch,
+        "gap_torch": gap_torch,
         "GAPWrapper": GAPWrapper,
         "model": model,
         "base": torch.optim.SGD(model.parameters(), 0.1),
@@ -79,6 +81,15 @@ def test_the_block_runs(page: str, index: int, names: dict) -> None:
     exec(compile(_blocks(page)[index], f"{page}, block {index}", "exec"), names)
     names["optimizer"].state_dict()  # an error while perturbed
     assert all(torch.isfinite(p).all() for p in names["model"].parameters())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_report_is_what_the_page_shows(index: int, names: dict, capsys: pytest.CaptureFixture) -> None:
+    block = _blocks("docs/check.md")[index]
+    exec(compile(block, "train.py", "exec"), names)
+    printed = re.sub(r"\S*/train.py", "train.py", capsys.readouterr().out).splitlines()
+    shown = re.findall(r"^```\n(gap_torch.check:.*?|  WRONG.*?)^```", _read("docs/check.md"), re.DOTALL | re.MULTILINE)
+    assert set(shown[index].splitlines()) <= set(printed), "\n".join(printed)
 
 
 def _methods() -> list[str]:

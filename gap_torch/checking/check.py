@@ -1,0 +1,161 @@
+"""`gap_torch.check`: watch one update of a training loop, and say what is right and what is wrong with it."""
+
+import atexit
+from collections.abc import Callable
+from types import TracebackType
+from typing import ClassVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..wrapper import GAPWrapper
+from . import rules
+from .places import from_library, raised
+from .report import Finding, Report, print_once
+from .update import Update
+from .watch import Watch
+
+Show = Callable[[Report], object]
+
+
+def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Show | None = print_once) -> "Check":
+    """Watch the next update of your own training code, verify Algorithm 1 in it, and print a report.
+
+    As a statement, where the training code can't be reached (Lightning's `configure_optimizers`):
+
+        gap_torch.check(optimizer, model)  # reports when the first update is over and the second begins
+
+    As a block, which reports at its end at the latest:
+
+        with gap_torch.check(optimizer, model) as report:
+            training_step()
+        assert report.ok
+
+    An update slows down while it is watched, and the host takes up to eight copies of the parameters; after that
+    nothing of the check is left. One check runs at a time: another one ends it.
+
+    Args:
+        optimizer: the GAPWrapper, or what Accelerate or Lightning made of it. With any other optimizer the report says
+            that it is not wrapped.
+        model: what the loop calls, or a module around it.
+        updates: how many updates to watch. Those without GAP (`interval`) do not count.
+        show: called with the report when it is complete; None for nothing. By default it is printed, on rank 0 and
+            wherever something is wrong.
+
+    Returns:
+        A `Check`, whose `report` fills up.
+
+    Raises:
+        TypeError: `optimizer` is no optimizer.
+        ValueError: no parameter of `model` is in `optimizer`; `updates` is less than 1.
+    """
+    return Check(_unwrapped(optimizer), model, updates, show)
+
+
+class Check:
+    """A check that is under way; made by `check`."""
+
+    running: ClassVar["Check | None"] = None
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, updates: int, show: Show | None) -> None:
+        if updates < 1:
+            raise ValueError(f"updates must be at least 1, got {updates}.")
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if not any(p in held for p in model.parameters()):
+            raise ValueError("model: none of its parameters is in the optimizer, so there is nothing to watch.")
+        self.report = Report()
+        self._show, self._to_watch = show, updates
+        self._has_wrapper = isinstance(optimizer, GAPWrapper)
+        self._watch = Watch(optimizer, model, self._done, self._begun)
+        if Check.running is not None:
+            Check.running.stop("another check")
+        Check.running = self
+        self._watch.start()
+        atexit.register(self.stop)
+
+    def __enter__(self) -> Report:
+        return self.report
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if Check.running is not self:
+            return
+        if error is not None:
+            self._explain(error, trace)
+        elif self._to_watch:
+            self._unfinished(self._watch.update)
+        self.stop()
+
+    def stop(self, by: str = "its end") -> None:
+        """End the check and show the report, however far it has come."""
+        if Check.running is not self:
+            return
+        Check.running = None
+        atexit.unregister(self.stop)
+        self._watch.stop()
+        if not self.report.updates and not self.report.stopped and not self.report.problems:
+            self.report.stopped = f"{by}, before any update was complete"
+        if self._show is not None:
+            self._show(self.report)
+
+    # ------------------------------------------------------------------ what the watch has to say
+
+    def _done(self, update: Update) -> None:
+        """An update is complete."""
+        if not self._to_watch:
+            return
+        for verdict in rules.verdicts(update, self._has_wrapper):
+            if isinstance(verdict, Finding):
+                update.seen.append(verdict)
+            elif verdict is not None and verdict not in self.report.right:
+                self.report.right.append(verdict)
+        self._add(update)
+        if update.step and (update.due or not self._has_wrapper):
+            self.report.updates += not update.hidden
+            self._to_watch -= 1
+
+    def _begun(self, update: Update) -> None:
+        """The first backward of an update: all that is left to see, once enough updates have been watched."""
+        if not self._to_watch:
+            self.report.add(update.seen, [])
+            self.stop()
+
+    def _add(self, update: Update) -> None:
+        self.report.timeline = update.timeline
+        self.report.add(update.seen, [*update.notes, *rules.notes(update)])
+
+    # ------------------------------------------------------------------ ends before the step
+
+    def _unfinished(self, update: Update) -> None:
+        """The block is over."""
+        if update.first:
+            self._done(update)
+        elif update.backwards:
+            self._add(update)
+            where = update.backwards[-1].where
+            what = "the block ended without first_step(), second_step() and step()."
+            self.report.problems.append(Finding("no step", where, what, rules.USE_PERTURBED))
+
+    def _explain(self, error: BaseException, trace: TracebackType | None) -> None:
+        """An exception has ended the block."""
+        update = self._watch.update
+        self.report.stopped = f"{type(error).__name__} at {raised(trace)}"
+        self._add(update)
+        if from_library(trace) and not update.seen:
+            self.report.problems.append(Finding("refused", raised(trace), str(error), "as it says."))
+        elif "modified by an inplace operation" in str(error) and update.first:
+            what = "the backward of a loss that was computed before the parameters moved (or moved back)."
+            fix = "run the loss anew, forward and backward, after a move."
+            self.report.problems.append(Finding("stale graph", raised(trace), what, fix))
+
+
+def _unwrapped(optimizer: object) -> Optimizer:
+    """The GAPWrapper inside what a framework made of it."""
+    found, inner = optimizer, optimizer
+    while inner is not None:
+        found = inner if isinstance(inner, GAPWrapper) else found
+        inner = getattr(inner, "optimizer", None)
+    if not isinstance(found, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+    return found

@@ -1,0 +1,484 @@
+"""No false alarm: loops that follow Algorithm 1, in all the ways in which the pages show it."""
+
+import contextlib
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import gap_torch
+from gap_torch import GAPWrapper, RNGState, frozen_running_stats
+from gap_torch.checking import Report
+from gap_torch.consistency import FixMatch
+
+
+class Scene:
+    """A model, data, a method, and an optimizer made with the given options."""
+
+    def __init__(self, *middle: nn.Module, base: type = torch.optim.SGD, tau: float = 0.0, **options: Any) -> None:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(4)
+        self.model: nn.Module = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU(), *middle, nn.Conv2d(4, 3, 1)
+        )
+        self.method = FixMatch(lambda x: x.flip(-1), lambda x: 0.7 * x, tau=tau)
+        self.x, self.y, self.u = torch.randn(2, 1, 6, 6), torch.randint(3, (2, 6, 6)), torch.randn(4, 1, 6, 6)
+        self.optimizer = GAPWrapper(base(self.model.parameters(), lr=0.1), **{"eps": 0.1, **options})
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def views(self, unlabelled: Tensor | None = None) -> Any:
+        return self.method.prepare(self.model, self.u if unlabelled is None else unlabelled)
+
+    def consistency(self, views: Any) -> Tensor:
+        return self.method.loss(self.model, views)
+
+    def supervised(self) -> Tensor:
+        return F.cross_entropy(self.model(self.x), self.y)
+
+
+def plain(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def zeroed_first(s: Scene) -> None:
+    s.optimizer.zero_grad(set_to_none=False)
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def two_calls(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    s.optimizer.first_step()
+    s.optimizer.zero_grad()  # as in SAM; does nothing
+    with frozen_running_stats(s.model):
+        s.consistency(views).backward()
+    s.optimizer.second_step()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.model.zero_grad()
+
+
+def zeroed_between(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.model.zero_grad()  # needless, but the wrapper puts g1 back
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def micro_batches(s: Scene) -> None:
+    views = [s.views(u) for u in s.u.split(2)]
+    for v in views:
+        (s.consistency(v) / 2).backward()
+    with s.optimizer.perturbed(s.model):
+        for v in reversed(views):
+            (s.consistency(v) / 2).backward()
+    for x, y in zip(s.x, s.y, strict=True):
+        (F.cross_entropy(s.model(x[None]), y[None]) / 2).backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def clipped(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    nn.utils.clip_grad_norm_(s.model.parameters(), 1e-3)
+    with s.optimizer.perturbed(s.model, separate=True):
+        s.consistency(views).backward()
+        nn.utils.clip_grad_norm_(s.model.parameters(), 1e-3)
+    s.supervised().backward()
+    nn.utils.clip_grad_norm_(s.model.parameters(), 1e-3)
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def shared_forward(s: Scene) -> None:
+    views = s.views()
+    logits = s.model(torch.cat([s.x, views.inputs]))
+    with s.optimizer.set_aside():
+        F.cross_entropy(logits[:2], s.y).backward(retain_graph=True)
+    s.method.compare(logits[2:], views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def scaled(s: Scene) -> None:
+    """The first update overflows and is skipped."""
+    for factor in (float("inf"), 1.0):
+        views = s.views()
+        s.scaler.scale(s.consistency(views) * factor).backward()
+        with s.optimizer.perturbed(s.model):
+            s.scaler.scale(s.consistency(views)).backward()
+        s.scaler.scale(s.supervised()).backward()
+        s.scaler.unscale_(s.optimizer)
+        nn.utils.clip_grad_norm_(s.model.parameters(), 1.0)
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+        s.optimizer.zero_grad()
+
+
+def autocast(s: Scene) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        plain(s)
+
+
+def with_interval(s: Scene) -> None:
+    for _ in range(4):
+        views = s.views()
+        s.consistency(views).backward()
+        if s.optimizer.due:
+            with s.optimizer.perturbed(s.model):
+                s.consistency(views).backward()
+        s.supervised().backward()
+        s.optimizer.step()
+        s.optimizer.zero_grad()
+
+
+def from_the_second_of_an_interval(s: Scene) -> None:
+    assert not s.optimizer.due
+    with_interval(s)
+
+
+def replayed(s: Scene) -> None:
+    views, rng = s.views(), RNGState.now()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model, rng=rng):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def compiled_inside(s: Scene) -> None:
+    """The check is given the model without its compiled shell."""
+    whole, s.model = s.model, torch.compile(s.model, backend="eager")
+    plain(s)
+    s.model = whole
+
+
+def in_parts(s: Scene) -> None:
+    """The model's parts are called one by one, and the second one's inputs differ at theta*."""
+    assert isinstance(s.model, nn.Sequential)
+    body, head, views = s.model[:-1], s.model[-1], s.views()
+    s.method.compare(head(body(views.inputs)), views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.method.compare(head(body(views.inputs)), views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def two_losses_in_one_pass(s: Scene) -> None:
+    """As two backward calls once, and as one the second time."""
+    a, b = s.views(s.u[:2]), s.views(s.u[2:])
+    s.consistency(a).backward()
+    s.consistency(b).backward()
+    with s.optimizer.perturbed(s.model):
+        (s.consistency(a) + s.consistency(b)).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def frozen_encoder(s: Scene) -> None:
+    """Its features are computed without gradient in every pass."""
+    assert isinstance(s.model, nn.Sequential)
+    encoder, head = s.model[:-1], s.model[-1]
+    target = s.views().target
+
+    def logits(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = encoder(x)
+        return head(features)
+
+    F.cross_entropy(logits(s.u), target).backward()
+    with s.optimizer.perturbed(s.model):
+        F.cross_entropy(logits(s.u), target).backward()
+    F.cross_entropy(logits(s.x), s.y).backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def in_eval_mode(s: Scene) -> None:
+    """Fine-tuning with batch norm as it is."""
+    s.model.eval()
+    plain(s)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def _frozen(s: Scene) -> Scene:
+    s.model[:-1].requires_grad_(False)  # type: ignore[index]
+    return s
+
+
+def _compiled(s: Scene) -> Scene:
+    s.model = torch.compile(s.model, backend="eager")  # type: ignore[assignment]
+    return s
+
+
+RIGHT: dict[str, tuple[Callable[[Scene], None], Callable[[], Scene]]] = {
+    "plain": (plain, Scene),
+    "AdamW": (plain, lambda: Scene(base=torch.optim.AdamW)),
+    "alpha 0.5": (plain, lambda: Scene(alpha=0.5)),
+    "alpha 0": (plain, lambda: Scene(alpha=0.0)),
+    "eps 0": (plain, lambda: Scene(eps=0.0)),
+    "eps a tensor": (plain, lambda: Scene(eps=torch.tensor(0.2))),
+    "eps a schedule": (plain, lambda: Scene(eps=lambda update: 0.3 + update)),
+    "adaptive": (plain, lambda: Scene(adaptive=True)),
+    "loop": (plain, lambda: Scene(foreach=False)),
+    "g1 = 0": (plain, lambda: Scene(tau=0.9999)),
+    "zeroed first": (zeroed_first, Scene),
+    "two calls": (two_calls, Scene),
+    "two calls, alpha 0.5": (two_calls, lambda: Scene(alpha=0.5)),
+    "zeroed between": (zeroed_between, lambda: Scene(alpha=0.5)),
+    "micro-batches": (micro_batches, lambda: Scene(alpha=0.5)),
+    "clipped": (clipped, lambda: Scene(alpha=0.5)),
+    "shared forward": (shared_forward, lambda: Scene(alpha=0.5)),
+    "scaled": (scaled, Scene),
+    "autocast": (autocast, Scene),
+    "interval": (with_interval, lambda: Scene(interval=3)),
+    "dropout": (plain, lambda: Scene(nn.Dropout(0.5))),
+    "dropout replayed": (replayed, lambda: Scene(nn.Dropout(0.5))),
+    "instance norm": (plain, lambda: Scene(nn.InstanceNorm2d(4, track_running_stats=True))),
+    "checkpointed": (plain, lambda: Scene(Checkpointed(False))),
+    "checkpointed, reentrant": (plain, lambda: Scene(Checkpointed(True))),
+    "compiled model": (plain, lambda: _compiled(Scene())),
+    "compiled inside": (compiled_inside, Scene),
+    "in parts": (in_parts, Scene),
+    "frozen encoder": (frozen_encoder, lambda: _frozen(Scene())),
+    "eval mode": (in_eval_mode, Scene),
+    "two losses": (two_losses_in_one_pass, Scene),
+}
+
+
+NOTES = {
+    "g1 = 0": {"no move"},
+    "dropout": {"dropout"},
+    "zeroed between": {"zeroing"},
+    "compiled inside": {"not told"},
+}
+
+
+def assert_right(report: Report, name: str = "") -> None:
+    assert not report.problems, str(report)
+    assert report.ok, str(report)
+    assert any("came back bit for bit" in line for line in report.right)
+    assert any("g1 + alpha * g2" in line for line in report.right)
+    assert {note.kind for note in report.notes} == NOTES.get(name, set())
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_loop_gives_no_finding(name: str) -> None:
+    loop, scene = RIGHT[name]
+    s = scene()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        loop(s)
+    assert_right(report, name)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_as_a_statement_it_reports_when_the_next_update_begins(name: str) -> None:
+    loop, scene = RIGHT[name]
+    s, shown = scene(), []
+    loop(s)
+    check = gap_torch.check(s.optimizer, s.model, show=shown.append)
+    for _ in range(3):
+        loop(s)
+    assert shown == [check.report]
+    assert shown[0].ok or name == "scaled", str(shown[0])
+    assert not shown[0].problems, str(shown[0])
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_it_changes_nothing_and_leaves_nothing(name: str) -> None:
+    loop, scene = RIGHT[name]
+    watched, plainly = scene(), scene()
+    plainly.model.load_state_dict(watched.model.state_dict())
+    attributes = [(o, n, getattr(o, n)) for o, n in _patched()]
+    torch.manual_seed(1)
+    with gap_torch.check(watched.optimizer, watched.model, show=None):
+        loop(watched)
+    torch.manual_seed(1)
+    loop(plainly)
+    for a, b in zip(watched.model.state_dict().values(), plainly.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert all(getattr(o, n) is before for o, n, before in attributes)
+    assert not watched.optimizer.base_optimizer._optimizer_step_pre_hooks
+
+
+def _patched() -> Iterator[tuple[Any, str]]:
+    yield torch.autograd, "backward"
+    yield nn.Module, "__call__"
+    for owner in (nn.Module, torch.optim.Optimizer):
+        yield owner, "zero_grad"
+    for name in ("first_step", "second_step", "set_aside", "zero_grad"):
+        yield GAPWrapper, name
+
+
+def test_g1_that_is_not_finite_is_no_error() -> None:
+    s = Scene()
+    views = s.views()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report, contextlib.suppress(AssertionError):
+        (s.consistency(views) * float("nan")).backward()
+        with s.optimizer.perturbed(s.model):
+            s.consistency(views).backward()
+        s.supervised().backward()
+        s.optimizer.step()
+    assert not report.problems, str(report)
+    assert [note.kind for note in report.notes] == ["no move"]
+
+
+def test_other_models_are_passed_over() -> None:
+    """Which are trained in turns with this one."""
+    s, other = Scene(), Scene()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        other.optimizer.zero_grad()
+        other.supervised().backward()
+        views = s.views()
+        s.consistency(views).backward()
+        plain(other)
+        with s.optimizer.perturbed(s.model):
+            plain(other)
+            s.consistency(views).backward()
+        other.supervised().backward()
+        s.supervised().backward()
+        s.optimizer.step()
+    assert_right(report)
+    assert [name for name, _ in report.timeline] == ["g1", "first_step", "g2", "second_step", "g_l", "step"]
+
+
+def test_the_model_may_be_copied_and_pickled_meanwhile() -> None:
+    """As teachers are made, often after the optimizer."""
+    s = Scene()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        copy.deepcopy(s.optimizer)
+        teacher = pickle.loads(pickle.dumps(copy.deepcopy(s.model)))
+        views = s.views()
+        s.consistency(views).backward()
+        with s.optimizer.perturbed(s.model):
+            with torch.no_grad():
+                teacher(s.u)  # which is not at theta*
+            s.consistency(views).backward()
+        s.supervised().backward()
+        s.optimizer.step()
+    assert_right(report)
+
+
+# ---------------------------------------------------------------- what is worth a note
+
+
+def _kinds(report: Report) -> list[str]:
+    assert report.ok, str(report)
+    return [note.kind for note in report.notes]
+
+
+def test_a_joint_loss_in_both_passes_is_noted() -> None:
+    """As in SAM: it can't be told that part of it is the labelled loss."""
+    s = Scene()
+    views = s.views()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        (s.supervised() + s.consistency(views)).backward()
+        with s.optimizer.perturbed(s.model):
+            (s.supervised() + s.consistency(views)).backward()
+        s.optimizer.step()
+    assert _kinds(report) == ["no g_l"]
+
+
+class InAndOut(nn.Module):
+    """A model whose inputs and outputs are in objects that nobody can look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 1)
+
+    def forward(self, sample: Any) -> Any:
+        return type("Output", (), {"logits": nn.functional.linear(sample.x, self.inner.weight)})
+
+
+def test_inputs_that_cannot_be_seen_are_noted() -> None:
+    model, sample = InAndOut(), type("Sample", (), {"x": torch.ones(2, 3)})
+    optimizer = GAPWrapper(torch.optim.SGD([model.inner.weight], 0.1))
+    with gap_torch.check(optimizer, model, show=None) as report:
+        model(sample).logits.sum().backward()
+        with optimizer.perturbed(model):
+            model(sample).logits.sum().backward()
+        model(sample).logits.sum().backward()
+        optimizer.step()
+    assert _kinds(report) == ["not told"]
+
+
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15), reason="first_step compiles on torch 2.15"
+)
+def test_a_compiled_first_step_is_no_update_without_gap() -> None:
+    s = Scene()
+    first_step = torch.compile(s.optimizer.first_step, backend="eager")
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        views = s.views()
+        s.consistency(views).backward()
+        first_step()
+        with frozen_running_stats(s.model):
+            s.consistency(views).backward()
+        s.optimizer.second_step()
+        s.optimizer.step()
+    assert not report.ok
+    assert not report.problems, str(report)
+    assert [note.kind for note in report.notes] == ["not told"]
+
+
+# ---------------------------------------------------------------- two ranks
+
+DDP_OPTIONS: list[dict[str, Any]] = [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}]
+
+
+def _worker(rank: int) -> list[str]:
+    return [_under_ddp(loop, **options) for options in DDP_OPTIONS for loop in (plain, shared_forward, micro_batches)]
+
+
+def _under_ddp(loop: Callable[[Scene], None], **options: Any) -> str:
+    s = Scene(alpha=0.5)
+    s.model = DistributedDataParallel(s.model, broadcast_buffers=False, **options)
+    if loop is shared_forward and options.get("static_graph"):
+        return ""
+    shown: list[Report] = []
+    for _ in range(2):  # DDP arranges its buckets anew after the first
+        gap_torch.check(s.optimizer, s.model, show=shown.append, updates=1)
+        loop(s)
+        loop(s)
+    return "" if all(report.ok for report in shown) and len(shown) == 2 else "\n".join(map(str, shown))
+
+
+def test_two_ranks_give_no_finding(on_two_ranks: Callable[..., list[list[str]]]) -> None:
+    for rank in on_two_ranks(_worker):
+        assert not any(rank), "\n".join(rank)

@@ -1,0 +1,575 @@
+# ruff: noqa: PT012 (blocks of several statements are what is tested)
+"""Each slip gives its finding and no other, at the line that is marked `# HERE`."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gap_torch
+from gap_torch import GAPWrapper, frozen_running_stats
+from gap_torch.checking import Report
+from gap_torch.consistency import FixMatch
+
+
+class Scene:
+    """A model, data, a method and an optimizer."""
+
+    def __init__(self, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
+        self.method = FixMatch(lambda x: x.flip(-1), lambda x: 0.7 * x, tau=0.0)
+        self.x, self.y, self.u = torch.randn(2, 1, 6, 6), torch.randint(3, (2, 6, 6)), torch.randn(4, 1, 6, 6)
+        self.base = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.optimizer = GAPWrapper(self.base, eps=0.1, **options)
+
+    def views(self, unlabelled: Tensor | None = None) -> Any:
+        return self.method.prepare(self.model, self.u if unlabelled is None else unlabelled)
+
+    def consistency(self, views: Any) -> Tensor:
+        return self.method.loss(self.model, views)
+
+    def supervised(self) -> Tensor:
+        return F.cross_entropy(self.model(self.x), self.y)
+
+
+# ---------------------------------------------------------------- order
+
+
+def missing_second_step(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    s.optimizer.first_step()  # HERE
+    with frozen_running_stats(s.model):
+        s.consistency(views).backward()
+
+
+def missing_second_step_before_the_step(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    s.optimizer.first_step()
+    with frozen_running_stats(s.model):
+        s.consistency(views).backward()
+    s.optimizer.step()  # HERE
+
+
+def step_while_perturbed(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+        s.optimizer.step()  # HERE
+
+
+def base_steps_while_perturbed(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+        s.base.step()  # HERE
+
+
+def missing_second_backward(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):  # HERE
+        s.consistency(views)
+
+
+def no_first_step(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()  # HERE
+    s.optimizer.zero_grad()
+
+
+def no_step(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):  # HERE
+        s.consistency(views).backward()
+    s.supervised().backward()
+
+
+def no_step_in_plain_training(s: Scene) -> None:
+    s.consistency(s.views()).backward()
+    s.supervised().backward()  # HERE
+
+
+def a_whole_step_for_each_micro_batch(s: Scene) -> None:
+    for unlabelled in s.u.split(2):
+        views = s.views(unlabelled)
+        s.consistency(views).backward()
+        with s.optimizer.perturbed(s.model):  # HERE
+            s.consistency(views).backward()
+        s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def only_the_last_micro_batch(s: Scene) -> None:
+    views = [s.views(u) for u in s.u.split(2)]
+    for v in views:
+        s.consistency(v).backward()  # HERE
+    with s.optimizer.perturbed(s.model):
+        s.consistency(v).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+# ---------------------------------------------------------------- g1
+
+
+def labelled_backward_first(s: Scene) -> None:
+    views = s.views()
+    F.cross_entropy(s.model(s.x), s.y).backward()  # HERE
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def labelled_loss_in_the_same_backward(s: Scene) -> None:
+    views = s.views()
+    (F.cross_entropy(s.model(s.x), s.y) + s.consistency(views)).backward()  # HERE
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def shared_forward_without_set_aside(s: Scene) -> None:
+    views = s.views()
+    logits = s.model(torch.cat([s.x, views.inputs]))
+    (F.cross_entropy(logits[:2], s.y) + s.method.compare(logits[2:], views)).backward()  # HERE
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def leftover_of_before(s: Scene) -> None:
+    s.supervised().backward()
+    s.base.step()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        views = s.views()
+        s.consistency(views).backward()  # HERE
+        with s.optimizer.perturbed(s.model):
+            s.consistency(views).backward()
+        s.supervised().backward()
+        s.optimizer.step()
+    s.report = report  # type: ignore[attr-defined]
+
+
+def never_zeroed(s: Scene) -> None:
+    for _ in range(2):
+        views = s.views()
+        s.consistency(views).backward()  # HERE
+        with s.optimizer.perturbed(s.model):
+            s.consistency(views).backward()
+        s.supervised().backward()
+        s.optimizer.step()
+
+
+# ---------------------------------------------------------------- the perturbed pass
+
+
+def other_batch(s: Scene) -> None:
+    views, others = s.views(), s.views(torch.randn(4, 1, 6, 6))
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(others).backward()  # HERE
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def new_augmentation(s: Scene) -> None:
+    target = s.views().target
+    F.cross_entropy(s.model(s.u + 0.1 * torch.randn_like(s.u)), target).backward()
+    with s.optimizer.perturbed(s.model):
+        F.cross_entropy(s.model(s.u + 0.1 * torch.randn_like(s.u)), target).backward()  # HERE
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def labelled_inside(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+        F.cross_entropy(s.model(s.x), s.y).backward()  # HERE
+    s.optimizer.step()
+
+
+def targets_at_theta_star(s: Scene) -> None:
+    s.consistency(s.views()).backward()
+    with s.optimizer.perturbed(s.model):
+        views = s.method.prepare(s.model, s.u)  # HERE
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def detached_targets_at_theta_star(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        target = s.model(s.u).argmax(1)  # HERE
+        F.cross_entropy(s.model(views.inputs), target).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def moving_statistics(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed():
+        s.consistency(views).backward()  # HERE
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def moving_statistics_between_two_calls(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    s.optimizer.first_step()
+    s.consistency(views).backward()  # HERE
+    s.optimizer.second_step()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def graph_of_theta(s: Scene) -> None:
+    loss = s.consistency(s.views())
+    loss.backward(retain_graph=True)
+    with s.optimizer.perturbed(s.model):
+        loss.backward()  # HERE
+
+
+# ---------------------------------------------------------------- zeroing
+
+
+def zeroed_in_place(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.model.zero_grad(set_to_none=False)  # HERE
+        s.consistency(views).backward()
+
+
+def zeroed_by_hand(s: Scene) -> None:
+    """Behind the wrapper's back."""
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        for p in s.model.parameters():
+            p.grad.data.zero_()
+        s.consistency(views).backward()  # HERE
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def zeroed_between_micro_batches(s: Scene) -> None:
+    views = [s.views(u) for u in s.u.split(2)]
+    for v in views:
+        s.consistency(v).backward()
+    with s.optimizer.perturbed(s.model):
+        for v in views:
+            s.consistency(v).backward()
+            s.base.zero_grad(set_to_none=False)  # HERE
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def zeroed_before_the_labelled_backward(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.optimizer.zero_grad()  # HERE
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def clipped_in_between(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):  # HERE
+        s.consistency(views).backward()
+        nn.utils.clip_grad_norm_(s.model.parameters(), 1e-3)
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def move(s: Scene, sign: float) -> None:
+    norm = torch.stack([p.grad.norm() for p in s.model.parameters()]).norm()
+    for p in s.model.parameters():
+        p.data.add_(p.grad, alpha=sign * 0.1 / norm.item())
+
+
+def sam_by_hand(s: Scene) -> None:
+    """Even if it does what it should."""
+    views = s.views()
+    s.consistency(views).backward()
+    move(s, 1.0)
+    theta_star = [p.grad.clone() for p in s.model.parameters()]
+    with frozen_running_stats(s.model):
+        s.consistency(views).backward()
+    for p, g1 in zip(s.model.parameters(), theta_star, strict=True):
+        p.data.sub_(g1, alpha=0.1 / torch.stack([g.norm() for g in theta_star]).norm().item())
+    s.supervised().backward()
+    s.base.step()  # HERE
+
+
+def recomputed_loss_without_backward(s: Scene) -> None:
+    """The first public port: the loss is recomputed, and g2 is never used."""
+    views = s.views()
+    s.consistency(views).backward()
+    move(s, 1.0)
+    with frozen_running_stats(s.model):
+        loss = s.method.loss(s.model, views)  # HERE g2 unused
+    move(s, -1.0)
+    s.log = loss.item()  # type: ignore[attr-defined]
+    s.supervised().backward()
+    s.base.step()  # HERE no perturbed pass
+
+
+def detached_term(s: Scene) -> None:
+    """The second one: a term without gradient is added to the loss."""
+    views = s.views()
+    s.consistency(views).backward()
+    move(s, 1.0)
+    with frozen_running_stats(s.model):
+        term = s.method.loss(s.model, views).detach()  # HERE g2 unused
+    move(s, -1.0)
+    (s.supervised() + term).backward()
+    s.base.step()  # HERE no perturbed pass
+
+
+def detached_term_in_the_wrapper(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):  # HERE
+        term = s.consistency(views).detach()
+    (s.supervised() + term).backward()
+
+
+def detached_term_beside_the_labelled_loss(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        term = s.method.loss(s.model, views).detach()  # HERE targets
+        F.cross_entropy(s.model(s.x), s.y).add(term).backward()  # HERE other batch
+    s.optimizer.step()
+
+
+WRONG: dict[Callable[[Scene], None], str] = {
+    missing_second_step: "no second_step",
+    missing_second_step_before_the_step: "refused",
+    step_while_perturbed: "refused",
+    base_steps_while_perturbed: "refused",
+    missing_second_backward: "refused",
+    no_first_step: "no perturbed pass",
+    no_step: "no step",
+    no_step_in_plain_training: "no step",
+    a_whole_step_for_each_micro_batch: "no step",
+    only_the_last_micro_batch: "mixed g1",
+    labelled_backward_first: "mixed g1",
+    labelled_loss_in_the_same_backward: "mixed g1",
+    shared_forward_without_set_aside: "mixed g1",
+    leftover_of_before: "leftover",
+    never_zeroed: "leftover",
+    other_batch: "other batch",
+    new_augmentation: "other batch",
+    labelled_inside: "other batch",
+    targets_at_theta_star: "targets",
+    detached_targets_at_theta_star: "targets",
+    moving_statistics: "statistics",
+    moving_statistics_between_two_calls: "statistics",
+    graph_of_theta: "stale graph",
+    zeroed_in_place: "zeroed",
+    zeroed_by_hand: "zeroed",
+    zeroed_between_micro_batches: "zeroed",
+    zeroed_before_the_labelled_backward: "zeroed",
+    clipped_in_between: "changed",
+    sam_by_hand: "no perturbed pass",
+    recomputed_loss_without_backward: "",
+    detached_term: "",
+    detached_term_in_the_wrapper: "refused",
+    detached_term_beside_the_labelled_loss: "",
+}
+
+
+def _watched(loop: Callable[[Scene], None], s: Scene) -> Report:
+    report = Report()
+    try:
+        with gap_torch.check(s.optimizer, s.model, show=None) as report:
+            loop(s)
+    except RuntimeError:
+        assert report.stopped
+    return getattr(s, "report", report)
+
+
+def _expected(loop: Callable[[Scene], None]) -> set[tuple[str, str]]:
+    """Kind and "file:line" of each mark in the source of `loop`."""
+    lines, start = inspect.getsourcelines(loop)
+    marks = [(number, line.split("# HERE")[1].strip()) for number, line in enumerate(lines, start) if "# HERE" in line]
+    return {(kind or WRONG[loop], f"{Path(__file__).name}:{number}") for number, kind in marks}
+
+
+@pytest.mark.filterwarnings("ignore:GAP. first_step")
+@pytest.mark.parametrize("loop", WRONG, ids=lambda loop: loop.__name__)
+def test_a_wrong_loop_gives_its_finding_and_no_other(loop: Callable[[Scene], None]) -> None:
+    report = _watched(loop, Scene())
+    assert {(p.kind, Path(p.where).name) for p in report.problems} == _expected(loop), str(report)
+    assert len(report.problems) == len(_expected(loop))
+    assert not report.ok
+
+
+@pytest.mark.filterwarnings("ignore:GAP. first_step")
+@pytest.mark.parametrize("loop", WRONG, ids=lambda loop: loop.__name__)
+def test_the_report_names_the_line_and_the_remedy(loop: Callable[[Scene], None]) -> None:
+    report = _watched(loop, Scene())
+    for problem in report.problems:
+        assert f"WRONG  {problem.where}: " in str(report)
+        assert problem.fix
+        assert problem.fix in str(report)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_losses_are_seen_with_any_alpha(alpha: float) -> None:
+    for loop in (zeroed_in_place, zeroed_by_hand, zeroed_between_micro_batches, zeroed_before_the_labelled_backward):
+        report = _watched(loop, Scene(alpha=alpha))
+        assert {(p.kind, Path(p.where).name) for p in report.problems} == _expected(loop), str(report)
+
+
+@pytest.mark.parametrize("loop", [sam_by_hand, recomputed_loss_without_backward, detached_term, no_first_step])
+def test_an_optimizer_that_is_not_wrapped(loop: Callable[[Scene], None]) -> None:
+    s = Scene()
+    s.optimizer = s.base  # type: ignore[assignment]
+    report = _watched(loop, s)
+    expected = {(kind.replace("no perturbed pass", "no wrapper"), where) for kind, where in _expected(loop)}
+    assert {(p.kind, Path(p.where).name) for p in report.problems} == expected, str(report)
+    moved = "moved by other code" in str(report)
+    assert moved == (loop is not no_first_step)
+
+
+# ---------------------------------------------------------------- a wrapper that is itself wrong
+
+
+def _broken(monkeypatch: pytest.MonkeyPatch, name: str, broken: Callable[..., None]) -> Report:
+    original = getattr(GAPWrapper, name)
+    monkeypatch.setattr(GAPWrapper, name, lambda wrapper: broken(original, wrapper))
+    s = Scene(alpha=0.5)
+    views = s.views()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        s.consistency(views).backward()
+        s.optimizer.first_step()
+        with frozen_running_stats(s.model):
+            s.consistency(views).backward()
+        s.optimizer.second_step()
+        s.supervised().backward()
+        s.optimizer.step()
+    return report
+
+
+def test_a_wrong_radius_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_far(first_step: Callable[..., None], wrapper: GAPWrapper) -> None:
+        first_step(wrapper)
+        with torch.no_grad():
+            wrapper.param_groups[0]["params"][0][0, 0, 0, 0] += 1e-4
+
+    assert [p.kind for p in _broken(monkeypatch, "first_step", too_far).problems] == ["radius"]
+
+
+def test_an_inexact_restore_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def inexact(second_step: Callable[..., None], wrapper: GAPWrapper) -> None:
+        second_step(wrapper)
+        with torch.no_grad():
+            weight = wrapper.param_groups[0]["params"][0]
+            weight[0, 0, 0, 0] = weight[0, 0, 0, 0].nextafter(torch.tensor(9.0))
+
+    report = _broken(monkeypatch, "second_step", inexact)
+    assert "restore" in [p.kind for p in report.problems]
+
+
+def test_a_wrong_sum_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(second_step: Callable[..., None], wrapper: GAPWrapper) -> None:
+        second_step(wrapper)
+        wrapper.param_groups[0]["params"][0].grad *= 1.001
+
+    assert [p.kind for p in _broken(monkeypatch, "second_step", doubled).problems] == ["sum"]
+
+
+# ---------------------------------------------------------------- the call itself
+
+
+def test_arguments_are_checked() -> None:
+    s = Scene()
+    with pytest.raises(ValueError, match="model: none of its parameters"):
+        gap_torch.check(s.optimizer, nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="updates must be at least 1, got 0"):
+        gap_torch.check(s.optimizer, s.model, updates=0)
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, not Sequential"):
+        gap_torch.check(s.model, s.model)  # type: ignore[arg-type]
+
+
+def test_an_exception_of_ones_own_goes_its_way() -> None:
+    s = Scene()
+    with pytest.raises(ZeroDivisionError), gap_torch.check(s.optimizer, s.model, show=None) as report:
+        s.consistency(s.views()).backward()
+        raise ZeroDivisionError
+    assert not report.ok
+    assert not report.problems
+    assert "ZeroDivisionError at" in report.stopped
+    assert "test_wrong_loops.py" in report.stopped
+
+
+def test_nothing_to_see_is_not_ok(capsys: pytest.CaptureFixture) -> None:
+    s = Scene()
+    with gap_torch.check(s.optimizer, s.model) as report:
+        pass
+    assert not report.ok
+    assert "before any update was complete" in capsys.readouterr().out
+
+
+def test_another_check_ends_the_first(capsys: pytest.CaptureFixture) -> None:
+    s = Scene()
+    gap_torch.check(s.optimizer, s.model)
+    with gap_torch.check(s.optimizer, s.model, show=None):
+        assert "stopped by another check" in capsys.readouterr().out
+
+
+def test_two_updates() -> None:
+    s = Scene()
+    with gap_torch.check(s.optimizer, s.model, updates=2, show=None) as report:
+        for loop in (no_first_step, moving_statistics):
+            loop(s)
+    assert report.updates == 2
+    assert [p.kind for p in report.problems] == ["no perturbed pass", "statistics"]
+
+
+def test_an_update_that_an_exception_ended_is_forgotten() -> None:
+    """As in a loop that goes on with the next batch when memory runs out."""
+    s = Scene()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        views = s.views()
+        s.consistency(views).backward()
+        with pytest.raises(MemoryError), s.optimizer.perturbed(s.model):
+            raise MemoryError
+        s.consistency(views).backward()
+        with s.optimizer.perturbed(s.model):
+            s.consistency(views).backward()
+        s.supervised().backward()
+        s.optimizer.step()
+    assert report.ok, str(report)
