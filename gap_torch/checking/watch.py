@@ -129,8 +129,10 @@ class Watch:
         held = {name: all(map(values.same_bits, old, now[name])) for name, old in before.items()}
         forward.statistics = [name for name in held if not held[name]]
 
-    def _reached(self, forward: Forward, gradient: Tensor) -> None:
+    def _reached(self, forward: Forward, gradient: Tensor | None) -> None:
         """A backward call has come to what the model returned."""
+        if gradient is None:  # of an output that the loss does not use, beside one that it does
+            return
         forward.reached = True
         if not self.backward_at:
             return  # torch.autograd.grad
