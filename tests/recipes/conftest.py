@@ -1,4 +1,4 @@
-"""What the recipes' tests share: the lines of a page, run in a loop of the same structure, and a network to train."""
+"""What the recipes' tests share: import paths, the code of a page, a network to train, gradients at the step."""
 
 import re
 import sys
@@ -12,23 +12,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples" / "integrations"))  # where the pages' files of code are
+sys.path[:0] = [
+    str(ROOT / "examples" / "integrations"),
+    str(Path(__file__).parent),
+]  # the pages' files of code; loops.py
 
-Lines = Callable[[str, str], Any]
+Lines = Callable[[str, str], list[str]]
 Gradients = Callable[[Optimizer], list[Tensor | None]]
 
 
 @pytest.fixture(scope="session")
 def lines() -> Lines:
-    """`lines(page, heading)`: the code under a heading of docs/recipes/<page>.md, compiled, to be run with `exec`."""
+    """`lines(page, heading)`: the blocks of code under a heading of docs/recipes/<page>.md, to be run with `exec`."""
 
-    def compiled(page: str, heading: str) -> Any:
-        path = ROOT / "docs" / "recipes" / f"{page}.md"
-        section = path.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-        blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-        return compile("".join(blocks), f"{path.name}: {heading}", "exec")
+    def blocks(page: str, heading: str) -> list[str]:
+        text = (ROOT / "docs" / "recipes" / f"{page}.md").read_text()
+        section = re.split(rf"\n##+ {heading}\n", text)[1]
+        return re.findall(r"```python\n(.*?)```", re.split(r"\n##+ ", section)[0], re.DOTALL)
 
-    return compiled
+    return blocks
 
 
 @pytest.fixture

@@ -1,134 +1,101 @@
 """The lines of docs/recipes/ssl4mis.md in loops of the same structure as SSL4MIS's."""
 
-import copy
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import Loop, is_the_plain_loop_without_the_lines, takes_the_step_of_gap
 from torch import Tensor, nn
 
-from gap_torch import GAPWrapper
-from gap_torch.reference import algorithm_1
-
-EPS, WEIGHT, LABELLED, UNLABELLED = 0.3, 0.7, 2, 3
+WEIGHT, LABELLED, UNLABELLED, DECAY = 0.7, 2, 3, 0.9
 
 
-class Loop:
-    """The names that a script's iteration has at its three last lines, and those lines as they are there."""
+class OneBatch(Loop):
+    """Labelled images first, and unlabelled ones behind them."""
 
-    def __init__(self, models: list[nn.Sequential], wrap: Callable[[Any], Any]) -> None:
-        self.models = models
-        self.optimizers = [wrap(torch.optim.SGD(m.parameters(), 0.1, 0.9, weight_decay=1e-4)) for m in models]
-        dtype = models[0][0].weight.dtype
+    def __init__(self, **networks: nn.Module) -> None:
+        super().__init__(**networks)
         generator = torch.Generator().manual_seed(1)
-        self.volume_batch = torch.randn(LABELLED + UNLABELLED, 1, 6, 6, generator=generator, dtype=dtype)
+        self.images = torch.randn(LABELLED + UNLABELLED, 1, 6, 6, generator=generator, dtype=self.dtype)
         self.labels = torch.randint(3, (LABELLED, 6, 6), generator=generator)
-        self.common = {
-            "torch": torch,
-            "args": SimpleNamespace(labeled_bs=LABELLED),
-            "volume_batch": self.volume_batch,
-            "consistency_weight": WEIGHT,
-            "ce_loss": F.cross_entropy,
-        }
+        self.names |= {"args": SimpleNamespace(labeled_bs=LABELLED), "volume_batch": self.images}
+        self.names |= {"consistency_weight": WEIGHT, "iter_num": 1000}
 
-    def plain(self, loss: Tensor) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
+    def supervised(self, twin: Any, optimizer: str) -> Tensor:
+        return F.cross_entropy(twin(self.images)[:LABELLED], self.labels)
 
 
-class MeanTeacher(Loop):
-    def forward(self) -> dict[str, Any]:
-        model, (optimizer,) = self.models[0], self.optimizers
+class MeanTeacher(OneBatch):
+    def __init__(self, network: nn.Module, teacher: nn.Module) -> None:
+        super().__init__(model=network)
+        self.names["ema_model"] = teacher
+
+    def forward(self) -> None:
         with torch.no_grad():
-            teacher = torch.softmax(self.models[1](self.volume_batch[LABELLED:] + 0.1), dim=1)
-        outputs = model(self.volume_batch)
-        consistency = torch.mean((torch.softmax(outputs[LABELLED:], dim=1) - teacher) ** 2)
-        return {
-            **self.common,
-            "model": model,
-            "optimizer": optimizer,
-            "ema_output_soft": teacher,
-            "supervised_loss": F.cross_entropy(outputs[:LABELLED], self.labels),
-            "consistency_loss": consistency,
-        }
+            teacher = self.names["ema_model"](self.images[LABELLED:] + 0.1).softmax(1)
+        outputs = self.names["model"](self.images)
+        supervised = F.cross_entropy(outputs[:LABELLED], self.labels)
+        consistency = 0.0
+        if self.names["iter_num"] >= 1000:
+            consistency = ((outputs.softmax(1)[LABELLED:] - teacher) ** 2).mean()
+        self.names |= {"ema_output_soft": teacher, "supervised_loss": supervised, "consistency_loss": consistency}
+        self.names["loss"] = supervised + WEIGHT * consistency
 
-    def __init__(self, models: list[nn.Sequential], wrap: Callable[[Any], Any]) -> None:
-        super().__init__(models, wrap)
-        del self.optimizers[1]  # the teacher's
+    def unsupervised(self, twin: Any, optimizer: str) -> Tensor:
+        return WEIGHT * F.mse_loss(twin(self.images)[LABELLED:].softmax(1), self.names["ema_output_soft"])
 
-
-class CrossSupervision(Loop):
-    def forward(self) -> dict[str, Any]:
-        one, two = (model(self.volume_batch) for model in self.models)
-        pseudo1, pseudo2 = (outputs[LABELLED:].detach().argmax(dim=1) for outputs in (one, two))
-        return {
-            **self.common,
-            **dict(zip(("model1", "model2"), self.models, strict=True)),
-            **dict(zip(("optimizer1", "optimizer2"), self.optimizers, strict=True)),
-            "pseudo_outputs1": pseudo1,
-            "pseudo_outputs2": pseudo2,
-            "loss1": F.cross_entropy(one[:LABELLED], self.labels),
-            "loss2": F.cross_entropy(two[:LABELLED], self.labels),
-            "pseudo_supervision1": F.cross_entropy(one[LABELLED:], pseudo2),
-            "pseudo_supervision2": F.cross_entropy(two[LABELLED:], pseudo1),
-        }
+    def end(self) -> None:
+        with torch.no_grad():
+            for mine, theirs in zip(
+                self.names["ema_model"].parameters(), self.names["model"].parameters(), strict=True
+            ):
+                mine.lerp_(theirs, 1 - DECAY)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_mean_teacher_takes_the_step_of_gap(lines: Any, network: Any, updated_with: Any, alpha: float) -> None:
-    loop = MeanTeacher([network(0), network(1)], lambda base: GAPWrapper(base, EPS, alpha))
-    twin = copy.deepcopy(loop.models[0])
-    names = loop.forward()
-    expected = algorithm_1(
-        list(twin.parameters()),
-        lambda: WEIGHT * F.mse_loss(twin(loop.volume_batch)[LABELLED:].softmax(1), names["ema_output_soft"]),
-        lambda: F.cross_entropy(twin(loop.volume_batch)[:LABELLED], loop.labels),
-        eps=EPS,
-        alpha=alpha,
-    )
-    statistics = {name: b.clone() for name, b in loop.models[0].named_buffers()}
-    seen = updated_with(loop.optimizers[0])
-    exec(lines("ssl4mis", "One network and an EMA teacher"), names)
-    torch.testing.assert_close(seen, expected)
-    torch.testing.assert_close(dict(loop.models[0].named_buffers()), statistics, rtol=0, atol=0)
+class CrossSupervision(OneBatch):
+    def __init__(self, network1: nn.Module, network2: nn.Module) -> None:
+        super().__init__(model1=network1, model2=network2)
+        self.names["ce_loss"] = F.cross_entropy
+
+    def forward(self) -> None:
+        outputs = {i: self.names[f"model{i}"](self.images) for i in "12"}
+        for i in "12":
+            self.names[f"pseudo_outputs{i}"] = outputs[i][LABELLED:].detach().argmax(1)
+        for i, other in ("12", "21"):
+            self.names[f"loss{i}"] = F.cross_entropy(outputs[i][:LABELLED], self.labels)
+            pseudo = self.names[f"pseudo_outputs{other}"]
+            self.names[f"pseudo_supervision{i}"] = F.cross_entropy(outputs[i][LABELLED:], pseudo)
+        self.names["loss"] = sum(self.names[f"loss{i}"] + WEIGHT * self.names[f"pseudo_supervision{i}"] for i in "12")
+
+    def unsupervised(self, twin: Any, optimizer: str) -> Tensor:
+        pseudo = self.names["pseudo_outputs2" if optimizer == "optimizer1" else "pseudo_outputs1"]
+        return WEIGHT * F.cross_entropy(twin(self.images)[LABELLED:], pseudo)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_each_of_two_networks_takes_its_own_step_of_gap(
-    lines: Any, network: Any, updated_with: Any, alpha: float
-) -> None:
-    loop = CrossSupervision([network(0), network(1)], lambda base: GAPWrapper(base, EPS, alpha))
-    twins = copy.deepcopy(loop.models)
-    names = loop.forward()
-    seen = [updated_with(optimizer) for optimizer in loop.optimizers]
-    statistics = [{name: b.clone() for name, b in model.named_buffers()} for model in loop.models]
-    exec(lines("ssl4mis", "Two networks that teach each other"), names)
-    torch.testing.assert_close([dict(m.named_buffers()) for m in loop.models], statistics, rtol=0, atol=0)
-    for twin, pseudo, found in zip(twins, (names["pseudo_outputs2"], names["pseudo_outputs1"]), seen, strict=True):
-        expected = algorithm_1(
-            list(twin.parameters()),
-            lambda twin=twin, pseudo=pseudo: WEIGHT * F.cross_entropy(twin(loop.volume_batch)[LABELLED:], pseudo),
-            lambda twin=twin: F.cross_entropy(twin(loop.volume_batch)[:LABELLED], loop.labels),
-            eps=EPS,
-            alpha=alpha,
-        )
-        torch.testing.assert_close(found, expected)
+LOOPS = {"One network and an EMA teacher": MeanTeacher, "Two networks that teach each other": CrossSupervision}
 
 
-@pytest.mark.parametrize("kind", [MeanTeacher, CrossSupervision])
-def test_without_the_lines_it_is_the_plain_loop(network: Any, kind: type[Loop]) -> None:
-    loops = [kind([network(0, torch.float32), network(1, torch.float32)], w) for w in (lambda o: o, GAPWrapper)]
-    for loop in loops:
-        for _ in range(3):
-            names = loop.forward()
-            parts = [value for name, value in names.items() if name in ("supervised_loss", "loss1", "loss2")]
-            rest = [value for name, value in names.items() if name.startswith(("consistency_loss", "pseudo_sup"))]
-            loop.plain(sum(parts) + WEIGHT * sum(rest))
-    for plain, wrapped in zip(loops[0].models, loops[1].models, strict=True):
-        torch.testing.assert_close(plain.state_dict(), wrapped.state_dict(), rtol=0, atol=0)
+@pytest.mark.parametrize("heading", LOOPS)
+def test_the_step_is_that_of_gap(lines: Any, network: Any, updated_with: Any, heading: str) -> None:
+    (wrap,), (backward,) = lines("ssl4mis", "Change these lines"), lines("ssl4mis", heading)
+    takes_the_step_of_gap(LOOPS[heading](network(0), network(1)), wrap, backward, updated_with)
+
+
+@pytest.mark.parametrize("heading", LOOPS)
+def test_without_the_lines_it_is_the_plain_loop(lines: Any, network: Any, heading: str) -> None:
+    (wrap,) = lines("ssl4mis", "Change these lines")
+    make = lambda: LOOPS[heading](network(0, torch.float32), network(1, torch.float32))  # noqa: E731
+    is_the_plain_loop_without_the_lines(make, wrap)
+
+
+def test_as_long_as_there_is_no_consistency_the_step_is_plain(lines: Any, network: Any) -> None:
+    (backward,) = lines("ssl4mis", "One network and an EMA teacher")
+    weights = []
+    for code in ("loss.backward()", backward):
+        loop = MeanTeacher(network(0), network(1))
+        loop.names["iter_num"] = 999
+        loop.iterate(code)
+        weights.append(loop.names["model"].state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)

@@ -1,19 +1,19 @@
 """The lines of docs/recipes/unimatch.md in a loop of the structure of UniMatch's medical part."""
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from loops import Loop, is_the_plain_loop_without_the_lines, takes_the_step_of_gap
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gap_torch import GAPWrapper, RNGState
-from gap_torch.reference import algorithm_1
+from gap_torch import RNGState
 
-EPS, ALPHA, LABELLED, UNLABELLED, TAU = 0.3, 0.5, 2, 3, 0.36
+LABELLED, UNLABELLED, TAU = 2, 3, 0.36
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,109 +42,70 @@ def dice(p: Tensor, target: Tensor, ignore: Tensor) -> Tensor:
     """Soft Dice of the pixels that are not to be ignored, mean over classes."""
     counts = (1 - ignore).unsqueeze(1)
     y = (target == torch.arange(3).view(1, 3, 1, 1)).to(p.dtype)
-    sums = [(counts * a * b).sum((0, 2, 3)) for a, b in ((p, y), (p, p), (y, y))]
-    return 1 - ((2 * sums[0] + 1e-5) / (sums[1] + sums[2] + 1e-5)).mean()
+    pairs = [(counts * a * b).sum((0, 2, 3)) for a, b in ((p, y), (p, p), (y, y))]
+    return 1 - ((2 * pairs[0] + 1e-5) / (pairs[1] + pairs[2] + 1e-5)).mean()
 
 
-class Loop:
-    def __init__(self, network: nn.Sequential, dropout: float, wrap: Callable[[Any], Any]) -> None:
+class UniMatch(Loop):
+    def __init__(self, network: nn.Sequential, dropout: float) -> None:
         inner = WithPerturbedFeatures(network, dropout)
-        self.optimizer = wrap(torch.optim.SGD(inner.parameters(), 0.1, 0.9, weight_decay=1e-4))
-        self.model = DistributedDataParallel(inner)
+        super().__init__(model=inner)
         generator = torch.Generator().manual_seed(1)
-        x, *u = torch.randn(5 * UNLABELLED, 1, 6, 6, generator=generator, dtype=network[0].weight.dtype).chunk(5)
-        self.x, (self.u_w, self.u_w_mix, self.u_s1, self.u_s2) = x[:LABELLED], u
-        self.y = torch.randint(3, (LABELLED, 6, 6), generator=generator)
-        self.box = torch.zeros(UNLABELLED, 6, 6, dtype=torch.bool)
-        self.box[:, 1:4, 2:5] = True
+        x, *views = torch.randn(5 * UNLABELLED, 1, 6, 6, generator=generator, dtype=self.dtype).chunk(5)
+        self.x, self.y = x[:LABELLED], torch.randint(3, (LABELLED, 6, 6), generator=generator)
+        self.weak, self.mix, *self.strong = views
+        self.boxes = torch.zeros(2, UNLABELLED, 6, 6, dtype=torch.bool)
+        self.boxes[0, :, 1:4, 2:5] = self.boxes[1, :, 3:, :2] = True
+        self.names |= {"model": DistributedDataParallel(inner), "criterion_dice": dice, "num_lb": LABELLED}
+        self.names |= {"cfg": {"conf_thresh": TAU}, "img_x": self.x, "img_u_w": self.weak}
+        self.names |= {"img_u_s1": self.strong[0], "img_u_s2": self.strong[1]}
 
-    def names(self) -> dict[str, Any]:
-        model = self.model
+    def forward(self) -> None:
+        model = self.names["model"]
         with torch.no_grad():
-            model.eval()
-            mix = model(self.u_w_mix).softmax(1)
+            mix = model.eval()(self.mix).softmax(1)
         model.train()
-        preds, fp = model(torch.cat((self.x, self.u_w)), True)
-        s1, s2 = model(torch.cat((self.u_s1, self.u_s2))).chunk(2)
+        self.names["rng"] = RNGState.now()
+        preds, fp = model(torch.cat((self.x, self.weak)), True)
+        strong = model(torch.cat(self.strong)).chunk(2)
         weak = preds[LABELLED:].detach().softmax(1)
-        cutmixed = torch.where(self.box.unsqueeze(1), mix, weak)
-        conf, mask = cutmixed.max(1)
-        return {
-            "torch": torch,
-            "cfg": {"conf_thresh": TAU},
-            "criterion_dice": dice,
-            "model": model,
-            "optimizer": self.optimizer,
-            **{"img_x": self.x, "img_u_w": self.u_w, "img_u_s1": self.u_s1, "img_u_s2": self.u_s2},
-            **{"mask_u_w_cutmixed1": mask, "conf_u_w_cutmixed1": conf},
-            **{"mask_u_w_cutmixed2": mask, "conf_u_w_cutmixed2": conf},
-            **{"mask_u_w": weak.argmax(1), "conf_u_w": weak.amax(1), "num_lb": LABELLED},
-            **{"pred_u_w_fp": fp[LABELLED:], "pred_u_s1": s1, "pred_u_s2": s2},
-            "loss_x": nn.functional.cross_entropy(preds[:LABELLED], self.y),
-        }
+        self.pseudo = [weak, *(torch.where(box.unsqueeze(1), mix, weak) for box in self.boxes)]
+        for name, p in zip(("u_w", "u_w_cutmixed1", "u_w_cutmixed2"), self.pseudo, strict=True):
+            self.names |= {f"conf_{name}": p.amax(1), f"mask_{name}": p.argmax(1)}
+        self.names |= {"pred_u_w_fp": fp[LABELLED:], "pred_u_s1": strong[0], "pred_u_s2": strong[1]}
+        self.names["loss_x"] = F.cross_entropy(preds[:LABELLED], self.y)
+        self.names["loss"] = self.names["loss_x"] / 2 + self.compared([fp[LABELLED:], *strong])
 
-    def unsupervised(self, model: nn.Module, names: dict[str, Any]) -> Tensor:
-        """Theirs: a fourth, a fourth, a half, and half of it all."""
-        fp = model(torch.cat((self.x, self.u_w)), True)[1][LABELLED:].softmax(1)
-        strong = model(torch.cat((self.u_s1, self.u_s2))).softmax(1)
-        boxed, sure = names["mask_u_w_cutmixed1"].unsqueeze(1), names["conf_u_w_cutmixed1"] >= TAU
-        total = 0.5 * dice(fp, names["mask_u_w"].unsqueeze(1), 1.0 - (names["conf_u_w"] >= TAU).double())
-        for view in strong.chunk(2):
-            total = total + 0.25 * dice(view, boxed, 1.0 - sure.double())
-        return total / 2
+    def compared(self, logits: list[Tensor]) -> Tensor:
+        """Half of: a half for the perturbed features, a fourth for each strong view."""
+        assert all(0 < (p.amax(1) >= TAU).double().mean() < 1 for p in self.pseudo)  # the threshold does something
+        terms = (
+            dice(z.softmax(1), p.argmax(1).unsqueeze(1), 1.0 - (p.amax(1) >= TAU).to(p.dtype))
+            for z, p in zip(logits, self.pseudo, strict=True)
+        )
+        return sum(weight * term for weight, term in zip((0.5, 0.25, 0.25), terms, strict=True)) / 2
+
+    def unsupervised(self, twin: Any, optimizer: str) -> Tensor:
+        torch.set_rng_state(self.names["rng"].cpu)
+        fp = twin(torch.cat((self.x, self.weak)), True)[1][LABELLED:]
+        return self.compared([fp, *twin(torch.cat(self.strong)).chunk(2)])
+
+    def supervised(self, twin: Any, optimizer: str) -> Tensor:
+        return F.cross_entropy(twin(torch.cat((self.x, self.weak)), True)[0][:LABELLED], self.y) / 2
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_step_is_that_of_gap(lines: Any, network: Any, updated_with: Any, dropout: float) -> None:
-    loop = Loop(network(), dropout, lambda base: GAPWrapper(base, EPS, ALPHA))
-    twin = copy.deepcopy(loop.model.module).train()
-    torch.manual_seed(3)
-    rng = RNGState.now()
-    names = loop.names()
-    code = lines("unimatch", "The lines")
-    if dropout:
-        names["optimizer"] = _Replaying(loop.optimizer, rng)
-    share = float((names["conf_u_w"] >= TAU).double().mean())
-    assert 0 < share < 1  # the mask does something
-
-    def seeded() -> Tensor:
-        torch.manual_seed(3)
-        return loop.unsupervised(twin, names)
-
-    def supervised() -> Tensor:
-        logits, _ = twin(torch.cat((loop.x, loop.u_w)), True)
-        return nn.functional.cross_entropy(logits[:LABELLED], loop.y) / 2
-
-    expected = algorithm_1(list(twin.parameters()), seeded, supervised, eps=EPS, alpha=ALPHA)
-    seen = updated_with(loop.optimizer)
-    exec(code, names)
-    torch.testing.assert_close(seen, expected)
+def test_the_step_is_that_of_gap(lines: Any, network: Any, updated_with: Any) -> None:
+    wrap, backward = lines("unimatch", "Change these lines")
+    takes_the_step_of_gap(UniMatch(network(), dropout=0.0), wrap, backward, updated_with)
 
 
-class _Replaying:
-    """The optimizer with `rng=rng` in `perturbed`, as the page advises."""
-
-    def __init__(self, optimizer: GAPWrapper, rng: RNGState) -> None:
-        self.optimizer, self.rng = optimizer, rng
-
-    def perturbed(self, model: nn.Module) -> Any:
-        return self.optimizer.perturbed(model, rng=self.rng)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.optimizer, name)
+def test_with_rng_the_dropout_masks_are_those_of_g1(lines: Any, network: Any, updated_with: Any) -> None:
+    wrap, backward = lines("unimatch", "Change these lines")
+    with_rng = backward.replace("perturbed(model)", "perturbed(model, rng=rng)")
+    assert with_rng != backward
+    takes_the_step_of_gap(UniMatch(network(), dropout=0.5), wrap, with_rng, updated_with)
 
 
-def test_without_the_lines_it_is_the_plain_loop(network: Any) -> None:
-    weights = []
-    for wrap in (lambda base: base, GAPWrapper):
-        loop = Loop(network(0, torch.float32), 0.5, wrap)
-        torch.manual_seed(3)
-        for _ in range(3):
-            names = loop.names()
-            loss = names["loss_x"] / 2 + loop.unsupervised(loop.model, names)
-            dist.barrier()
-            loop.optimizer.zero_grad()
-            loss.backward()
-            loop.optimizer.step()
-        weights.append(loop.model.state_dict())
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
+def test_without_the_lines_it_is_the_plain_loop(lines: Any, network: Any) -> None:
+    wrap, _ = lines("unimatch", "Change these lines")
+    is_the_plain_loop_without_the_lines(lambda: UniMatch(network(0, torch.float32), dropout=0.5), wrap)
