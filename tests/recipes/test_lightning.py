@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import gap_torch
 from gap_torch import GAPWrapper
 from gap_torch.reference import algorithm_1
 
 L = pytest.importorskip("lightning", reason="pip install 'gap-torch[integrations]'")
 
-EPS, ALPHA = 0.1, 0.5  # the page's
+EPS, ALPHA = 0.1, 1.0  # the page's, and its default
 
 
 class Theirs(L.LightningModule):
@@ -80,14 +81,15 @@ def _fit(module: Any, dtype: torch.dtype) -> Any:
 
 
 def test_the_step_is_that_of_gap(lines: Any, network: Any, updated_with: Any) -> None:
-    names: dict[str, Any] = {"Theirs": Theirs, "GAPWrapper": GAPWrapper}
-    exec(lines("lightning", "The lines"), names)
+    names: dict[str, Any] = {"Theirs": Theirs}
+    exec(*lines("lightning", "Change these lines"), names)
     seen: list = []
 
     class Watched(names["WithGAP"]):
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
             seen.append(updated_with(optimizer))
+            seen.append(gap_torch.check(optimizer, self.network, show=None).report)
             return optimizer
 
     module = Watched(network())
@@ -103,7 +105,10 @@ def test_the_step_is_that_of_gap(lines: Any, network: Any, updated_with: Any) ->
         alpha=ALPHA,
     )
     _fit(module, torch.float64)
-    torch.testing.assert_close(seen[0], expected)
+    gradients, report = seen
+    torch.testing.assert_close(gradients, expected)
+    assert report.ok, report.problems
+    assert report.updates == 1
 
 
 def test_without_the_lines_it_is_automatic_optimization(network: Any) -> None:

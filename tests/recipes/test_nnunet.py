@@ -102,9 +102,14 @@ def batch() -> dict[str, Any]:
     return {"data": torch.randn(2, 1, SIZE, SIZE, generator=generator), "target": targets, "unlabelled": both}
 
 
-def test_a_run_ends_with_a_checkpoint_that_resumes(plans: dict) -> None:
-    trainer = _trainer(plans)
+def test_a_run_is_right_and_ends_with_a_checkpoint_that_resumes(
+    plans: dict, lines: Any, capsys: pytest.CaptureFixture
+) -> None:
+    names: dict[str, Any] = {"GapMatchTrainer": Short}
+    exec(*lines("nnunet", "Check that it works"), names)
+    trainer = _trainer(plans, names["CheckedTrainer"])
     trainer.run_training()
+    assert "1 update watched, all that can be told is right" in capsys.readouterr().out
     resumed = _trainer(plans)
     resumed.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     torch.testing.assert_close(resumed.network.state_dict(), trainer.network.state_dict(), rtol=0, atol=0)

@@ -23,8 +23,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert all((page.parent / link).exists() for link in links)
 
 
-def test_nnunets_lines_are_in_the_trainer() -> None:
-    page = (ROOT / "docs" / "recipes" / "nnunet.md").read_text()
-    block = re.findall(r"```python notest\n(.*?)```", page, re.DOTALL)[0]
-    trainer = (ROOT / "examples" / "integrations" / "nnunet_gap.py").read_text()
-    assert textwrap.indent(block, 8 * " ") in trainer
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_all_pages_have_the_same_parts(page: Path) -> None:
+    parts = ["Change these lines", "What is particular", "Check that it works"]
+    assert re.findall(r"^## (.*)$", page.read_text(), re.MULTILINE) == parts
+    assert "gap_torch.check(" in page.read_text().split(parts[-1])[1]
+
+
+@pytest.mark.parametrize(("page", "file"), [("nnunet", "nnunet_gap.py"), ("usb", "semilearn_gap.py")])
+def test_the_files_lines_are_on_the_page(page: str, file: str) -> None:
+    text = (ROOT / "docs" / "recipes" / f"{page}.md").read_text()
+    block = re.findall(r"```python notest\n(.*?)```", text, re.DOTALL)[0]
+    assert textwrap.indent(block, 8 * " ") in (ROOT / "examples" / "integrations" / file).read_text()

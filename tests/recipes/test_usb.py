@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import gap_torch
 from gap_torch import GAPWrapper
 from gap_torch.reference import algorithm_1
 
@@ -102,7 +103,7 @@ def test_the_name_is_registered() -> None:
 
 def test_the_pages_lines_make_another_algorithm(lines: Any) -> None:
     names: dict[str, Any] = {}
-    exec(lines("usb", "The lines"), names)
+    exec(*lines("usb", "Change these lines"), names)
     algorithm = _algorithm(names["GapFlexMatch"], num_train_iter=1)
     algorithm.train()
     assert isinstance(algorithm, FlexMatch)
@@ -140,7 +141,9 @@ def test_the_step_is_that_of_gap(updated_with: Any, use_cat: bool) -> None:
     order = {p: i for i, p in enumerate(algorithm.model.parameters())}  # semilearn groups them by weight decay
     grouped = [expected[order[p]] for group in algorithm.optimizer.param_groups for p in group["params"]]
     seen = updated_with(algorithm.optimizer)
-    algorithm.train()
+    with gap_torch.check(algorithm.optimizer, algorithm.model, show=None) as report:
+        algorithm.train()
+    assert report.ok, report.problems
     torch.testing.assert_close(seen, grouped)
     assert algorithm.it == 1
 
