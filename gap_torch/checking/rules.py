@@ -59,8 +59,8 @@ def notes(update: Update) -> Iterator[Finding]:
 
 
 def _no_wrapper(update: Update) -> Finding:
-    step = ", so that its step may be right or wrong" if update.at_theta_star() else ": its step is that of the plain method"
-    what = f"the optimizer is no GAPWrapper{step}.{_by_hand(update)}"
+    step = "may be right or wrong" if update.at_theta_star() else "is that of the plain method"
+    what = f"the optimizer is no GAPWrapper, and its step {step}.{_by_hand(update)}"
     fix = f"wrap it, optimizer = GAPWrapper(optimizer, eps=0.1), and {USE_PERTURBED}"
     return Finding("no wrapper", update.where("step"), what, fix)
 

@@ -154,8 +154,10 @@ class Watch:
                 forward.tracked = True
                 tensor.register_hook(partial(self._reached, forward))
 
-    def _reached(self, forward: Forward, gradient: Tensor) -> None:
+    def _reached(self, forward: Forward, gradient: Tensor | None) -> None:
         """A backward call has come to what the model returned."""
+        if gradient is None:  # of an output that the loss does not use, beside one that it does
+            return
         forward.reached = True
         if not self.backward_at:
             return  # torch.autograd.grad
