@@ -115,7 +115,7 @@ def save_curves(path: Path | str, runs: Mapping[str, RunLog]) -> None:
         raise InputError(f"runs: {len(runs)} given, 1 .. {len(METHOD_COLOURS)} can be told apart")
     figure = Figure(figsize=(WIDTH, 5.6), dpi=DPI, layout="constrained")
     losses, confident, norm, dice = figure.subplots(2, 2).flat
-    styles = [{"color": colour, "marker": marker} for colour, marker in zip(METHOD_COLOURS, MARKERS, strict=True)]
+    styles: list[dict[str, Any]] = [{"color": c, "marker": m} for c, m in zip(METHOD_COLOURS, MARKERS, strict=True)]
     for run, style in zip(runs.values(), styles, strict=False):
         training = _read_csv(run.training)
         _draw_mean(losses, training, "loss_labelled", style)
