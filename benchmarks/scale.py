@@ -139,7 +139,7 @@ def draw_ranks(rows: list[dict[str, Any]], path: Path) -> None:
     labels = [f"{row['way']}, {row['ranks']} rank{'s' * (row['ranks'] > 1)}" for row in rows]
     grouped_bars(axes, {name: [row[f"{name} ms"] for row in rows] for name in ("without GAP", "with GAP")}, "%.0f")
     axes.set_xticks(range(len(rows)), labels)
-    axes.set_ylabel("a step (ms)")
+    axes.set_ylabel("time of a step (ms)")
     axes.legend(frameon=False)
     save_plot(figure, path)
 

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import image_classification as example
+import numpy as np
 import pytest
 import torch
 from classification.data import labelled_indices
@@ -140,6 +141,26 @@ def test_bad_arguments_are_one_line(arguments: list[str], telling: str, capsys: 
     *_, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ")
     assert telling in error
+
+
+class _FewOfCifar10:
+    """What the example takes from torchvision's data set."""
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        self.data = np.random.default_rng(0).integers(256, size=(40 if train else 10, 32, 32, 3), dtype=np.uint8)
+        self.targets = [i % 10 for i in range(len(self.data))]
+
+
+def test_cifar_has_its_own_settings_and_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("classification.data.CIFAR10", _FewOfCifar10)
+    monkeypatch.setattr(example, "small_network", None)
+    seen = []
+    monkeypatch.setattr(example, "FixMatch", lambda *args, **more: seen.append(args[2]) or FixMatch(*args, **more))
+    assert example.main([*TINY, "--data", "here", "--method", "gapmatch", "--out", "runs"]) == 0
+    assert seen == [0.95]
+    assert "CIFAR-10, 10 labels, seed 0" in capsys.readouterr().out
 
 
 def test_no_download_is_no_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
