@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))  # the UNet's
+sys.path.append(str(ROOT / "examples"))  # the UNet's, and the palette
 RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 Shapes = list[tuple[int, ...]]
 
 
@@ -94,10 +95,35 @@ def _cpu_name() -> str:
 
 
 def new_plot(width: float = 9.0, height: float = 4.0) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, (axes,) = new_panels(1, width, height)
     return figure, axes
+
+
+def new_panels(count: int, width: float = 9.0, height: float = 4.0, **layout: Any) -> tuple[Figure, list[Axes]]:
+    """Side by side; `layout` is for `Figure.subplots`. 9 inches fill a README, where 10 points are its text."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = [*figure.subplots(1, count, squeeze=False, **layout)[0]]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def grouped_bars(axes: Axes, heights: Mapping[str, Sequence[float]], number: str) -> None:
+    """A bar a name in each group, with its height on top in the format `number`; `heights` holds a value a group."""
+    from palette import COLOURS, HATCHES
+
+    width = 0.8 / len(heights)
+    for index, (name, values) in enumerate(heights.items()):
+        places = [group + (index - (len(heights) - 1) / 2) * width for group in range(len(values))]
+        style = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white", "linewidth": 0}
+        axes.bar_label(axes.bar(places, values, width, label=name, **style), fmt=number, fontsize=8)
+
+
+def plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, ... along a logarithmic axis, written out."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save_plot(figure: Figure, path: Path) -> None:

@@ -6,16 +6,17 @@ from statistics import mean
 
 import grid
 import lab_scores
-from common import COLOURS, save_plot
+from common import new_panels, save_plot
 from grid import FIXMATCH, FULL_SCALE, GAPMATCH, SHARES, SUPERVISED, SWEEPS, title
 from lab_scores import Found
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from palette import COLOURS, MARKERS, METHOD_COLOURS
 from published import PUBLISHED, Method
 
 GAINING = ("fixmatch", "flexmatch", "freematch", *grid.INSTANCE_PERTURBATIONS)
-METHOD_COLOURS: dict[Method, str] = {SUPERVISED: COLOURS[6], FIXMATCH: COLOURS[0], GAPMATCH: COLOURS[1]}
+METHODS: tuple[Method, ...] = (SUPERVISED, FIXMATCH, GAPMATCH)
 CAPTIONS = {
     "gain_by_method": "What GAP adds to the test Dice on ACDC, by method and labelled share: a dot a seed, a line for "
     "their mean, the paper's gain as a diamond.",
@@ -64,7 +65,9 @@ def gain_by_method(found: Found) -> Figure | None:
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_xticks(range(len(GAINING)), [title((method, False)) for method in GAINING], rotation=40, ha="right")
     panels[0].set_ylabel("gain in Dice by GAP\n(percentage points)")
-    handles = [Line2D([], [], color=_colour(p), marker="o", label=f"ours, {_scale(p)}") for p in presets]
+    handles = [
+        Line2D([], [], color=COLOURS[_index(p)], marker=MARKERS[_index(p)], label=f"ours, {_scale(p)}") for p in presets
+    ]
     paper = Line2D([], [], color="black", marker="D", fillstyle="none", linestyle="", label="paper")
     figure.legend(handles=[*handles, paper], loc="outside upper center", ncols=3, frameon=False)
     return figure
@@ -73,14 +76,14 @@ def gain_by_method(found: Found) -> Figure | None:
 def dice_over_share(found: Found) -> Figure | None:
     """A panel a data set and preset."""
     wanted = dict.fromkeys((batch.data_set, batch.preset) for batch in grid.BATCHES if batch.group == "table 1")
-    scores = {key: {method: _dice_by_share(found, *key, method) for method in METHOD_COLOURS} for key in wanted}
+    scores = {key: {method: _dice_by_share(found, *key, method) for method in METHODS} for key in wanted}
     shown = [key for key, methods in scores.items() if any(dice for of in methods.values() for dice in of.values())]
     if not shown:
         return None
     figure, panels = _panels([f"{data_set}, {_scale(preset)}" for data_set, preset in shown], height=4.0)
     for axes, key in zip(panels, shown, strict=True):
-        for method, colour in METHOD_COLOURS.items():
-            _line(axes, scores[key][method], colour, title(method))
+        for method, colour, marker in zip(METHODS, METHOD_COLOURS, MARKERS, strict=False):
+            _line(axes, scores[key][method], colour, marker, title(method))
             if published := PUBLISHED[key[0]].get(method):
                 axes.plot([*published], [dice for dice, _ in published.values()], "--", color=colour, linewidth=1)
         _ticks(axes, SHARES, "labelled share (% of the training patients)")
@@ -107,7 +110,8 @@ def eps_alpha(found: Found) -> Figure | None:
     for axes, preset in zip(panels, shown, strict=True):
         for index, (alpha, by_eps) in enumerate(dice[preset].items()):
             shift = 1.05 ** (index - 1)  # so that dots of one eps stand side by side
-            _line(axes, {eps * shift: values for eps, values in by_eps.items()}, COLOURS[index], f"alpha {alpha:g}")
+            shifted = {eps * shift: values for eps, values in by_eps.items()}
+            _line(axes, shifted, COLOURS[index], MARKERS[index], f"alpha {alpha:g}")
         _ticks(axes, by_eps, "eps (log scale)")
     panels[0].set_ylabel("validation Dice (%)")
     figure.legend(handles=_handles(panels[0]), loc="outside upper center", ncols=len(dice[shown[0]]), frameon=False)
@@ -124,28 +128,27 @@ def _dice_by_alpha_and_eps(found: Found, preset: str) -> dict[float, dict[float,
 
 
 def _panels(titles: list[str], height: float, width: float = 9.0) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    figure, panels = new_panels(len(titles), width, height, sharey=True)
     for axes, text in zip(panels, titles, strict=True):
         axes.set_title(text, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, list(panels)
+    return figure, panels
 
 
 def _dots(axes: Axes, place: float, values: list[float], preset: str) -> None:
     """Every seed, and a bar at their mean."""
-    colour = _colour(preset)
-    axes.plot([place] * len(values), values, "o", color=colour, markersize=4, alpha=0.7)
+    colour, marker = COLOURS[_index(preset)], MARKERS[_index(preset)]
+    axes.plot([place] * len(values), values, marker, color=colour, markersize=4, alpha=0.7)
     if values:
         axes.hlines(mean(values), place - 0.12, place + 0.12, color=colour, linewidth=2)
 
 
-def _line(axes: Axes, values: Mapping[float, list[float]], colour: str, name: str) -> None:
+def _line(axes: Axes, values: Mapping[float, list[float]], colour: str, marker: str, name: str) -> None:
     """Every seed, and a line through the means."""
     known = {x: ys for x, ys in values.items() if ys}
-    axes.plot([*known], [mean(ys) for ys in known.values()], color=colour, label=name)
+    axes.plot([*known], [mean(ys) for ys in known.values()], color=colour)
+    axes.plot([], [], color=colour, marker=marker, markersize=4, label=name)  # for the legend
     for x, ys in known.items():
-        axes.plot([x] * len(ys), ys, "o", color=colour, markersize=4, alpha=0.7)
+        axes.plot([x] * len(ys), ys, marker, color=colour, markersize=4, alpha=0.7)
 
 
 def _ticks(axes: Axes, values: Iterable[float], title: str) -> None:
@@ -160,8 +163,9 @@ def _handles(axes: Axes) -> list[Line2D]:
     return [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
 
 
-def _colour(preset: str) -> str:
-    return COLOURS[grid.PRESETS.index(preset) % len(COLOURS)]
+def _index(preset: str) -> int:
+    """Of its colour and marker."""
+    return grid.PRESETS.index(preset) % len(COLOURS)
 
 
 def _scale(preset: str) -> str:

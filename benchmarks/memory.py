@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from common import (
-    COLOURS,
     FIGURES,
     RESULTS,
     Shapes,
     device_kind,
+    grouped_bars,
     make,
     new_plot,
     numel,
@@ -108,12 +108,8 @@ def main() -> None:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(f"{row['parameters']}\n{row['dtype']}" for row in rows))
     shown = list(dict.fromkeys(row["method"] for row in rows))
-    figure, axes = new_plot(width=12, height=3.5)
-    width = 0.8 / len(shown)
-    for index, (method, colour) in enumerate(zip(shown, COLOURS, strict=False)):
-        heights = [row["extra copies"] for row in rows if row["method"] == method]
-        places = [place + (index - (len(shown) - 1) / 2) * width for place in range(len(names))]
-        axes.bar_label(axes.bar(places, heights, width, color=colour, label=method), fmt="%.2f", fontsize=8)
+    figure, axes = new_plot()
+    grouped_bars(axes, {m: [row["extra copies"] for row in rows if row["method"] == m] for m in shown}, "%.2f")
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("extra copies of the parameters")
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 from common import (
-    COLOURS,
     FIGURES,
     RESULTS,
     Shapes,
     Task,
     device_kind,
     equal,
+    grouped_bars,
     interleaved,
     make,
     new_plot,
     numel,
+    plain_ticks,
     print_table,
     resnet50,
     save_plot,
@@ -159,14 +160,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["parameters"] for row in shown))
     shown_methods = list(dict.fromkeys(row["method"] for row in shown))
     figure, axes = new_plot()
-    width = 0.8 / len(shown_methods)
-    for index, (method, colour) in enumerate(zip(shown_methods, COLOURS, strict=False)):
-        heights = [row["median / floor"] for row in shown if row["method"] == method]
-        places = [place + (index - (len(shown_methods) - 1) / 2) * width for place in range(len(names))]
-        bars = axes.bar(places, heights, width, color=colour, label=method)
-        axes.bar_label(bars, fmt="%.2g", fontsize=8)
+    grouped_bars(
+        axes, {m: [row["median / floor"] for row in shown if row["method"] == m] for m in shown_methods}, "%.1f"
+    )
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set_yscale("log")
+    plain_ticks(axes.yaxis)
     axes.set_xticks(range(len(names)), [name.replace(" in ", "\nin ") for name in names], fontsize=9)
     axes.set_ylabel(f"time / floor ({shown[0]['dtype']})")
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))

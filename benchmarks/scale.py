@@ -15,9 +15,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import COLOURS, FIGURES, RESULTS, device_kind, equal, new_plot, print_table, save_plot, write_results
+from common import (
+    FIGURES,
+    RESULTS,
+    device_kind,
+    equal,
+    grouped_bars,
+    new_plot,
+    plain_ticks,
+    print_table,
+    save_plot,
+    write_results,
+)
 from methods import methods
 from overhead import TRANSFERS, measure
+from palette import COLOURS, MARKERS
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -51,11 +63,13 @@ def _point(parameters: int, tensors: int, device: str, repetitions: int) -> dict
 def draw_points(rows: list[dict[str, Any]], x: str, label: str, path: Path) -> None:
     figure, axes = new_plot()
     names = [key.removesuffix(" ms") for key in rows[0] if key.endswith(" ms") and key != "floor ms"]
-    for method, colour in zip(names, COLOURS, strict=False):
-        axes.loglog([r[x] for r in rows], [r[f"{method} ms"] for r in rows], "o-", color=colour, label=method)
+    for method, colour, marker in zip(names, COLOURS, MARKERS, strict=False):
+        axes.loglog([r[x] for r in rows], [r[f"{method} ms"] for r in rows], color=colour, marker=marker, label=method)
     axes.loglog([r[x] for r in rows], [r["floor ms"] for r in rows], "k--", label="floor")
+    for axis in (axes.xaxis, axes.yaxis):
+        plain_ticks(axis)
     axes.set_xlabel(label)
-    axes.set_ylabel("ms")
+    axes.set_ylabel("first_step + second_step (ms)")
     axes.legend(frameon=False)
     save_plot(figure, path)
 
@@ -123,12 +137,9 @@ def _stepper(way: str, gap: bool, width: int) -> Callable[[], None]:
 def draw_ranks(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = new_plot(height=3.5)
     labels = [f"{row['way']}, {row['ranks']} rank{'s' * (row['ranks'] > 1)}" for row in rows]
-    for index, key in enumerate(("without GAP ms", "with GAP ms")):
-        places = [place + (index - 0.5) * 0.4 for place in range(len(rows))]
-        bars = axes.bar(places, [row[key] for row in rows], 0.4, color=COLOURS[index], label=key.removesuffix(" ms"))
-        axes.bar_label(bars, fmt="%.0f", fontsize=9)
+    grouped_bars(axes, {name: [row[f"{name} ms"] for row in rows] for name in ("without GAP", "with GAP")}, "%.0f")
     axes.set_xticks(range(len(rows)), labels)
-    axes.set_ylabel("ms a step")
+    axes.set_ylabel("time of a step (ms)")
     axes.legend(frameon=False)
     save_plot(figure, path)
 
@@ -159,8 +170,9 @@ def bytes_on_the_wire(gpus: int, size: int) -> dict[str, float]:
 def draw_bytes(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = new_plot()
     for index, name in enumerate(bytes_on_the_wire(2, 1)):
-        style = {"ls": ":", "marker": "x", "lw": 3.0} if "without" in name else {"ls": "-", "marker": "o", "lw": 1.5}
-        axes.plot(GPUS, [row[name] for row in rows], color=COLOURS[index], label=name, **style)
+        style = {"ls": ":", "lw": 3.0, "ms": 4} if "without" in name else {"ls": "-", "lw": 1.5, "ms": 8}
+        values = [row[name] for row in rows]
+        axes.plot(GPUS, values, color=COLOURS[index], marker=MARKERS[index], label=name, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(GPUS, [str(n) for n in GPUS])
     axes.set_ylim(bottom=0)

@@ -1,13 +1,14 @@
 """The two figures of a run: predictions with their uncertainty (as the paper's figures 3 and 4), and curves.
 
-Both use matplotlib without pyplot (no display, no global state), the colour-blind-safe palette of Okabe and
-Ito (https://jfly.uni-koeln.de/color/), and a size that stays readable at the 900 pixels of a README.
+Both use matplotlib without pyplot (no display, no global state), the colours of `palette`, and a size that stays
+readable at the 900 pixels of a README.
 """
 
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,14 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
+from palette import GREEN, MARKERS, METHOD_COLOURS, ORANGE, PURPLE, SKY, VERMILION, YELLOW
 from scipy.ndimage import uniform_filter1d
 
 from .errors import InputError
 
 WIDTH = 9.0  # inches: at 100 dots per inch as wide as a README, so that font sizes hold
 DPI = 200  # for dense screens
-CLASS_COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00")
-METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+CLASS_COLOURS = (ORANGE, SKY, PURPLE, GREEN, YELLOW, VERMILION)
 
 
 @dataclass(frozen=True)
@@ -114,20 +115,21 @@ def save_curves(path: Path | str, runs: Mapping[str, RunLog]) -> None:
         raise InputError(f"runs: {len(runs)} given, 1 .. {len(METHOD_COLOURS)} can be told apart")
     figure = Figure(figsize=(WIDTH, 5.6), dpi=DPI, layout="constrained")
     losses, confident, norm, dice = figure.subplots(2, 2).flat
-    for run, colour in zip(runs.values(), METHOD_COLOURS, strict=False):
+    styles: list[dict[str, Any]] = [{"color": c, "marker": m} for c, m in zip(METHOD_COLOURS, MARKERS, strict=True)]
+    for run, style in zip(runs.values(), styles, strict=False):
         training = _read_csv(run.training)
-        _draw_mean(losses, training, "loss_labelled", colour=colour)
-        _draw_mean(losses, training, "loss_unlabelled", colour=colour, linestyle="--")
-        _draw_mean(confident, training, "confident", colour=colour)
-        _draw_mean(norm, training, "grad_norm", colour=colour)
+        _draw_mean(losses, training, "loss_labelled", style)
+        _draw_mean(losses, training, "loss_unlabelled", {**style, "linestyle": "--"})
+        _draw_mean(confident, training, "confident", style)
+        _draw_mean(norm, training, "grad_norm", style)
         if run.validation is not None:
             iteration, values = _points(_read_csv(run.validation), "dice")
-            dice.plot(iteration, values, color=colour, marker="o", markersize=3)
+            dice.plot(iteration, values, markersize=4, **style)
     _style(losses, "Loss (solid: labelled, dashed: unlabelled)", "loss", log=True)
     _style(confident, "Confident pixels", "share of unlabelled pixels")
-    _style(norm, "Gradient that gives the perturbation", r"$\|g_1\|$", log=True)
+    _style(norm, "Gradient that gives the perturbation", r"norm $\|g_1\|$", log=True)
     _style(dice, "Validation", "mean Dice (%)")
-    lines = [Line2D([], [], color=c, label=m) for m, c in zip(runs, METHOD_COLOURS, strict=False)]
+    lines = [Line2D([], [], label=name, **style) for name, style in zip(runs, styles, strict=False)]
     figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), fontsize=9, frameon=False)
     save(figure, path)
 
@@ -204,11 +206,12 @@ def _interval(positions: np.ndarray, side: int, limit: int) -> slice:
     return slice(start, min(start + side, limit))
 
 
-def _draw_mean(axes: Axes, table: Mapping[str, np.ndarray], column: str, *, colour: str, linestyle: str = "-") -> None:
+def _draw_mean(axes: Axes, table: Mapping[str, np.ndarray], column: str, style: Mapping[str, Any]) -> None:
     iteration, values = _points(table, column)
     if values.size:
         mean = uniform_filter1d(values, size=max(1, values.size // 50), mode="nearest")
-        axes.plot(iteration, mean, color=colour, linestyle=linestyle, linewidth=1.2)
+        every = max(1, values.size // 8)  # a few markers tell the curves apart too
+        axes.plot(iteration, mean, linewidth=1.2, markersize=4, markevery=every, **style)
 
 
 def _points(table: Mapping[str, np.ndarray], column: str) -> tuple[np.ndarray, np.ndarray]:

@@ -58,7 +58,7 @@ def save_volumes(path: Path | str, cases: Sequence[Case], class_names: Sequence[
         block = grid[index * len(methods) : (index + 1) * len(methods)]
         for row, method in zip(block, methods, strict=True):
             _draw_slices(row, case, method, sides)
-        name = block[0, 0].text(0.02, 0.03, case.name, transform=block[0, 0].transAxes, fontsize=7, color="white")
+        name = block[0, 0].text(0.02, 0.03, case.name, transform=block[0, 0].transAxes, fontsize=8, color="white")
         name.set_path_effects([EDGED])
     for axes, title in zip(grid[0], [*PLANES, "entropy, axial"], strict=True):
         axes.set_title(title, fontsize=9)
@@ -98,7 +98,7 @@ def save_surfaces(path: Path | str, cases: Sequence[Case], class_names: Sequence
     top = height - 0.35
     for case, view in zip(cases, views, strict=True):
         middle = top - view.height / 2
-        _write(figure, 0.12, middle, case.name, fontsize=7, rotation=90)
+        _write(figure, 0.12, middle, case.name, fontsize=9, rotation=90)
         volumes = [*(labels for labels, _ in case.predictions.values()), case.reference]
         for column, labels in enumerate(volumes):
             centre = 0.3 + (column + 0.5) * width

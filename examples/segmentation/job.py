@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from palette import METHOD_COLOURS
 from torch import nn
 
 from . import ranks
@@ -15,7 +16,7 @@ from .components import largest_component
 from .data import Volume, check_files, check_patients, patient_of, read_list, split_by_patients
 from .errors import InputError
 from .evaluate import Evaluation, evaluate
-from .figures import METHOD_COLOURS, Case, RunLog, save_curves
+from .figures import Case, RunLog, save_curves
 from .identity import Identity, identity
 from .logs import counting
 from .methods import label

@@ -13,13 +13,14 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from palette import BLUE, ORANGE
 from PIL import Image
 from torch import Tensor
 
 from .margin import GRID, SURE, WINDOW, Score, grid
 from .moons import Data
 
-MOONS = ("#0072B2", "#E69F00")  # of Okabe and Ito's colour-blind-safe palette
+MOONS = {"upper moon": (BLUE, "o"), "lower moon": (ORANGE, "^")}  # colour and marker
 COLOURS = 160  # of the film
 FRAME_MS, LAST_MS = 150, 4_000  # how long a frame of the film is shown, and the last one
 
@@ -50,7 +51,7 @@ class Panel:
         left, right, bottom, top = WINDOW
         extent = (left - GRID / 2, right + GRID / 2, bottom - GRID / 2, top + GRID / 2)
         # few colours make a small film
-        colours = LinearSegmentedColormap.from_list("moons", [MOONS[0], "white", MOONS[1]], N=15)
+        colours = LinearSegmentedColormap.from_list("moons", [BLUE, "white", ORANGE], N=15)
         self.axes, self.lines = axes, list[ContourSet]()
         self.image = axes.imshow([[0.5]], cmap=colours, vmin=0, vmax=1, alpha=0.55, extent=extent, origin="lower")
         axes.set_title(title, loc="left", fontsize=13, weight="bold", pad=20)
@@ -93,7 +94,9 @@ class Drawing:
         self.panels = [Panel(panel, data, title) for panel, title in zip(axes.flat, titles, strict=True)]
         bar = self.figure.colorbar(self.panels[0].image, cax=self.figure.add_axes((0.915, 0.2, 0.02, 0.58)))
         bar.set_label("probability of the lower moon", fontsize=12)
-        self.figure.legend(handles=_legend(), loc="lower center", ncols=4, fontsize=12, frameon=False)
+        self.figure.legend(
+            handles=_legend(), loc="lower center", ncols=5, fontsize=11, columnspacing=1.5, frameon=False
+        )
         self.caption = self.figure.text(0.9, 0.985, "", fontsize=12, ha="right", va="top")
 
     def show(self, states: Sequence[State], iteration: int) -> None:
@@ -104,20 +107,21 @@ class Drawing:
 
 
 def _draw_points(axes: Axes, data: Data) -> None:
-    for moon, colour in enumerate(MOONS):
-        unlabelled = data.points[data.classes == moon]
-        labelled = data.points[data.labelled[data.classes[data.labelled] == moon]]
-        axes.scatter(unlabelled[:, 0], unlabelled[:, 1], s=13, color=colour, edgecolor="white", linewidth=0.4, zorder=3)
-        axes.scatter(labelled[:, 0], labelled[:, 1], s=120, color=colour, edgecolor="black", linewidth=1.8, zorder=4)
+    unlabelled: dict[str, Any] = {"s": 16, "edgecolor": "white", "linewidth": 0.4, "zorder": 3}
+    labelled: dict[str, Any] = {"s": 120, "edgecolor": "black", "linewidth": 1.8, "zorder": 4}
+    for moon, (colour, marker) in enumerate(MOONS.values()):
+        for points, style in (
+            (data.points[data.classes == moon], unlabelled),
+            (data.points[data.labelled[data.classes[data.labelled] == moon]], labelled),
+        ):
+            axes.scatter(points[:, 0], points[:, 1], color=colour, marker=marker, **style)
 
 
 def _legend() -> list[Line2D]:
-    dot: dict[str, Any] = {"marker": "o", "linestyle": ""}
+    edge: dict[str, Any] = {"markersize": 11, "markeredgecolor": "black", "markeredgewidth": 1.8}
     return [
-        Line2D(
-            [], [], color="0.8", markersize=11, markeredgecolor="black", markeredgewidth=1.8, label="labelled", **dot
-        ),
-        Line2D([], [], color="0.45", markersize=4, label="unlabelled (true moon)", **dot),
+        *(Line2D([], [], color=c, marker=m, ls="", markersize=5, label=name) for name, (c, m) in MOONS.items()),
+        Line2D([], [], color="0.8", marker="o", linestyle="", label="labelled", **edge),
         Line2D([], [], color="black", linewidth=2.2, label="boundary"),
         Line2D([], [], color="black", linewidth=1.1, linestyle="--", label="probability 5 %, 95 %"),
     ]
