@@ -1,8 +1,8 @@
 """Every Python block of the README and the docs runs as it stands, or is an excerpt of a file that is run elsewhere.
 
-An excerpt says which file it is from, in its title: ```python title="examples/integrations/ddp.py". What can't run here,
-because it needs what a reader alone has, is titled "not run by the tests". The recipes' blocks run in tests/recipes, each
-in a loop of the structure that it belongs to.
+An excerpt says which file it is from, in its title: ```python title="examples/integrations/ddp.py". What can't run
+here, because it needs what a reader alone has, is titled "not run by the tests". The recipes' blocks run in
+tests/recipes, each in a loop of the structure that it belongs to.
 """
 
 import inspect
@@ -47,7 +47,9 @@ RUN = [
     for page, i, options, code in ALL
     if not options and not page.startswith("docs/recipes/")
 ]
-EXCERPTS = [pytest.param(options, code, id=f"{page}-{i}") for page, i, options, code in ALL if options not in ("", NOT_RUN)]
+EXCERPTS = [
+    pytest.param(options, code, id=f"{page}-{i}") for page, i, options, code in ALL if options and options != NOT_RUN
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
