@@ -114,6 +114,14 @@ def test_the_excerpt_is_in_its_file(options: str, code: str) -> None:
     assert code.rstrip("\n") in excerpts
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_the_site_sees_the_pages_blocks(page: Path) -> None:
+    """In lists GitHub takes fences by three spaces, Python-Markdown by four; and it takes no words behind the language."""
+    fence = re.compile(r'(    )*```(\w*( title="[^"]+")?)')
+    lines = [line for line in page.read_text().splitlines() if line.lstrip().startswith("```")]
+    assert [line for line in lines if not fence.fullmatch(line)] == []
+
+
 def test_few_blocks_are_not_run() -> None:
     assert sum(options == NOT_RUN for _, _, options, _ in ALL) <= 0.1 * len(ALL)
 
