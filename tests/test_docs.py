@@ -116,7 +116,7 @@ def test_the_excerpt_is_in_its_file(options: str, code: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_the_site_sees_the_pages_blocks(page: Path) -> None:
-    """In lists GitHub takes fences by three spaces, Python-Markdown by four; and it takes no words behind the language."""
+    """In lists Python-Markdown wants fences by four spaces, and behind the language nothing but a title."""
     fence = re.compile(r'(    )*```(\w*( title="[^"]+")?)')
     lines = [line for line in page.read_text().splitlines() if line.lstrip().startswith("```")]
     assert [line for line in lines if not fence.fullmatch(line)] == []
