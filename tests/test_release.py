@@ -1,0 +1,50 @@
+"""The version, its date and the citation say the same wherever they stand."""
+
+import datetime
+import re
+from pathlib import Path
+
+import yaml
+
+import gap_torch
+
+ROOT = Path(__file__).parents[1]
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+RELEASES = re.findall(r"^## (\d\S*) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+"""Version and date, the newest first."""
+
+
+def test_the_version_is_the_changelogs_and_the_citations() -> None:
+    version, date = RELEASES[0]
+    assert gap_torch.__version__ == version == CITATION["version"]
+    assert datetime.date.fromisoformat(date) == CITATION["date-released"]
+
+
+def test_the_changelog_goes_back_in_time() -> None:
+    versions = [tuple(map(int, version.split("."))) for version, _ in RELEASES]
+    dates = [date for _, date in RELEASES]
+    assert versions == sorted(set(versions), reverse=True)
+    assert dates == sorted(dates, reverse=True)
+
+
+def test_the_changelog_has_sections_of_keep_a_changelog_alone() -> None:
+    sections = set(re.findall(r"^### (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE))
+    assert sections <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_the_citation_has_what_its_format_requires() -> None:
+    """https://github.com/citation-file-format/citation-file-format, schema 1.2.0."""
+    assert CITATION["cff-version"] == "1.2.0"
+    assert CITATION["type"] == "software"
+    for entry in (CITATION, CITATION["preferred-citation"]):
+        assert entry["title"]
+        assert all(set(author) in ({"name"}, {"family-names", "given-names"}) for author in entry["authors"])
+    assert CITATION["message"]
+    assert f'license = "{CITATION["license"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_citation_names_the_paper() -> None:
+    paper = CITATION["preferred-citation"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Huang", "Zhang", "Wang", "Wang"]
+    assert paper["year"] == 2025
+    assert paper["title"].startswith("GapMatch")

@@ -1,0 +1,117 @@
+"""The workflows can't run here; what would break one unseen, or give it more rights than it needs, is looked up."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+
+every_workflow = pytest.mark.parametrize("name", WORKFLOWS)
+
+
+def _steps(workflow: dict) -> list[dict[str, Any]]:
+    return [step for job in workflow["jobs"].values() for step in job.get("steps", [])]
+
+
+def _commands(name: str) -> list[str]:
+    return [step["run"] for step in _steps(WORKFLOWS[name]) if "run" in step]
+
+
+def _triggers(name: str) -> dict:
+    return WORKFLOWS[name][True]  # YAML 1.1 reads the key `on` as true
+
+
+def test_all_three_are_there() -> None:
+    assert set(WORKFLOWS) == {"tests", "docs", "release"}
+
+
+@every_workflow
+def test_a_workflow_may_read_and_no_more(name: str) -> None:
+    assert WORKFLOWS[name]["permissions"] == {"contents": "read"}
+    writers = {job for job, content in WORKFLOWS[name]["jobs"].items() if "write" in str(content.get("permissions"))}
+    assert writers == {"tests": set(), "docs": {"deploy"}, "release": {"publish"}}[name]
+
+
+@every_workflow
+def test_a_job_that_may_write_runs_none_of_our_code(name: str) -> None:
+    for job in WORKFLOWS[name]["jobs"].values():
+        if "permissions" in job:
+            assert all("uses" in step and "checkout" not in step["uses"] for step in job["steps"])
+
+
+@every_workflow
+def test_runs_of_one_branch_take_turns_and_end(name: str) -> None:
+    assert "group" in WORKFLOWS[name]["concurrency"]
+    assert all("uses" in job or "timeout-minutes" in job for job in WORKFLOWS[name]["jobs"].values())
+
+
+def test_no_two_workflows_share_a_concurrency_group() -> None:
+    """Release calls tests: in one group they would wait for each other for ever."""
+    groups = [workflow["concurrency"]["group"] for workflow in WORKFLOWS.values()]
+    assert len(set(groups)) == len(groups)
+
+
+@every_workflow
+def test_actions_are_pinned_to_a_major_version(name: str) -> None:
+    actions = [step["uses"] for step in _steps(WORKFLOWS[name]) if "uses" in step]
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@(release/)?v\d+", action) for action in actions)
+
+
+@every_workflow
+def test_what_a_command_names_exists(name: str) -> None:
+    words = [word for command in _commands(name) for word in command.split()]
+    paths = [word for word in words if re.match(r"\.ci/|docs/", word)]
+    extras = [extra for word in words for found in re.findall(r'"\.\[(.*)\]"', word) for extra in found.split(",")]
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+    assert [extra for extra in extras if f"\n{extra} = [" not in PYPROJECT] == []
+
+
+@every_workflow
+def test_what_a_job_needs_or_calls_exists(name: str) -> None:
+    jobs = WORKFLOWS[name]["jobs"]
+    for job in jobs.values():
+        assert job.get("needs", next(iter(jobs))) in jobs
+        assert "uses" not in job or (ROOT / job["uses"]).is_file()
+
+
+def test_the_gate_runs_for_every_change() -> None:
+    assert {"push", "pull_request"} <= set(_triggers("tests"))
+    assert ".ci/run" in _commands("tests")
+    assert (ROOT / ".ci/run").stat().st_mode & 0o100, ".ci/run is not executable"
+
+
+def test_the_oldest_and_the_newest_that_pyproject_promises_are_tested() -> None:
+    oldest, newest = WORKFLOWS["tests"]["jobs"]["versions"]["strategy"]["matrix"]["include"]
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT)
+    assert (oldest["python"], newest["python"]) == (promised[0], promised[-1])
+    assert f'requires-python = ">={oldest["python"]}"' in PYPROJECT
+    assert oldest["torch"].replace("==", ">=").replace(".*", "") in PYPROJECT
+    assert newest["torch"] == "torch"
+
+
+def test_the_docs_are_built_strictly_and_published_from_main_alone() -> None:
+    assert any(command.startswith("mkdocs build --strict") for command in _commands("docs"))
+    assert _triggers("docs")["push"] == {"branches": ["main"]}
+    assert WORKFLOWS["docs"]["jobs"]["deploy"]["if"] == "github.event_name == 'push'"
+
+
+def test_a_release_is_tested_checked_and_named_as_its_tag() -> None:
+    jobs = WORKFLOWS["release"]["jobs"]
+    assert _triggers("release") == {"push": {"tags": ["v*"]}}
+    assert (jobs["build"]["needs"], jobs["publish"]["needs"]) == ("tests", "build")
+    build, twine, check = _commands("release")[-3:]
+    assert build == "python -m build"
+    assert twine == "twine check --strict dist/*"
+    assert check == 'python .ci/check_dist.py dist --tag "$GITHUB_REF_NAME"'
+
+
+def test_a_release_is_published_without_a_password() -> None:
+    publish = WORKFLOWS["release"]["jobs"]["publish"]
+    assert publish["environment"] == "pypi"
+    assert publish["permissions"] == {"id-token": "write"}
+    assert publish["steps"][-1] == {"uses": "pypa/gh-action-pypi-publish@release/v1"}
