@@ -1,7 +1,8 @@
 """Every Python block of the README and the docs runs as it stands, or is an excerpt of a file that is run elsewhere.
 
-An excerpt says which file it is from, in its title: ```python title="examples/integrations/ddp.py". The recipes' blocks
-run in tests/recipes, each in a loop of the structure that it belongs to.
+An excerpt says which file it is from, in its title: ```python title="examples/integrations/ddp.py". What can't run
+here, because it needs what a reader alone has, is titled "not run by the tests". The recipes' blocks run in
+tests/recipes, each in a loop of the structure that it belongs to.
 """
 
 import inspect
@@ -28,6 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```python *(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
 CODE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 TITLE = re.compile(r'title="(\S+)"')
+NOT_RUN = 'title="not run by the tests"'
 
 
 def _blocks(page: Path) -> list[tuple[str, str]]:
@@ -45,7 +47,9 @@ RUN = [
     for page, i, options, code in ALL
     if not options and not page.startswith("docs/recipes/")
 ]
-EXCERPTS = [pytest.param(options, code, id=f"{page}-{i}") for page, i, options, code in ALL if options]
+EXCERPTS = [
+    pytest.param(options, code, id=f"{page}-{i}") for page, i, options, code in ALL if options and options != NOT_RUN
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,6 +112,18 @@ def test_the_excerpt_is_in_its_file(options: str, code: str) -> None:
     lines, length = (ROOT / title[1]).read_text().splitlines(), len(code.splitlines())
     excerpts = (textwrap.dedent("\n".join(lines[i : i + length])) for i in range(len(lines)))
     assert code.rstrip("\n") in excerpts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_the_site_sees_the_pages_blocks(page: Path) -> None:
+    """In lists Python-Markdown wants fences by four spaces, and behind the language nothing but a title."""
+    fence = re.compile(r'(    )*```(\w*( title="[^"]+")?)')
+    lines = [line for line in page.read_text().splitlines() if line.lstrip().startswith("```")]
+    assert [line for line in lines if not fence.fullmatch(line)] == []
+
+
+def test_few_blocks_are_not_run() -> None:
+    assert sum(options == NOT_RUN for _, _, options, _ in ALL) <= 0.1 * len(ALL)
 
 
 def test_algorithm_1_in_plain_pytorch_gives_the_wrappers_gradient(names: dict) -> None:
