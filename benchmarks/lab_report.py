@@ -50,7 +50,9 @@ not been run. "paper" is Huang et al., AAAI 2025, which prints no spread.
 
 A class that a run finds nowhere in a volume is an empty prediction. It counts as Dice 0 and ASD 0, so the ASD looks
 better than it is. "% empty" is their share in the predictions of all seeds, where there were any. † marks a mean or a
-gain that has a run in which more than half were empty: there the ASD says nothing.
+gain that has a run in which more than half were empty: there the ASD says nothing. ‡ marks one that has a run whose
+best iteration was in the warm-up, before any unlabelled image was learnt from: the method did harm, and the numbers are
+those of training on labels alone, for fewer iterations than the row "Supervised".
 """
 
 HYPER_PARAMETERS = """\
@@ -129,24 +131,32 @@ def _rows(found: Found, data_set: str, preset: str, methods: Sequence[Method]) -
 
 def _ours(found: Found, data_set: str, preset: str, method: Method, share: int) -> str:
     """Mean and spread over the seeds, and what is missing of them."""
-    tests = list(lab_scores.tests(found, data_set, preset, method, share).values())
-    text = _spread([test["dice"] for test in tests], [test["asd"] for test in tests]) + _dagger(tests)
-    return text + _count(found, lab_scores.seeds(data_set, preset, method, share), len(tests)) + _empty(tests)
+    declared = lab_scores.seeds(data_set, preset, method, share)
+    records = list(lab_scores.done(found, declared).values())
+    tests = [record["test"] for record in records]
+    text = _spread([test["dice"] for test in tests], [test["asd"] for test in tests]) + _marks(records)
+    return text + _count(found, declared, len(tests)) + _empty(tests)
 
 
 def _gain(found: Found, data_set: str, preset: str, method: str, share: int) -> str:
     gains = lab_scores.gains(found, data_set, preset, method, share)
     pairs = gains.values()
-    partners = [lab_scores.tests(found, data_set, preset, (method, gap), share) for gap in (True, False)]
-    text = _spread([dice for dice, _ in pairs], [asd for _, asd in pairs], signed=True)
-    text += _dagger([tests[seed] for tests in partners for seed in gains])
     with_gap, plain = (lab_scores.seeds(data_set, preset, (method, gap), share) for gap in (True, False))
+    partners = [lab_scores.done(found, declared) for declared in (with_gap, plain)]
+    text = _spread([dice for dice, _ in pairs], [asd for _, asd in pairs], signed=True)
+    text += _marks([records[seed] for records in partners for seed in gains])
     return text + _number(len(pairs), len(with_gap)) if pairs else _count(found, [*plain, *with_gap], 0)
 
 
-def _dagger(tests: Sequence[Record]) -> str:
-    """A mark where a run predicted next to nothing."""
-    return "†" * any(test["empty"] > test["predictions"] / 2 for test in tests)
+def _marks(records: Sequence[Record]) -> str:
+    """Of runs that predicted next to nothing, and of those that were at their best before their method began."""
+    empty = any(record["test"]["empty"] > record["test"]["predictions"] / 2 for record in records)
+    return "†" * empty + "‡" * any(map(_early, records))
+
+
+def _early(record: Record) -> bool:
+    recipe = record["recipe"]
+    return recipe["method"] != "supervised" and record["chosen_iteration"] <= recipe.get("warm_up", 0)
 
 
 def _empty(tests: Sequence[Record]) -> str:

@@ -95,7 +95,7 @@ def _record(cell: Any, dice: float = 50.0, asd: float = 2.0, **others: Any) -> d
         "torch": "2",
         "wall_seconds": 10.0,
         "seconds_per_iteration": 0.1,
-        "chosen_iteration": 4,
+        "chosen_iteration": 600,
         "validation_dice": dice,
         "test": test if cell.tested else None,
         **others,
@@ -578,6 +578,18 @@ def test_empty_predictions_are_counted_over_all_seeds(lab: SimpleNamespace) -> N
     assert shown() == ["† , 50.0 % empty", "0 ", "† "]
     del found[cells[True, 1]]  # the gain has no part in seed 1
     assert shown() == ["† , 50.0 % empty", "0 ", "0 "]
+
+
+def test_a_run_at_its_best_in_the_warm_up_is_marked(lab: SimpleNamespace) -> None:
+    methods = ("supervised", False), ("fixmatch", False), ("fixmatch", True)
+    supervised, plain, with_gap = (lab.grid.cell("ACDC", "study", method, 1, 0) for method in methods)
+    found = {
+        supervised: _record(supervised, chosen_iteration=100),
+        plain: _record(plain, chosen_iteration=plain.recipe.warm_up),
+        with_gap: _record(with_gap, chosen_iteration=plain.recipe.warm_up + 1),
+    }
+    table = next(t for t in lab.report.comparisons(found, "ACDC", "study") if "Table 1" in t.title)
+    assert ["‡" in row[1] for row in table.rows] == [False, True, False, True]
 
 
 def test_sweeps_compare_validation_over_the_same_seeds(lab: SimpleNamespace) -> None:
