@@ -27,8 +27,8 @@ from grid import Cell
 from lab_plan import estimate
 from lab_records import Records, changed
 from lab_runs import Lab, interrupted_after, work
-from segmentation.cli import usable_device
 from segmentation.errors import InputError, UserError
+from segmentation.ranks import usable_device
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

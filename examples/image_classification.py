@@ -24,6 +24,7 @@ from classification.networks import cifar_network, small_network
 from classification.report import Point, save_curves, save_logs, show_table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from segmentation.errors import InputError
+from segmentation.ranks import usable_device
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -133,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--gap", action=argparse.BooleanOptionalAction, default=True, help="--no-gap: no GapMatch")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps or xpu (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/classification"))
     for field in fields(Settings):  # without a default: that depends on the data
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), help=f"({field.default})")
@@ -145,17 +146,17 @@ def run(arguments: argparse.Namespace) -> None:
     if not methods:
         raise InputError("--no-gap: leaves none of the methods of --method")
     given = {f.name: getattr(arguments, f.name) for f in fields(Settings) if getattr(arguments, f.name) is not None}
-    data = load(arguments.data, arguments.download, arguments.seed or 0)
+    device, data = usable_device(arguments.device), load(arguments.data, arguments.download, arguments.seed or 0)
     real = data.name == CIFAR10_NAME
-    settings = check(replace(CIFAR if real else Settings(), **given))
-    data = data.to(arguments.device)
+    settings = checked(replace(CIFAR if real else Settings(), **given), data)
+    data = data.to(device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         for name in methods:
             torch.manual_seed(settings.seed)
-            model = (cifar_network if real else small_network)().to(arguments.device)
+            model = (cifar_network if real else small_network)().to(device)
             task = progress.add_task(METHODS[name], total=settings.iterations)
             runs[METHODS[name]] = train(name, model, data, settings, partial(progress.advance, task))
     title = f"{data.name}, {settings.labels} labels, seed {settings.seed}"
@@ -165,10 +166,12 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"table, curves and logs: {arguments.out}")
 
 
-def check(settings: Settings) -> Settings:
+def checked(settings: Settings, data: Data) -> Settings:
     """`settings`, or InputError. The rest is checked by FixMatch and GAPWrapper."""
-    if settings.labels < CLASSES or settings.labels % CLASSES:
-        raise InputError(f"--labels: must be a multiple of {CLASSES}, got {settings.labels}")
+    fewest = int(data.train[1].bincount(minlength=CLASSES).min())  # images of a class
+    if settings.labels % CLASSES or not 1 <= settings.labels // CLASSES <= fewest:
+        most = CLASSES * fewest
+        raise InputError(f"--labels: must be a multiple of {CLASSES}, {most} at most, got {settings.labels}")
     for name in ("iterations", "labelled_batch", "unlabelled_batch"):
         if getattr(settings, name) < 2:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 2, got {getattr(settings, name)}")

@@ -24,7 +24,7 @@ class Data:
     """All of its images are learnt from, and the classes of a few."""
     test: tuple[Tensor, Tensor]
 
-    def to(self, device: str) -> "Data":
+    def to(self, device: torch.device) -> "Data":
         (images, classes), (test_images, test_classes) = self.train, self.test
         train, test = (images.to(device), classes.to(device)), (test_images.to(device), test_classes.to(device))
         return Data(self.name, train, test)

@@ -6,6 +6,7 @@ What is particular, and which algorithms it fits: docs/recipes/usb.md.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,11 +31,8 @@ class KeptApart(ConsistencyLoss):
         """The same loss of other logits: targets and mask stay those of theta."""
 
     def forward(self, logits: Tensor, targets: Tensor, name: str = "ce", mask: Tensor | None = None) -> Tensor:
-        evaluate = super().forward
-        self.loss, self.again = (
-            evaluate(logits, targets, name, mask),
-            lambda other: evaluate(other, targets, name, mask),
-        )
+        self.again = partial(super().forward, targets=targets, name=name, mask=mask)
+        self.loss = self.again(logits)
         return self.loss.detach()
 
 

@@ -1,7 +1,6 @@
 """The command line of every example, from its arguments to a job."""
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -104,7 +103,7 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
 def job(task: Task, arguments: argparse.Namespace) -> Job:
     """The job that the command line asks for. Raises InputError."""
     _refuse_contradictions(arguments)
-    device = ranks.together(lambda: usable_device(arguments.device))
+    device = ranks.together(lambda: ranks.usable_device(arguments.device))
     phantom = arguments.data is None
     out = arguments.out or (_folder(task).with_name(f"{_folder(task).name}-phantom") if phantom else _folder(task))
     preset = "phantom" if phantom else arguments.preset or ("cpu" if device.type == "cpu" else "paper")
@@ -221,17 +220,3 @@ def _phantom(task: Task, root: Path) -> Path:
 
     ranks.on_main(write)  # the others read it
     return root
-
-
-def usable_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best one here; one GPU a rank. Raises InputError if it can't be used."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps|xpu", name):
-        raise InputError(f"--device {name!r}: not one of cpu, cuda, cuda:0, cuda:1 ..., mps and xpu.")
-    try:
-        device = ranks.own_device(torch.device(name))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):  # their texts run over several lines
-        raise InputError(f"--device {name}: there is none here that this PyTorch can use; try --device cpu.") from None
-    return device

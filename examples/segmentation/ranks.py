@@ -5,6 +5,7 @@ anything, and no process group is made.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
@@ -47,6 +48,20 @@ def rank() -> int:
 def is_main() -> bool:
     """Is this the one that writes and speaks?"""
     return rank() == 0
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best one here; one GPU a rank. Raises InputError if it can't be used."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps|xpu", name):
+        raise InputError(f"--device {name!r}: not one of cpu, cuda, cuda:0, cuda:1 ..., mps and xpu.")
+    try:
+        device = own_device(torch.device(name))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # their texts run over several lines
+        raise InputError(f"--device {name}: there is none here that this PyTorch can use; try --device cpu.") from None
+    return device
 
 
 def own_device(device: torch.device) -> torch.device:

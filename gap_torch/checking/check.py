@@ -76,7 +76,7 @@ class Check:
             Check.running.stop("another check")
         Check.running = self
         self._watch.start()
-        atexit.register(self.stop)
+        atexit.register(self.stop, "the end of the program")
 
     def __enter__(self) -> Report:
         return self.report
@@ -90,9 +90,9 @@ class Check:
             self._explain(error, trace)
         elif self._to_watch:
             self._unfinished(self._watch.update)
-        self.stop()
+        self.stop("the end of the block")
 
-    def stop(self, by: str = "its end") -> None:
+    def stop(self, by: str = "stop()") -> None:
         """End the check and show the report, however far it has come."""
         if Check.running is not self:
             return
@@ -117,7 +117,7 @@ class Check:
             self._to_watch -= 1
 
     def _begun(self, update: Update) -> None:
-        """The first backward of an update: all that is left to see, once enough updates have been watched."""
+        """Another update has begun: all that is left to see, once enough of them have been watched."""
         if not self._to_watch:
             self.report.add(update.seen)
             self.stop()

@@ -51,7 +51,7 @@ def notes(update: Update) -> Iterator[Finding]:
         yield Finding("no gradient", update.where("g2"), what, fix)
     if not update.where("g_l") and not update.where("aside"):
         what = "no backward came after second_step(), and none was set aside."
-        fix = "If the labelled loss is part of the other two passes, it is in the direction too: move it behind them."
+        fix = "If the labelled loss is part of both passes, it steers the direction as well: move it behind them."
         yield Finding("no g_l", second, what, fix)
 
 
@@ -94,7 +94,7 @@ def order(update: Update) -> Verdict:
         what = "no step() came after second_step(), before the end or the next first_step()."
         fix = "call optimizer.step() once all passes are done; with micro-batches, let each pass go over all of them."
         return Finding("no step", update.where("second_step"), what, fix)
-    return "first_step(), second_step() and step() come in this order, each with a backward before it"
+    return "first_step(), second_step() and step() come in this order"
 
 
 def radius(update: Update) -> Verdict:

@@ -27,7 +27,7 @@ class Watch:
         optimizer: a GAPWrapper, or another optimizer, in whose updates no perturbed pass will be found.
         model: where forward passes are watched, of the whole or of any part with parameters.
         done: called with each update after its step, or when another begins without one.
-        begun: called after the first backward of an update.
+        begun: called when another update has begun: after its first backward, or its first_step() at the latest.
     """
 
     def __init__(
@@ -205,12 +205,12 @@ class Watch:
             update.last = values.gradients(self.params)
         if adds_to != "aside":
             self.filled = values.any_gradient(self.params)
-        if first and leftover:
-            update.seen.append(_leftover(where))
         if self.scaled_again:
             update.seen.append(_unscaled(self.unscaled_at))
             self.unscaled_at, self.scaled_again = "", False
-        if first:
+        if first and leftover:
+            update.seen.append(_leftover(where))
+        elif first:  # else it may still be zeroed, as after VAT's search for its direction
             self.begun(update)
 
     def _versions(self) -> list[tuple[int, int]]:
@@ -249,6 +249,7 @@ class Watch:
         if not values.sharded(self.params):
             eps = {p: float(group["gap_eps"]) for group in self.base.param_groups for p in group["params"]}
             update.move = values.measure(theta, update.theta_star, g1, eps, wrapper.adaptive)
+        self.begun(update)
 
     def _second_step(self, original: Callable[..., None], wrapper: GAPWrapper) -> None:
         if wrapper.base_optimizer is not self.base or torch.compiler.is_compiling():

@@ -20,7 +20,7 @@ class CutMix:
         generator: source of random numbers, on the tensors' device; None for the default one.
 
     Raises:
-        ValueError: `p` or `share` is outside [0, 1], or `aspect` is below 1.
+        ValueError: `p` or `share` is outside [0, 1], or `aspect` is below 1 or not finite.
     """
 
     def __init__(
@@ -30,8 +30,10 @@ class CutMix:
         aspect: float = 10 / 3,
         generator: torch.Generator | None = None,
     ) -> None:
-        if not (0 <= p <= 1 and 0 <= share[0] <= share[1] <= 1 and aspect >= 1):
-            raise ValueError(f"CutMix needs 0 <= p <= 1, 0 <= share <= 1, aspect >= 1; got {p}, {share}, {aspect}.")
+        if not (0 <= p <= 1 and 0 <= share[0] <= share[1] <= 1 and 1 <= aspect < math.inf):
+            raise ValueError(
+                f"CutMix needs 0 <= p <= 1, 0 <= share <= 1, 1 <= aspect < inf; got {p}, {share}, {aspect}."
+            )
         self.p, self.share, self.aspect, self.generator = p, share, aspect, generator
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import SoftLoss, mean_squared
-from .method import Augmentation, Method, Outputs, Views, logits_of
-from .mixup import check_beta, mixed
-from .targets import Mode, check_mode, probabilities
+from .method import Augmentation, Views
+from .mixup import MixUp
+from .targets import Mode
 from .teacher import Teacher
 
 
-class ICT(Method):
+class ICT(MixUp):
     """The prediction for a mix of two images is to be the same mix of a teacher's predictions for them.
 
     f(lambda u_1 + (1 - lambda) u_2) ~ lambda f'(u_1) + (1 - lambda) f'(u_2), lambda ~ Beta(beta, beta), with f' the
@@ -22,6 +22,7 @@ class ICT(Method):
         beta: of the Beta distribution.
         loss: called with logits and mixed probabilities, both (B, K, *spatial).
         mode: the teacher's mode (`targets.Mode`).
+        generator: source of random numbers, on the images' device; None for the default one.
 
     Raises:
         ValueError: `beta` is outside [1e-6, 1e6], or `mode` is unknown.
@@ -34,21 +35,14 @@ class ICT(Method):
         beta: float = 0.1,
         loss: SoftLoss = mean_squared,
         mode: Mode = "eval",
+        generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        check_beta(beta)
-        check_mode(mode)
-        self.teacher, self.weak, self.beta, self.criterion, self.mode = teacher, weak, beta, loss, mode
+        super().__init__(weak, beta, loss, mode, generator)
+        self.teacher = teacher
 
-    @torch.no_grad()
     def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
         """Mixes of the weak views of `unlabelled` (B, C, *spatial), and of the teacher's probabilities for those."""
-        weak = self.weak(unlabelled)
-        return Views(*mixed(self.beta, weak, probabilities(self.teacher, weak, self.mode)))
-
-    def compare(self, outputs: Outputs, views: Views) -> Tensor:
-        """`loss` between the prediction for the mix and the mix of predictions."""
-        return self.criterion(logits_of(outputs), views.target)
+        return super().prepare(self.teacher, unlabelled)
 
     def update(self, model: nn.Module) -> None:
         """The teacher follows `model`."""

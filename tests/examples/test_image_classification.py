@@ -129,7 +129,9 @@ def test_a_seed_gives_the_same_again_and_another_seed_another_result() -> None:
     ("arguments", "telling"),
     [
         (["--data", "nowhere"], "--data nowhere"),
+        (["--device", "gpu"], "--device 'gpu'"),
         (["--labels", "15"], "--labels"),
+        (["--labels", "3000"], "2000 at most"),
         (["--iterations", "0"], "--iterations"),
         (["--no-gap", "--method", "gapmatch"], "--no-gap"),
         (["--eps", "-1", "--method", "gapmatch"], "eps"),

@@ -1,5 +1,7 @@
 """CutMix boxes: their size, place and partner, in 2D and 3D."""
 
+import math
+
 import pytest
 import torch
 
@@ -73,7 +75,9 @@ def test_a_generator_decides_every_box() -> None:
     assert not torch.equal(boxes(0), boxes(1))
 
 
-@pytest.mark.parametrize("bad", [{"p": 1.5}, {"share": (0.5, 0.1)}, {"aspect": 0.5}])
+@pytest.mark.parametrize(
+    "bad", [{"p": 1.5}, {"share": (0.5, 0.1)}, {"aspect": 0.5}, {"aspect": math.inf}, {"aspect": math.nan}]
+)
 def test_bad_arguments_are_refused(bad) -> None:
     with pytest.raises(ValueError, match="CutMix needs"):
         CutMix(**bad)

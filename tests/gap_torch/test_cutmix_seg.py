@@ -63,10 +63,6 @@ def test_the_teacher_makes_the_labels_and_follows() -> None:
     assert torch.equal(views.target, views.inputs.argmin(1))
 
 
-def test_the_teacher_is_in_the_state() -> None:
-    assert "teacher.model.weight" in CutMixSeg(_identity, teacher=Teacher(Scaled(1.0))).state_dict()
-
-
 @pytest.mark.parametrize("bad", [{"tau": -0.1}, {"tau": 1.1}, {"mode": "test"}])
 def test_bad_arguments_are_named(bad) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

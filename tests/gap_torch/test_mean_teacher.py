@@ -48,34 +48,6 @@ def test_a_student_that_agrees_with_its_teacher_has_no_loss() -> None:
     assert method.loss(model, method.prepare(model, torch.randn(2, 1, 5, 5))).item() < 1e-12
 
 
-def test_the_gradient_goes_to_the_student_alone() -> None:
-    model = _network()
-    method = MeanTeacher(Teacher(_network()), _identity)
-    views = method.prepare(model, torch.randn(2, 1, 5, 5))
-    method.loss(model, views).backward()
-    assert all(p.grad is not None for p in model.parameters())
-    assert all(p.grad is None for p in method.parameters())
-    assert not views.inputs.requires_grad
-    assert not views.target.requires_grad
-
-
-def test_update_lets_the_teacher_follow() -> None:
-    model = _network()
-    method = MeanTeacher(Teacher(_network()), _identity)
-    method.update(model)
-    for ours, theirs in zip(method.teacher.model.parameters(), model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_the_teacher_is_in_the_checkpoint() -> None:
-    model = _network()
-    method, restored = (MeanTeacher(Teacher(_network()), _identity) for _ in range(2))
-    method.update(model)
-    restored.load_state_dict(method.state_dict())
-    assert restored.teacher.updates == 1
-    assert torch.equal(restored.teacher.model[0].weight, model[0].weight)
-
-
 @pytest.mark.parametrize("bad", [{"noise": -0.1}, {"noise": float("nan")}, {"noise": float("inf")}, {"mode": "test"}])
 def test_bad_arguments_are_named(bad) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -1,6 +1,7 @@
-"""The teacher: a moving average by hand, its checkpoint, and that it is never trained."""
+"""The teacher: a moving average by hand, its checkpoint, that it is never trained, and what methods do with it."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gap_torch import GAPWrapper
-from gap_torch.consistency import Teacher
+from gap_torch.consistency import ICT, CutMixSeg, MeanTeacher, Method, Teacher
 from gap_torch.consistency.targets import Mode, probabilities
 
 
@@ -144,6 +145,24 @@ def test_another_architecture_is_refused() -> None:
     for other in (nn.Linear(3, 1, bias=False), nn.Linear(1, 1), nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1))):
         with pytest.raises(ValueError, match="model"):
             teacher.update(other)
+
+
+WITH_TEACHER: dict[str, Callable[[Teacher], Method]] = {
+    "cutmix": lambda teacher: CutMixSeg(torch.clone, teacher=teacher),
+    "ict": lambda teacher: ICT(teacher, torch.clone),
+    "mean teacher": lambda teacher: MeanTeacher(teacher, torch.clone),
+}
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_a_method_lets_it_follow_and_has_it_in_its_checkpoint(name: str) -> None:
+    teacher, restored, model = Teacher(_network()), Teacher(_network()), _network()
+    method = WITH_TEACHER[name](teacher)
+    method.update(model)  # the first update takes the model over
+    assert all(map(torch.equal, _values(teacher.model), _values(model)))
+    WITH_TEACHER[name](restored).load_state_dict(method.state_dict())
+    assert restored.updates == 1
+    assert all(map(torch.equal, _values(restored.model), _values(model)))
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

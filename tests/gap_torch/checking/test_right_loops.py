@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from scene import Scene
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -17,31 +18,6 @@ from torch.utils.checkpoint import checkpoint
 import gap_torch
 from gap_torch import GAPWrapper, RNGState, frozen_running_stats
 from gap_torch.checking import Report
-from gap_torch.consistency import FixMatch
-
-
-class Scene:
-    """A model, data, a method, and an optimizer made with the given options."""
-
-    def __init__(self, *middle: nn.Module, base: type = torch.optim.SGD, tau: float = 0.0, **options: Any) -> None:
-        torch.manual_seed(0)
-        norm = nn.BatchNorm2d(4)
-        self.model: nn.Module = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU(), *middle, nn.Conv2d(4, 3, 1)
-        )
-        self.method = FixMatch(lambda x: x.flip(-1), lambda x: 0.7 * x, tau=tau)
-        self.x, self.y, self.u = torch.randn(2, 1, 6, 6), torch.randint(3, (2, 6, 6)), torch.randn(4, 1, 6, 6)
-        self.optimizer = GAPWrapper(base(self.model.parameters(), lr=0.1), **{"eps": 0.1, **options})
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-
-    def views(self, unlabelled: Tensor | None = None) -> Any:
-        return self.method.prepare(self.model, self.u if unlabelled is None else unlabelled)
-
-    def consistency(self, views: Any) -> Tensor:
-        return self.method.loss(self.model, views)
-
-    def supervised(self) -> Tensor:
-        return F.cross_entropy(self.model(self.x), self.y)
 
 
 def plain(s: Scene) -> None:
@@ -258,6 +234,18 @@ def measured_before_and_dropped(s: Scene) -> None:
     plain(s)
 
 
+def searched_before_zeroing(s: Scene) -> None:
+    """As VAT does for its direction, in a script that zeroes behind the forward passes."""
+    s.supervised().backward()
+    s.model.zero_grad()
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
 def skipped(s: Scene) -> None:
     """An update whose loss is too high comes to nothing, once before and once after the labelled loss."""
     for labelled in (False, True):
@@ -376,6 +364,7 @@ RIGHT: dict[str, tuple[Callable[[Scene], None], Callable[[], Scene]]] = {
     "closure": (by_closure, Scene),
     "measured before": (measured_before, Scene),
     "measured before, dropped": (measured_before_and_dropped, Scene),
+    "searched": (searched_before_zeroing, Scene),
     "skipped": (skipped, Scene),
     "zeroed in part": (zeroed_in_part, Scene),
     "clipped, scaled": (clipped_in_scaled_units, Scene),

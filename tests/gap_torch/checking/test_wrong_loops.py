@@ -4,39 +4,16 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scene import Scene
 from torch import Tensor, nn
 
 import gap_torch
 from gap_torch import GAPWrapper, frozen_running_stats
 from gap_torch.checking import Report
-from gap_torch.consistency import FixMatch
-
-
-class Scene:
-    """A model, data, a method and an optimizer."""
-
-    def __init__(self, **options: Any) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
-        self.method = FixMatch(lambda x: x.flip(-1), lambda x: 0.7 * x, tau=0.0)
-        self.x, self.y, self.u = torch.randn(2, 1, 6, 6), torch.randint(3, (2, 6, 6)), torch.randn(4, 1, 6, 6)
-        self.base = torch.optim.SGD(self.model.parameters(), 0.1)
-        self.optimizer = GAPWrapper(self.base, eps=0.1, **options)
-
-    def views(self, unlabelled: Tensor | None = None) -> Any:
-        return self.method.prepare(self.model, self.u if unlabelled is None else unlabelled)
-
-    def consistency(self, views: Any) -> Tensor:
-        return self.method.loss(self.model, views)
-
-    def supervised(self) -> Tensor:
-        return F.cross_entropy(self.model(self.x), self.y)
-
 
 # ---------------------------------------------------------------- order
 
