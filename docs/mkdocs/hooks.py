@@ -33,7 +33,9 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
             text = files.get_file_from_path(target.relative_to(docs).as_posix()).page.title
         return f"[{text}]({link[2]}{link[3] or ''})"
 
-    return CODE_OR_LINK.sub(fit, markdown).replace(" ± ", "\u00a0±\u00a0")
+    return re.sub(
+        r" (±) |(?<=\(n) (=) ", lambda sign: f"\u00a0{sign[1] or sign[2]}\u00a0", CODE_OR_LINK.sub(fit, markdown)
+    )
 
 
 def _path(text: str, path: str) -> str:
