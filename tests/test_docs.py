@@ -150,7 +150,7 @@ def test_the_report_is_what_the_page_shows(index: int, names: dict, capsys: pyte
     _, block = _blocks(page)[index]
     exec(compile(block, "train.py", "exec"), names)
     printed = re.sub(r"\S*/train.py", "train.py", capsys.readouterr().out).splitlines()
-    shown = re.findall(r"^```\n(gap_torch.check:.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    shown = re.findall(r"^```text\n(gap_torch.check:.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     assert set(shown[index].splitlines()) <= set(printed), "\n".join(printed)
 
 
@@ -169,5 +169,5 @@ def test_the_table_has_every_method(name: str) -> None:
 @pytest.mark.parametrize("module", [gap_torch, consistency])
 def test_the_reference_has_every_public_name(module: ModuleType) -> None:
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    shown = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", pages, re.MULTILINE)
+    shown = re.findall(rf"^::: {re.escape(module.__name__)}\.(?:\w+\.)*(\w+)$", pages, re.MULTILINE)
     assert set(module.__all__) - {"__version__"} <= set(shown)

@@ -1,7 +1,8 @@
 """Links as GitHub wants them, made fit for the site.
 
 There a page is called by its file's name, and files outside docs/ can be linked to. Here a page has its title from the
-navigation, and a file outside docs/ is not there, so that its path stands in for the link.
+navigation, and a file outside docs/ is not there, so that its path stands in for the link. A title that is there for
+the tests is left out, and a mean stays on one line with its deviation.
 """
 
 import logging
@@ -12,6 +13,7 @@ from typing import Any
 CODE = r"^ *```.*?^ *```$|`[^`\n]+`"
 LINK = r"(?<!!)\[([^\]]+)\]\(((?!\w+:)[^)#]+)(#[^)]*)?\)"
 CODE_OR_LINK = re.compile(f"{CODE}|{LINK}", re.DOTALL | re.MULTILINE)
+NOT_A_TITLE = ' title="not run by the tests"'
 LOG = logging.getLogger("mkdocs.hooks")
 
 
@@ -21,7 +23,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
     def fit(link: re.Match[str]) -> str:
         if link[1] is None:  # code
-            return link[0]
+            return link[0].replace(NOT_A_TITLE, "")
         text, target = link[1], (folder / link[2]).resolve()
         if not target.exists():
             LOG.warning("%s links to %s, which does not exist.", page.file.src_uri, link[2])
@@ -31,7 +33,9 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
             text = files.get_file_from_path(target.relative_to(docs).as_posix()).page.title
         return f"[{text}]({link[2]}{link[3] or ''})"
 
-    return CODE_OR_LINK.sub(fit, markdown)
+    return re.sub(
+        r" (±) |(?<=\(n) (=) ", lambda sign: f"\u00a0{sign[1] or sign[2]}\u00a0", CODE_OR_LINK.sub(fit, markdown)
+    )
 
 
 def _path(text: str, path: str) -> str:

@@ -24,7 +24,7 @@ def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Sho
 
     As a statement, where the training code can't be reached (Lightning's `configure_optimizers`):
 
-        gap_torch.check(optimizer, model)  # reports when the first update is over and the second begins
+        gap_torch.check(optimizer, model)  # reports as the second update begins
 
     As a block, which reports at its end at the latest:
 

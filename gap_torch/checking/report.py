@@ -16,7 +16,9 @@ class Finding(NamedTuple):
     where: str
     """The line of the user's code, as "file:line"."""
     what: str
+    """What has been seen."""
     fix: str = ""
+    """How to mend it."""
 
 
 @dataclass
@@ -29,10 +31,13 @@ class Report:
     updates: int = 0
     """How many were watched to their end."""
     problems: list[Finding] = field(default_factory=list)
+    """What is wrong."""
     notes: list[Finding] = field(default_factory=list)
+    """What is worth knowing and not wrong, or could not be told."""
     right: list[str] = field(default_factory=list)
+    """What has been verified, a sentence each."""
     timeline: list[tuple[str, str]] = field(default_factory=list)
-    """What was called where in the last update that was watched."""
+    """What was called in the last update that was watched, and where ("file:line")."""
     stopped: str = ""
     """The exception of the user's own code, or whatever else has ended the check before its time."""
 

@@ -22,7 +22,7 @@ def alignment(outputs: Outputs, before: Outputs) -> Tensor:
     """Mean over the pixels of KL(softmax(before) || softmax(outputs)): zero, with zero gradient, where both agree.
 
     Args:
-        outputs: logits (B, K, *spatial) at theta*; with auxiliary ones, a tuple, whose mean is taken.
+        outputs: logits (B, K, *spatial) of the perturbed model; with auxiliary ones, a tuple, whose mean is taken.
         before: the same at theta, for the same inputs. No gradient reaches it.
 
     Returns:
