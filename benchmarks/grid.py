@@ -39,11 +39,11 @@ EPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # Recipe fields that are varied for GapMatch, one value set at a time.
 SWEEPS: dict[str, tuple[dict[str, Any], ...]] = {
     "weight": ({"weight": 0.5}, {"weight": 1.0}),
-    "eps and alpha": tuple({"eps": eps, "alpha": alpha} for alpha in (1.0, 0.5, 2.0) for eps in EPS),
     "tau": tuple({"tau": tau} for tau in (0.7, 0.8, 0.9, 0.95, 0.99)),
     "freeze_statistics": ({"freeze_statistics": True}, {"freeze_statistics": False}),
     "replay_dropout": ({"replay_dropout": False}, {"replay_dropout": True}),
     "aligned": ({"aligned": "targets"}, {"aligned": "predictions"}),
+    "eps and alpha": tuple({"eps": eps, "alpha": alpha} for alpha in (1.0, 0.5, 2.0) for eps in EPS),
 }
 # g1 + alpha g2 weighs the unlabelled images 1 + alpha times, whatever GAP moves: FixMatch with as much of them.
 CONTROL: tuple[dict[str, Any], ...] = ({"weight": 0.5}, {"weight": 1.0}, {"weight": 2.0})

@@ -13,6 +13,7 @@ from common import show
 from grid import FIXMATCH, FULL_SCALE, GAPMATCH, SHARES, SWEEPS, Cell, cell, title
 from lab_records import Record, Records
 from lab_scores import Found
+from markdown_table import markdown_table
 from published import FULLY_SUPERVISED, PUBLISHED, Method, Scores
 from segmentation.recipe import Recipe
 
@@ -73,8 +74,7 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        lines = [self.header, [":--"] + ["--:"] * (len(self.header) - 1), *self.rows]
-        return "\n".join([f"### {self.title}", "", *("| " + " | ".join(line) + " |" for line in lines), ""])
+        return f"### {self.title}\n\n{markdown_table(self.header, self.rows)}\n"
 
 
 def report(records: Records, page: Path, figures: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from markdown_table import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from palette import MARKERS, METHOD_COLOURS
@@ -66,12 +67,11 @@ def _draw(axes: Axes, runs: Runs, column: str, label: str) -> None:
 
 def show_table(path: Path, runs: Runs, title: str) -> None:
     """Print the last points as a Markdown table, and write it to `path`."""
-    headings = ("test accuracy %", "confident %", "right of these %", "ms / iteration")
-    rows = [("", *headings), (":--", *["--:"] * len(headings))]
+    header, rows = ("", "test accuracy %", "confident %", "right of these %", "ms / iteration"), []
     for name, points in runs.items():
         end = points[-1]
         pseudo_labels = (f"{end.confident:.1f}", f"{end.right:.1f}") if end.confident else ("-", "-")
         rows.append((name, f"{end.accuracy:.1f}", *pseudo_labels, f"{1e3 * end.seconds / end.iteration:.0f}"))
-    text = "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows)])
+    text = f"{title}\n\n{markdown_table(header, rows)}"
     print(text)
     path.write_text(text + "\n")

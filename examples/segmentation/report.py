@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markdown_table import markdown_table
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -77,9 +78,7 @@ def write_markdown(
         InputError: as `print_table`, or when `path` cannot be written.
     """
     header, *body = _cells(rows, class_names, published or {})
-    rule = [":--" if name in ("Method", "Note") else "--:" for name in header]
-    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (header, rule, *body)]
-    text = "\n".join([f"**{title}**", "", *lines, ""])
+    text = f"**{title}**\n\n{markdown_table(header, body, text=['Note'])}\n"
     _write_atomically(Path(path), text)
     return text
 

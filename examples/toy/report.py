@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 
 import torch
+from markdown_table import markdown_table
 
 from .margin import NEAR, Score
 
@@ -15,15 +16,16 @@ TOLD_APART = 99.0  # per cent of the points right from which on the moons count 
 def table(scores: Mapping[str, Score]) -> str:
     """One seed: a row a variant."""
     rows = [
-        _row(name, *(f"{value:.{places}f}" for value, places in zip(astuple(score), PLACES, strict=True)))
+        (name, *(f"{value:.{places}f}" for value, places in zip(astuple(score), PLACES, strict=True)))
         for name, score in scores.items()
     ]
-    return _table(HEADINGS, rows)
+    return markdown_table(("", *HEADINGS), rows)
 
 
 def spread(scores: Mapping[str, Sequence[Score]]) -> str:
     """Several seeds: mean and standard deviation, and in how many of them the moons were told apart."""
-    return _table((*HEADINGS, "told apart"), [_spread_row(name, of_seeds) for name, of_seeds in scores.items()])
+    rows = [_spread_row(name, of_seeds) for name, of_seeds in scores.items()]
+    return markdown_table(("", *HEADINGS, "told apart"), rows)
 
 
 def duels(scores: Mapping[str, Sequence[Score]], champion: str) -> str:
@@ -37,20 +39,12 @@ def duels(scores: Mapping[str, Sequence[Score]], champion: str) -> str:
                 sum(a.accuracy == b.accuracy for a, b in pairs),
             )
             wider = sum(a.margin > b.margin for a, b in pairs)
-            rows.append(_row(name, f"{right} (and {tied} ties)", wider, len(pairs)))
-    return _table(("more points right", "larger mean margin", "seeds"), rows, f"{champion} against")
+            rows.append((name, f"{right} (and {tied} ties)", wider, len(pairs)))
+    return markdown_table((f"{champion} against", "more points right", "larger mean margin", "seeds"), rows)
 
 
-def _spread_row(name: str, scores: Sequence[Score]) -> str:
+def _spread_row(name: str, scores: Sequence[Score]) -> tuple[object, ...]:
     values = torch.tensor([astuple(score) for score in scores])
     statistics = zip(values.mean(dim=0), values.std(dim=0), PLACES, strict=True)
     cells = [f"{mean:.{places}f} ± {deviation:.{places}f}" for mean, deviation, places in statistics]
-    return _row(name, *cells, sum(score.accuracy >= TOLD_APART for score in scores))
-
-
-def _table(headings: Sequence[str], rows: Sequence[str], corner: str = "") -> str:
-    return "\n".join([_row(corner, *headings), _row(":--", *["--:"] * len(headings)), *rows])
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+    return (name, *cells, sum(score.accuracy >= TOLD_APART for score in scores))
