@@ -189,6 +189,8 @@ def test_autocast(name: str, spatial: tuple[int, ...], classes: int, dtype: torc
 
 
 def test_no_value_is_looked_at(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    if name in ("mixup", "ict") and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 can't draw from a Gamma distribution on the meta device")
     model, method, images = (x.to("meta") for x in _problem(name, spatial, classes))  # there are no values there
     method.loss(model, method.prepare(model, images)).backward()
     method.update(model)
