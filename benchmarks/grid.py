@@ -40,7 +40,10 @@ EPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 SWEEPS: dict[str, tuple[dict[str, Any], ...]] = {
     "weight": ({"weight": 0.5}, {"weight": 1.0}),
     "tau": tuple({"tau": tau} for tau in (0.7, 0.8, 0.9, 0.95, 0.99)),
-    "freeze_statistics": ({"freeze_statistics": True}, {"freeze_statistics": False}),
+    # Where statistics are taken anew before scoring, nobody sees the running ones: here they are what is scored.
+    "freeze_statistics": tuple(
+        {"freeze_statistics": frozen, "average_decay": 0.0, "statistics_samples": 0} for frozen in (True, False)
+    ),
     "replay_dropout": ({"replay_dropout": False}, {"replay_dropout": True}),
     "aligned": ({"aligned": "targets"}, {"aligned": "predictions"}),
     "eps and alpha": tuple({"eps": eps, "alpha": alpha} for alpha in (1.0, 0.5, 2.0) for eps in EPS),

@@ -230,8 +230,14 @@ def _single_sweeps(found: Found, preset: str) -> list[Table]:
     for name, sweep in SWEEPS.items():
         if all(name in changes for changes in sweep):
             rows = [[str(changes[name]), _validated(found, preset, changes)] for changes in sweep]
-            tables.append(Table(f"{name} ({preset}, 1 %)", [name, "Dice %"], rows))
+            tables.append(Table(f"{name}{_common(name, sweep)} ({preset}, 1 %)", [name, "Dice %"], rows))
     return tables
+
+
+def _common(name: str, sweep: Sequence[Mapping[str, object]]) -> str:
+    """In what all runs of a sweep of `name` differ from the preset."""
+    others = [f"{key} {value:g}" for key, value in sweep[0].items() if key != name]
+    return f", with {' and '.join(others)}" if others else ""
 
 
 def _control(found: Found, preset: str) -> Table:
