@@ -216,6 +216,18 @@ def test_the_plan_adds_up(lab: SimpleNamespace, here: Any, capsys: pytest.Captur
     assert "another lr" in out
 
 
+def test_the_plan_of_a_group_knows_the_times_of_the_others(
+    lab: SimpleNamespace, here: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = _supervised(lab)
+    here.records.write(cell, _record(cell, wall_seconds=60.0))
+    fixmatch = lab.grid.cell("ACDC", "study", lab.grid.FIXMATCH, 1, 0)
+    lab.reproduce.plan(here, [fixmatch])
+    out = capsys.readouterr().out
+    assert "scaled" in out
+    assert "would take about 2.3 min" in out  # 7 / 3 passes for one
+
+
 # ---------------------------------------------------------------- runs
 
 
