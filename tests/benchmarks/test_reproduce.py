@@ -555,6 +555,14 @@ def test_means_deviations_and_gains_by_hand(lab: SimpleNamespace) -> None:
     assert rows["VAT"][3] == rows["gain"][3] == "open"
 
 
+def test_a_gain_is_of_the_seeds_that_both_have(lab: SimpleNamespace) -> None:
+    found = {}
+    for gap, seed, dice in ((False, 0, 10.0), (False, 1, 40.0), (True, 1, 45.0), (True, 2, 90.0)):
+        cell = lab.grid.cell("ACDC", "study", ("vat", gap), 1, seed)
+        found[cell] = _record(cell, dice)
+    assert lab.scores.gains(found, "ACDC", "study", "vat", 1) == {1: (5.0, 0.0)}
+
+
 def test_single_runs_losses_failures_and_collapses_are_shown(lab: SimpleNamespace) -> None:
     grid = lab.grid
     plain, with_gap, failed = (
