@@ -256,6 +256,23 @@ def test_the_method_joins_after_the_warm_up(slices, tiny_recipe: Recipe) -> None
     assert "loss_unlabelled" in warming.step(2)
 
 
+def test_a_teacher_follows_through_the_warm_up(slices, tiny_recipe: Recipe) -> None:
+    trainer = _trainer(replace(tiny_recipe, warm_up=2).for_run("mean_teacher"), slices)
+    trainer.step(0)  # after the first update it is the model itself
+    _assert_equal([*trainer.method.teacher.parameters()], [*trainer.model.parameters()])
+
+
+def test_labels_train_what_the_method_says(slices, tiny_recipe: Recipe) -> None:
+    """In the warm-up too: URPC's further heads, not CCT's further decoders."""
+    for run, learn in (("urpc", True), ("cct", False)):
+        trainer = _trainer(replace(tiny_recipe, warm_up=2).for_run(run), slices)
+        further = trainer.model.network.further
+        before = [p.detach().clone() for p in further.parameters()]
+        trainer.step(0)
+        moved = [not torch.equal(new, old) for new, old in zip(further.parameters(), before, strict=True)]
+        assert (all if learn else any)(moved) is learn
+
+
 KILLED = """
 import os, signal, sys, pickle
 from pathlib import Path
