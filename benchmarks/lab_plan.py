@@ -11,19 +11,20 @@ PASSES: dict[str, tuple[float, float]] = {
     "supervised": (0, 0),
     "em": (0, 1),
     "pseudo_label": (1 / 3, 1),
-    "ict": (2 / 3, 1),
+    "ict": (1 / 3, 1),
     "mixup": (1 / 3, 1),
     "cutmix": (1 / 3, 1),
-    "vat": (5 / 3, 1),
+    "vat": (1, 1),
     "fixmatch": (1 / 3, 1),
     "flexmatch": (1 / 3, 1),
     "freematch": (1 / 3, 1),
     "mean_teacher": (1 / 3, 1),
-    "urpc": (0, 1.2),
-    "cct": (0, 3),
+    "urpc": (0, 1.01),
+    "cct": (1, 2.5),
 }
 """What a method adds to an iteration: its targets, and its loss, which GAP takes a second time. In forward and backward
-passes of one batch, of which a forward pass alone is a third."""
+passes of one batch, of which a forward pass alone is a third. VAT's search has gradients of images alone, another
+third; CCT's 1 is its targets, and its further decoders in the labelled pass."""
 
 GUESSES: dict[tuple[str, str, str], float] = {
     ("ACDC", "study", "cpu"): 0.1,

@@ -112,7 +112,7 @@ def eps_alpha(found: Found) -> Figure | None:
             shift = 1.05 ** (index - 1)  # so that dots of one eps stand side by side
             shifted = {eps * shift: values for eps, values in by_eps.items()}
             _line(axes, shifted, COLOURS[index], MARKERS[index], f"alpha {alpha:g}")
-        _ticks(axes, by_eps, "eps (log scale)")
+        _ticks(axes, grid.EPS, "eps (log scale)")
     panels[0].set_ylabel("validation Dice (%)")
     figure.legend(handles=_handles(panels[0]), loc="outside upper center", ncols=len(dice[shown[0]]), frameon=False)
     return figure

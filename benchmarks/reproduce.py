@@ -82,7 +82,7 @@ def plan(lab: Lab, cells: Sequence[Cell], lists: Mapping[str, Mapping[str, str]]
 
     With `lists`, those of each data set (`Lab.lists`), also which records were made with others.
     """
-    records = lab.records.of(cells)
+    records = lab.records.of({*grid.cells(), *cells})  # cells of other groups have taken their time too
     rows, totals = [], dict.fromkeys(("done", "failed", "stale", "begun", "open"), 0)
     seconds_left = 0.0
     for cell in cells:

@@ -12,6 +12,7 @@ from . import ranks
 from .data import patients_for_share
 from .errors import InputError, UserError
 from .job import Job, OldRuns, run
+from .methods import TABLE
 from .recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Method, Recipe, method_of
 from .task import Task
 
@@ -177,6 +178,9 @@ def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[tuple[Meth
             raise InputError(f"{option}: means nothing without GAP; name a run that has it, or leave it out.")
         if name in METHOD_FIELDS and not unlabelled:
             raise InputError(f"{option}: means nothing to supervised alone; name another method, or leave it out.")
+    if "tau" in knobs and not any(TABLE[method].tau for method, _ in methods):
+        thresholded = ", ".join(name for name, entry in TABLE.items() if entry.tau)
+        raise InputError(f"--tau: means nothing to these methods; name one of {thresholded}, or leave it out.")
 
 
 def _stride(task: Task, arguments: argparse.Namespace, recipe: Recipe) -> tuple[int, ...] | None:

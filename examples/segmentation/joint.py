@@ -39,8 +39,8 @@ def joint(model: nn.Module) -> nn.Module:
 class Joint(nn.Module):
     """What `joint` makes: (B, ...) images -> (B, ...) logits in float32 at least; the ranks divide B.
 
-    Where one process leaves parameters without a gradient, as CCT's decoders and URPC's heads during a warm-up, this
-    one gives them zeros: SGD, which would pass them by, then decays them.
+    Where one process leaves parameters without a gradient, as CCT's further decoders during a warm-up, this one gives
+    them zeros: SGD, which would pass them by, then decays them.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -47,6 +47,8 @@ class Entry:
     """From the recipe, the data set and the model at its start; None for labelled images alone."""
     auxiliary: Auxiliary | None = None
     """Further logits that it needs of the network."""
+    tau: bool = False
+    """Whether the recipe's tau says which of its pseudo-labels count."""
     with_gap: str = ""
     """Label with GAP, where it is not "LABEL + GAP"."""
 
@@ -65,14 +67,16 @@ TABLE: dict[str, Entry] = {
     "supervised": Entry("Supervised", None),
     "em": Entry("EM", lambda r, t, m: EntropyMinimisation(t.weak())),
     "pseudo_label": Entry(
-        "Pseudo Label", lambda r, t, m: PseudoLabel(t.weak(), r.tau, R[r.unlabelled_loss], mode=r.targets)
+        "Pseudo Label", lambda r, t, m: PseudoLabel(t.weak(), r.tau, R[r.unlabelled_loss], mode=r.targets), tau=True
     ),
     "ict": Entry("ICT", lambda r, t, m: ICT(Teacher(m, DECAY), t.weak(), mode=r.targets)),
     "mixup": Entry("MixUp", lambda r, t, m: MixUp(t.weak(), mode=r.targets)),
-    "cutmix": Entry("CutMix", _cutmix),
+    "cutmix": Entry("CutMix", _cutmix, tau=True),
     "vat": Entry("VAT", lambda r, t, m: VAT(t.weak(), mode=r.targets)),
-    "fixmatch": Entry("FixMatch", lambda r, t, m: _fixmatch(r, t, r.tau), with_gap="GapMatch"),
-    "flexmatch": Entry("FlexMatch", lambda r, t, m: _fixmatch(r, t, CurriculumThreshold(t.num_classes, r.tau))),
+    "fixmatch": Entry("FixMatch", lambda r, t, m: _fixmatch(r, t, r.tau), tau=True, with_gap="GapMatch"),
+    "flexmatch": Entry(
+        "FlexMatch", lambda r, t, m: _fixmatch(r, t, CurriculumThreshold(t.num_classes, r.tau)), tau=True
+    ),
     "freematch": Entry("FreeMatch", lambda r, t, m: _fixmatch(r, t, SelfAdaptiveThreshold(t.num_classes))),
     "mean_teacher": Entry("Mean Teacher", lambda r, t, m: MeanTeacher(Teacher(m, DECAY), t.weak(), mode=r.targets)),
     "urpc": Entry("URPC", lambda r, t, m: URPC(t.weak()), URPC.auxiliary),

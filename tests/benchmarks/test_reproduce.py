@@ -216,6 +216,18 @@ def test_the_plan_adds_up(lab: SimpleNamespace, here: Any, capsys: pytest.Captur
     assert "another lr" in out
 
 
+def test_the_plan_of_a_group_knows_the_times_of_the_others(
+    lab: SimpleNamespace, here: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = _supervised(lab)
+    here.records.write(cell, _record(cell, wall_seconds=60.0))
+    fixmatch = lab.grid.cell("ACDC", "study", lab.grid.FIXMATCH, 1, 0)
+    lab.reproduce.plan(here, [fixmatch])
+    out = capsys.readouterr().out
+    assert "scaled" in out
+    assert "would take about 2.3 min" in out  # 7 / 3 passes for one
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -541,6 +553,14 @@ def test_means_deviations_and_gains_by_hand(lab: SimpleNamespace) -> None:
     assert rows["gain"][1] == "+5.0 ± 1.4, -1.25 ± 0.35 (n = 2 of 3)"  # +6 and +4; -1 and -1.5
     assert [rows[name][2] for name in ("VAT", "VAT + GAP", "gain")] == ["54.2, 2.99", "61.8, 3.10", "+7.6, +0.11"]
     assert rows["VAT"][3] == rows["gain"][3] == "open"
+
+
+def test_a_gain_is_of_the_seeds_that_both_have(lab: SimpleNamespace) -> None:
+    found = {}
+    for gap, seed, dice in ((False, 0, 10.0), (False, 1, 40.0), (True, 1, 45.0), (True, 2, 90.0)):
+        cell = lab.grid.cell("ACDC", "study", ("vat", gap), 1, seed)
+        found[cell] = _record(cell, dice)
+    assert lab.scores.gains(found, "ACDC", "study", "vat", 1) == {1: (5.0, 0.0)}
 
 
 def test_single_runs_losses_failures_and_collapses_are_shown(lab: SimpleNamespace) -> None:

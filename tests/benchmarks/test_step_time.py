@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from segmentation.recipe import Recipe
-from torch.utils.flop_counter import FlopCounterMode
+from segmentation.recipe import METHODS, Recipe
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,3 +55,32 @@ def test_passes_are_what_the_methods_multiply(monkeypatch: pytest.MonkeyPatch) -
         counted[label] = counter.get_total_flops()
     passes = {label: entry.passes for label, entry in step_time.TABLE_4.items()}
     assert {label: count / counted["UNet"] for label, count in counted.items()} == pytest.approx(passes, rel=3e-3)
+
+
+class Operations(TorchDispatchMode):
+    """Counts as `FlopCounterMode` does, which can't do with VAT's `autograd.grad`."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Tensor:
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in flop_registry:
+            self.total += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def test_the_lab_plans_with_what_the_methods_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    step_time, grid, lab_plan = map(importlib.import_module, ("step_time", "grid", "lab_plan"))
+    recipe = Recipe(size=(32, 32), labelled_batch=2, unlabelled_batch=2)
+    counted, planned = {}, {}
+    for method in METHODS:
+        subject = step_time.trainer(recipe.for_run(method), torch.device("cpu"), None)
+        with Operations() as operations:
+            subject.step(0)
+        counted[method] = operations.total
+        planned[method] = lab_plan.passes(grid.cell("ACDC", "study", (method, False), 1, 0))
+    assert {method: total / counted["supervised"] for method, total in counted.items()} == pytest.approx(
+        planned, rel=0.02
+    )

@@ -218,6 +218,7 @@ def test_bad_data_is_one_line_before_any_training(
         (["--method", "ict", "--no-freeze-statistics"], "--freeze-statistics: means"),
         (["--method", "ict", "--replay-dropout"], "--replay-dropout: means"),
         (["--method", "supervised", "--tau", "0.9"], "--tau: means nothing to supervised alone"),
+        (["--method", "em", "freematch+gap", "--tau", "0.9"], "--tau: means nothing to these methods; name one"),
         (["--method", "supervised", "--weight", "2"], "--weight: means"),
         (["--method", "supervised", "--warm-up", "1"], "--warm-up: means"),
     ],

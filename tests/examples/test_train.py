@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from segmentation.data import Volume, read_list, split_by_patients
 from segmentation.errors import InputError, RunError
 from segmentation.identity import identity
 from segmentation.interrupt import interruptible
-from segmentation.recipe import RUNS, Recipe
+from segmentation.recipe import METHODS, RUNS, Recipe
 from segmentation.slices import Slices, load_slices, load_volumes
 from segmentation.train import Result, fit
 from segmentation.trainer import Trainer
@@ -202,6 +204,14 @@ def test_the_network_has_what_its_method_declares(run: str, slices, tiny_recipe:
     assert isinstance(trainer.model(slices[0].images[:2]), tuple) is (declared is not None)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "supervised"])
+def test_tau_counts_where_the_table_says(method: str, tiny_recipe: Recipe) -> None:
+    fields = {name: value for name, value in tiny_recipe.to_dict().items() if name != "tau"}
+    entry = methods.TABLE[method]
+    with pytest.raises(AttributeError, match="tau") if entry.tau else nullcontext():
+        entry.build(SimpleNamespace(**fields), ACDC, torch.nn.Conv2d(1, 4, 1))
+
+
 def test_a_teacher_follows_and_is_not_trained(slices, tiny_recipe: Recipe) -> None:
     trainer = _trainer(tiny_recipe.for_run("mean_teacher"), slices)
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -246,9 +256,27 @@ def test_the_method_joins_after_the_warm_up(slices, tiny_recipe: Recipe) -> None
     assert "loss_unlabelled" in warming.step(2)
 
 
+def test_a_teacher_follows_through_the_warm_up(slices, tiny_recipe: Recipe) -> None:
+    trainer = _trainer(replace(tiny_recipe, warm_up=2).for_run("mean_teacher"), slices)
+    trainer.step(0)  # after the first update it is the model itself
+    _assert_equal([*trainer.method.teacher.parameters()], [*trainer.model.parameters()])
+
+
+def test_labels_train_what_the_method_says(slices, tiny_recipe: Recipe) -> None:
+    """In the warm-up too: URPC's further heads, not CCT's further decoders."""
+    for run, learn in (("urpc", True), ("cct", False)):
+        trainer = _trainer(replace(tiny_recipe, warm_up=2).for_run(run), slices)
+        further = trainer.model.network.further
+        before = [p.detach().clone() for p in further.parameters()]
+        trainer.step(0)
+        moved = [not torch.equal(new, old) for new, old in zip(further.parameters(), before, strict=True)]
+        assert (all if learn else any)(moved) is learn
+
+
 KILLED = """
 import os, signal, sys, pickle
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, sys.argv[1])
 import torch
 from acdc_gapmatch import ACDC

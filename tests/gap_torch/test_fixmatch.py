@@ -31,6 +31,16 @@ def test_pseudo_labels_are_the_weak_views_confident_classes() -> None:
     assert views.mask.tolist() == [[[True, False, True]]]
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_pseudo_labels_lie_where_the_strong_view_shows_them(mirrored: bool) -> None:
+    """Labels of the images as they came would lie elsewhere, once the weak view has moved these."""
+    images = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    weak = (lambda x: x.flip(-1)) if mirrored else _identity
+    views = FixMatch(weak, _identity, tau=0.6).prepare(Fixed(), images)
+    assert torch.equal(views.target, views.inputs.argmax(1))
+    assert torch.equal(views.mask, views.inputs.softmax(1).amax(1) >= 0.6)
+
+
 def test_tau_itself_is_confident() -> None:
     images = torch.zeros(1, 2, 1, 1, dtype=torch.float64)
     assert FixMatch(_identity, _identity, tau=0.5).prepare(Fixed(), images).mask.all()

@@ -129,6 +129,18 @@ def test_views_without_a_target_are_refused() -> None:
         VAT(_identity).compare(logits, Views(logits))
 
 
+def test_the_direction_is_looked_for_in_the_asked_mode() -> None:
+    """Of a model in training, dropout would have a say in it."""
+    model, images = _network(), torch.randn(4, 1, 6, 6)
+    found = []
+    for training in (True, False):
+        torch.manual_seed(1)
+        found.append(VAT(_identity, iterations=2).prepare(model.train(training), images).inputs)
+    assert torch.equal(*found)
+    torch.manual_seed(1)
+    assert not torch.equal(VAT(_identity, iterations=2, mode="train").prepare(model.train(), images).inputs, found[0])
+
+
 @pytest.mark.parametrize("mode", ["eval", "batch", "train"])
 def test_prepare_leaves_no_trace(mode) -> None:
     """No gradient in a parameter or a view, the mode as it was, one update of running statistics at most."""
