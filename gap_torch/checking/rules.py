@@ -12,6 +12,11 @@ Verdict = Finding | str | None
 
 USE_PERTURBED = "put the second backward into `with optimizer.perturbed(model):`, and call optimizer.step() after it."
 
+ANEW = (
+    "call the model anew for it, where its backward is. For a labelled loss there is also "
+    "`with optimizer.set_aside():`, before the first pass."
+)
+
 
 def verdicts(update: Update, has_wrapper: bool) -> Iterator[Verdict]:
     """Of all rules that apply to `update`, which has come to its end."""
@@ -176,7 +181,7 @@ def own_graphs(update: Update) -> Verdict:
     for forward in update.forwards:
         if forward.stale:
             what = "a loss was computed before the parameters moved and its backward ran after, or the reverse."
-            return _of_forward("stale graph", forward, what, "run the loss anew, forward and backward, after a move.")
+            return _of_forward("stale graph", forward, what, ANEW)
     return None
 
 
