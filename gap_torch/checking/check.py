@@ -41,7 +41,7 @@ def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Sho
 
     Args:
         optimizer: the GAPWrapper, or what Accelerate or Lightning made of it. With any other optimizer the report says
-            that it is not wrapped.
+            that it is not wrapped, unless it is the one inside a wrapper that the loop uses.
         model: what the loop calls, or a module around it.
         updates: how many updates to watch. Those without GAP (`interval`) do not count.
         show: called with the report when it is complete; None for nothing. By default it is printed, on rank 0 and
@@ -74,7 +74,6 @@ class Check:
             optimizer._forbid_while_perturbed("check()")
         self.report = Report()
         self._show, self._to_watch = show, updates
-        self._has_wrapper = isinstance(optimizer, GAPWrapper)
         self._watch = Watch(optimizer, model, self._done, self._begun)
         if Check.running is not None:
             Check.running.stop("another check")
@@ -122,9 +121,10 @@ class Check:
         """An update is complete."""
         if not self._to_watch:
             return
-        verdicts = [verdict for verdict in rules.verdicts(update, self._has_wrapper) if verdict]
+        has_wrapper = self._watch.wrapper is not None
+        verdicts = [verdict for verdict in rules.verdicts(update, has_wrapper) if verdict]
         self._add(update, [v for v in verdicts if isinstance(v, Finding)], [v for v in verdicts if isinstance(v, str)])
-        if update.where("step") and (update.due or not self._has_wrapper):
+        if update.where("step") and (update.due or not has_wrapper):
             self.report.updates += not update.hidden
             self._to_watch -= 1
 

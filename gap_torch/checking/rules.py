@@ -54,7 +54,7 @@ def notes(update: Update) -> Iterator[Finding]:
         what = f"{len(silent)} of the samples at theta* got no gradient."
         fix = "Fine if no pixel of theirs is confident; if targets are made from them, make those once, at theta."
         yield Finding("no gradient", update.where("g2"), what, fix)
-    if not update.where("g_l") and not update.where("aside"):
+    if update.where("step") and not update.where("g_l") and not update.where("aside"):
         what = "no backward came after second_step(), and none was set aside."
         fix = "If the labelled loss is part of both passes, it steers the direction as well: move it behind them."
         yield Finding("no g_l", second, what, fix)

@@ -451,6 +451,20 @@ def test_g1_that_is_not_finite_is_no_error() -> None:
     assert "GAP ran as Algorithm 1 in this update, and nothing moved." in str(report)
 
 
+def test_it_may_be_given_the_base_optimizer() -> None:
+    """As where the wrapper has another name than the optimizer of before."""
+    s = Scene()
+    with gap_torch.check(s.base, s.model, show=None) as report:
+        views = s.views()
+        s.consistency(views).backward()
+        with s.optimizer.perturbed(s.model):
+            s.consistency(views).backward()
+        s.supervised().backward()
+        s.base.step()
+    assert report.ok, str(report)
+    assert [call for call, _ in report.timeline] == ["g1", "first_step", "g2", "second_step", "g_l", "step"]
+
+
 def test_other_models_are_passed_over() -> None:
     """Which are trained in turns with this one."""
     s, other = Scene(), Scene()

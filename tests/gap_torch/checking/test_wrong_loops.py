@@ -620,6 +620,7 @@ def test_as_a_statement_it_explains_the_exception_that_ends_the_program(
     assert f"train.py:{line}: " in run.stdout
     assert "To mend it: " in run.stdout
     assert f"Stopped by RuntimeError at {file}:{line}" in run.stdout
+    assert "no backward came after second_step()" not in run.stdout  # it was about to
 
 
 def test_an_exception_from_before_the_check_is_not_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
