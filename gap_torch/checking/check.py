@@ -1,6 +1,7 @@
 """`gap_torch.check`: watch one update of a training loop, and say what is right and what is wrong with it."""
 
 import atexit
+import sys
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import ClassVar
@@ -17,6 +18,9 @@ from .update import Update
 from .watch import Watch
 
 Show = Callable[[Report], object]
+
+STALE = ("modified by an inplace operation", "backward through the graph a second time")
+"""What autograd says to a backward through a graph of other parameters."""
 
 
 def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Show | None = print_once) -> "Check":
@@ -37,7 +41,7 @@ def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Sho
 
     Args:
         optimizer: the GAPWrapper, or what Accelerate or Lightning made of it. With any other optimizer the report says
-            that it is not wrapped.
+            that it is not wrapped, unless it is the one inside a wrapper that the loop uses.
         model: what the loop calls, or a module around it.
         updates: how many updates to watch. Those without GAP (`interval`) do not count.
         show: called with the report when it is complete; None for nothing. By default it is printed, on rank 0 and
@@ -70,13 +74,13 @@ class Check:
             optimizer._forbid_while_perturbed("check()")
         self.report = Report()
         self._show, self._to_watch = show, updates
-        self._has_wrapper = isinstance(optimizer, GAPWrapper)
         self._watch = Watch(optimizer, model, self._done, self._begun)
         if Check.running is not None:
             Check.running.stop("another check")
         Check.running = self
         self._watch.start()
-        atexit.register(self.stop, "the end of the program")
+        self._shown_before = getattr(sys, "last_value", None)  # in a notebook, the error of another cell
+        atexit.register(self._end_of_program)
 
     def __enter__(self) -> Report:
         return self.report
@@ -97,12 +101,19 @@ class Check:
         if Check.running is not self:
             return
         Check.running = None
-        atexit.unregister(self.stop)
+        atexit.unregister(self._end_of_program)
         self._watch.stop()
         if not self.report.updates and not self.report.stopped and not self.report.problems:
             self.report.stopped = f"{by}, before any update was complete"
         if self._show is not None:
             self._show(self.report)
+
+    def _end_of_program(self) -> None:
+        """Where an exception is the end, Python has shown it by now and kept it."""
+        error = getattr(sys, "last_value", None)
+        if error is not None and error is not self._shown_before:
+            self._explain(error, error.__traceback__)
+        self.stop("the end of the program")
 
     # ------------------------------------------------------------------ what the watch has to say
 
@@ -110,9 +121,10 @@ class Check:
         """An update is complete."""
         if not self._to_watch:
             return
-        verdicts = [verdict for verdict in rules.verdicts(update, self._has_wrapper) if verdict]
+        has_wrapper = self._watch.wrapper is not None
+        verdicts = [verdict for verdict in rules.verdicts(update, has_wrapper) if verdict]
         self._add(update, [v for v in verdicts if isinstance(v, Finding)], [v for v in verdicts if isinstance(v, str)])
-        if update.where("step") and (update.due or not self._has_wrapper):
+        if update.where("step") and (update.due or not has_wrapper):
             self.report.updates += not update.hidden
             self._to_watch -= 1
 
@@ -137,16 +149,15 @@ class Check:
             self._add(update, [Finding("no step", update.timeline[-1][1], what, rules.USE_PERTURBED)])
 
     def _explain(self, error: BaseException, trace: TracebackType | None) -> None:
-        """An exception has ended the block."""
+        """An exception has ended the block, or the program."""
         update, where = self._watch.update, raised(trace)
         self.report.stopped = f"{type(error).__name__} at {where}"
         problems = []
         if from_library(trace) and not update.seen:
             problems = [Finding("refused", where, str(error), "as it says.")]
-        elif "modified by an inplace operation" in str(error) and update.where("first_step"):
+        elif any(words in str(error) for words in STALE) and update.where("first_step"):
             what = "the backward of a loss that was computed before the parameters moved (or moved back)."
-            fix = "run the loss anew, forward and backward, after a move."
-            problems = [Finding("stale graph", where, what, fix)]
+            problems = [Finding("stale graph", where, what, rules.ANEW)]
         self._add(update, problems)
 
 

@@ -63,7 +63,8 @@ class Report:
             return f"{count} thing{'s are' if count > 1 else ' is'} WRONG in {watched}.{stopped}"
         if not self.updates:
             return f"no update was watched to its end, so nothing is known.{stopped}"
-        reserve = ", as far as can be told" if any(note.kind == "not told" for note in self.notes) else ""
+        kinds = {note.kind for note in self.notes}
+        reserve = ", as far as can be told" if kinds - {"no move"} else ", and nothing moved" if kinds else ""
         return f"GAP ran as Algorithm 1 in {watched}{reserve}.{stopped}"
 
     def _calls(self) -> Iterable[str]:

@@ -12,6 +12,11 @@ Verdict = Finding | str | None
 
 USE_PERTURBED = "put the second backward into `with optimizer.perturbed(model):`, and call optimizer.step() after it."
 
+ANEW = (
+    "call the model anew for it, where its backward is. For a labelled loss there is also "
+    "`with optimizer.set_aside():`, before the first pass."
+)
+
 
 def verdicts(update: Update, has_wrapper: bool) -> Iterator[Verdict]:
     """Of all rules that apply to `update`, which has come to its end."""
@@ -49,7 +54,7 @@ def notes(update: Update) -> Iterator[Finding]:
         what = f"{len(silent)} of the samples at theta* got no gradient."
         fix = "Fine if no pixel of theirs is confident; if targets are made from them, make those once, at theta."
         yield Finding("no gradient", update.where("g2"), what, fix)
-    if not update.where("g_l") and not update.where("aside"):
+    if update.where("step") and not update.where("g_l") and not update.where("aside"):
         what = "no backward came after second_step(), and none was set aside."
         fix = "If the labelled loss is part of both passes, it steers the direction as well: move it behind them."
         yield Finding("no g_l", second, what, fix)
@@ -176,7 +181,7 @@ def own_graphs(update: Update) -> Verdict:
     for forward in update.forwards:
         if forward.stale:
             what = "a loss was computed before the parameters moved and its backward ran after, or the reverse."
-            return _of_forward("stale graph", forward, what, "run the loss anew, forward and backward, after a move.")
+            return _of_forward("stale graph", forward, what, ANEW)
     return None
 
 

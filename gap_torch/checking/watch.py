@@ -235,6 +235,7 @@ class Watch:
     def _first_step(self, original: Callable[..., None], wrapper: GAPWrapper, *args: Any, **kwargs: Any) -> None:
         if wrapper.base_optimizer is not self.base or torch.compiler.is_compiling():
             return original(wrapper, *args, **kwargs)
+        self.wrapper = wrapper  # of which nothing is known where the check was given the base optimizer
         self._forget_what_is_gone()
         if self.update.where("second_step"):  # and there was no step()
             self._finish_update()

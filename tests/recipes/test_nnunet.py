@@ -109,7 +109,7 @@ def test_a_run_is_right_and_ends_with_a_checkpoint_that_resumes(
     exec(*lines("nnunet", "Check that it works"), names)
     trainer = _trainer(plans, names["CheckedTrainer"])
     trainer.run_training()
-    assert "1 update watched, all that can be told is right" in capsys.readouterr().out
+    assert "GAP ran as Algorithm 1 in this update" in capsys.readouterr().out
     resumed = _trainer(plans)
     resumed.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     torch.testing.assert_close(resumed.network.state_dict(), trainer.network.state_dict(), rtol=0, atol=0)

@@ -21,3 +21,11 @@ def test_all_pages_have_the_same_parts(page: Path) -> None:
     parts = ["Change these lines", "What is particular", "Check that it works"]
     assert re.findall(r"^## (.*)$", page.read_text(), re.MULTILINE) == parts
     assert "gap_torch.check(" in page.read_text().split(parts[-1])[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_stands_alone(page: Path) -> None:
+    """Who comes to it from elsewhere is told how to install, and what to import for the check."""
+    text = page.read_text()
+    assert "`pip install /path/to/gap-torch`" in text.split("\n## ")[0]
+    assert "import gap_torch\n" in text.split("## Check that it works")[1]

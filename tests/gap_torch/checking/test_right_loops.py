@@ -448,6 +448,21 @@ def test_g1_that_is_not_finite_is_no_error() -> None:
         s.optimizer.step()
     assert not report.problems, str(report)
     assert [note.kind for note in report.notes] == ["no move"]
+    assert "GAP ran as Algorithm 1 in this update, and nothing moved." in str(report)
+
+
+def test_it_may_be_given_the_base_optimizer() -> None:
+    """As where the wrapper has another name than the optimizer of before."""
+    s = Scene()
+    with gap_torch.check(s.base, s.model, show=None) as report:
+        views = s.views()
+        s.consistency(views).backward()
+        with s.optimizer.perturbed(s.model):
+            s.consistency(views).backward()
+        s.supervised().backward()
+        s.base.step()
+    assert report.ok, str(report)
+    assert [call for call, _ in report.timeline] == ["g1", "first_step", "g2", "second_step", "g_l", "step"]
 
 
 def test_other_models_are_passed_over() -> None:
@@ -580,6 +595,7 @@ def test_a_joint_loss_in_both_passes_is_noted() -> None:
             (s.supervised() + s.consistency(views)).backward()
         s.optimizer.step()
     assert _kinds(report) == ["no g_l"]
+    assert "GAP ran as Algorithm 1 in this update, as far as can be told." in str(report)
 
 
 def test_targets_that_may_come_from_the_same_forward_pass_are_noted() -> None:

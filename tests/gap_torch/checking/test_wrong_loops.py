@@ -2,6 +2,9 @@
 """Each slip gives its finding and no other, at the line that is marked `# HERE`."""
 
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,6 +233,21 @@ def graph_of_theta(s: Scene) -> None:
         loss.backward()  # HERE
 
 
+def freed_graph_of_theta(s: Scene) -> None:
+    loss = s.consistency(s.views())
+    loss.backward()
+    with s.optimizer.perturbed(s.model):
+        loss.backward()  # HERE
+
+
+def labelled_forward_before_the_block(s: Scene) -> None:
+    labelled, views = s.supervised(), s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()
+    labelled.backward()  # HERE
+
+
 def another_optimizer_steps_at_theta_star(s: Scene) -> None:
     views = s.views()
     s.consistency(views).backward()
@@ -416,6 +434,8 @@ WRONG: dict[Callable[[Scene], None], str] = {
     moving_statistics: "statistics",
     moving_statistics_between_two_calls: "statistics",
     graph_of_theta: "stale graph",
+    freed_graph_of_theta: "stale graph",
+    labelled_forward_before_the_block: "stale graph",
     another_optimizer_steps_at_theta_star: "overwritten",
     input_written_in_place: "other batch",
     zeroed_in_place: "zeroed",
@@ -580,6 +600,36 @@ def test_an_exception_of_ones_own_goes_its_way() -> None:
     assert not report.problems
     assert "ZeroDivisionError at" in report.stopped
     assert "test_wrong_loops.py" in report.stopped
+
+
+@pytest.mark.parametrize(
+    "script", [step_while_perturbed, freed_graph_of_theta, labelled_forward_before_the_block], ids=lambda f: f.__name__
+)
+def test_as_a_statement_it_explains_the_exception_that_ends_the_program(
+    script: Callable[[Scene], None], tmp_path: Path
+) -> None:
+    file = tmp_path / "train.py"
+    start = "import gap_torch\nfrom scene import Scene\ns = Scene()\ngap_torch.check(s.optimizer, s.model)\n"
+    file.write_text(f"{start}{inspect.getsource(script)}\n{script.__name__}(s)\n")
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(gap_torch.__file__).parents[1])])
+    run = subprocess.run(
+        [sys.executable, str(file)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    (line,) = [n for n, text in enumerate(file.read_text().splitlines(), 1) if "# HERE" in text]
+    assert run.returncode == 1
+    assert f"train.py:{line}: " in run.stdout
+    assert "To mend it: " in run.stdout
+    assert f"Stopped by RuntimeError at {file}:{line}" in run.stdout
+    assert "no backward came after second_step()" not in run.stdout  # it was about to
+
+
+def test_an_exception_from_before_the_check_is_not_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, where Python keeps the last one that it has shown."""
+    monkeypatch.setattr(sys, "last_value", ValueError("of another cell"), raising=False)
+    s = Scene()
+    check = gap_torch.check(s.optimizer, s.model, show=None)
+    check._end_of_program()
+    assert "ValueError" not in check.report.stopped
 
 
 def test_nothing_to_see_is_not_ok(capsys: pytest.CaptureFixture) -> None:
