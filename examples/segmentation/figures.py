@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
-from palette import GREEN, MARKERS, METHOD_COLOURS, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from palette import GREEN, METHOD_COLOURS, ORANGE, PURPLE, SKY, VERMILION, YELLOW, method_styles
 from scipy.ndimage import uniform_filter1d
 
 from .errors import InputError
@@ -116,8 +116,9 @@ def save_curves(path: Path | str, runs: Mapping[str, RunLog]) -> None:
     figure = Figure(figsize=(WIDTH, 5.6), dpi=DPI, layout="constrained")
     panels = figure.subplots(2, 2).ravel().tolist()
     losses, confident, norm, dice = panels
-    styles: list[dict[str, Any]] = [{"color": c, "marker": m} for c, m in zip(METHOD_COLOURS, MARKERS, strict=True)]
-    for run, style in zip(runs.values(), styles, strict=False):
+    styles = method_styles(runs)
+    for name, run in runs.items():
+        style = styles[name]
         training = _read_csv(run.training)
         _draw_mean(losses, training, "loss_labelled", style)
         _draw_mean(losses, training, "loss_unlabelled", {**style, "linestyle": "--"})
@@ -132,7 +133,7 @@ def save_curves(path: Path | str, runs: Mapping[str, RunLog]) -> None:
     _style(norm, "Gradient that gives the perturbation", r"norm $\|g_1\|$", log=True)
     _style(dice, "Validation", "mean Dice (%)")
     _keep_drawn(figure, panels)
-    lines = [Line2D([], [], label=name, **style) for name, style in zip(runs, styles, strict=False)]
+    lines = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), fontsize=9, frameon=False)
     save(figure, path)
 

@@ -149,6 +149,18 @@ def test_each_panel_shows_its_column(tmp_path, figures):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["GapMatch"]
 
 
+def test_a_method_looks_the_same_whatever_stands_beside_it(tmp_path, figures):
+    of = log(tmp_path)
+    for names in (["Supervised", "FixMatch", "GapMatch"], ["GapMatch", "CutMix"], list("abcdefg")):
+        save_curves(tmp_path / "c.png", dict.fromkeys(names, of))
+    all_three, two, seven = (
+        [(line.get_color(), line.get_marker()) for line in figure.axes[1].lines] for figure in figures
+    )
+    assert two[0] == all_three[2]
+    assert two[1] != two[0]
+    assert len(set(seven)) == 7
+
+
 def test_missing_columns_and_empty_cells_are_left_out(tmp_path, figures):
     supervised = RunLog(
         csv(
