@@ -116,7 +116,7 @@ def grouped_bars(axes: Axes, heights: Mapping[str, Sequence[float]], number: str
     for index, (name, values) in enumerate(heights.items()):
         places = [group + (index - (len(heights) - 1) / 2) * width for group in range(len(values))]
         style = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white", "linewidth": 0}
-        axes.bar_label(axes.bar(places, values, width, label=name, **style), fmt=number, fontsize=8)
+        axes.bar_label(axes.bar(places, values, width, label=name, **style), fmt=number, fontsize=7)
 
 
 def plain_ticks(axis: Axis) -> None:

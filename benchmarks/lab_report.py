@@ -24,6 +24,8 @@ TABLES: dict[str, tuple[Method, ...]] = {
     "FixMatch with thresholds that adapt": grid.THRESHOLDS,
 }
 
+HEADER = ["Method", *(f"{share} %, {whose}" for share in SHARES for whose in ("ours", "paper"))]
+
 PREAMBLE = """\
 # Results: does GAP improve whatever it is added to?
 
@@ -32,9 +34,9 @@ Written by `python benchmarks/reproduce.py --report`; don't edit it by hand.
 ## Reproduce
 
 ```bash
-python benchmarks/reproduce.py --plan                                          # done, open, estimated time
-python benchmarks/reproduce.py --run --data-acdc data/ACDC --budget 60         # an hour of the open cells
-python benchmarks/reproduce.py --report                                        # this page and its figures
+python benchmarks/reproduce.py --plan  # done, open, estimated time
+python benchmarks/reproduce.py --run --data-acdc data/ACDC --budget 60  # for an hour
+python benchmarks/reproduce.py --report  # this page and its figures
 ```
 
 The grid is declared in [`benchmarks/grid.py`](../benchmarks/grid.py). Every run leaves one JSON file in
@@ -43,11 +45,12 @@ the next time; on a GPU it takes the full-scale cells, on a CPU the reduced ones
 
 ## How to read the tables
 
-Numbers are Dice in percent, then ASD in voxels, on the test volumes: mean ± sample standard deviation over n seeds
-("-" with one seed). The iteration is chosen on the validation volumes (LA has none: the last one). The labelled
+Numbers are Dice in percent and, below it, ASD in voxels, on the test volumes: mean ± sample standard deviation over n
+seeds ("-" with one seed). The iteration is chosen on the validation volumes (LA has none: the last one). The labelled
 patients are the first of the list, so seeds differ in initial weights, batches and augmentation, not in patients. A
 gain is the score with GAP less that without, seed by seed: for the Dice more is better, for the ASD less. "open" has
-not been run. "paper" is Huang et al., AAAI 2025, which prints no spread.
+not been run; where a table has begun, shares at which all is open are left out. "paper" is Huang et al., AAAI 2025,
+which prints no spread.
 
 A class that a run finds nowhere in a volume is an empty prediction. It counts as Dice 0 and ASD 0, so the ASD looks
 better than it is. "% empty" is their share in the predictions of all seeds, where there were any. † marks a mean or a
@@ -102,15 +105,20 @@ def comparisons(found: Found, data_set: str, preset: str) -> list[Table]:
     scale = "" if preset == FULL_SCALE else f", ours at reduced scale ({preset})"
     declared = {(cell.method, cell.gap) for cell in grid.cells(presets=[preset]) if cell.data_set == data_set}
     return [
-        Table(f"{name} on {data_set}{scale}", _header(preset), _rows(found, data_set, preset, methods))
+        _telling(Table(f"{name} on {data_set}{scale}", HEADER, _rows(found, data_set, preset, methods)))
         for name, methods in TABLES.items()
         if declared.issuperset(methods)
     ]
 
 
-def _header(preset: str) -> list[str]:
-    ours = "ours" if preset == FULL_SCALE else "ours, reduced"
-    return ["Method", *(f"{share} %, {whose}" for share in SHARES for whose in (ours, "paper"))]
+def _telling(table: Table) -> Table:
+    """Without shares at which nothing has run, once something has, and without columns of the paper that are empty."""
+    methods, *columns = zip(table.header, *table.rows, strict=True)
+    shares = list(zip(columns[::2], columns[1::2], strict=True))
+    begun = [share for share in shares if any(text not in ("", "open") for text in share[0][1:])]
+    shown = [column for share in begun or shares for column in share if any(column[1:])]
+    header, *rows = zip(methods, *shown, strict=True)
+    return Table(table.title, header, rows)
 
 
 def _rows(found: Found, data_set: str, preset: str, methods: Sequence[Method]) -> list[list[str]]:
@@ -162,7 +170,7 @@ def _early(record: Record) -> bool:
 
 def _empty(tests: Sequence[Record]) -> str:
     empty, predictions = (sum(test[name] for test in tests) for name in ("empty", "predictions"))
-    return f", {100 * empty / predictions:.1f} % empty" if empty else ""
+    return f"\n{100 * empty / predictions:.1f} % empty" if empty else ""
 
 
 def _count(found: Found, declared: Sequence[Cell], done: int) -> str:
@@ -181,7 +189,7 @@ def _number(done: int, declared: int) -> str:
 def _spread(dice: Sequence[float], asd: Sequence[float], signed: bool = False) -> str:
     if not dice:
         return ""
-    return f"{mean_and_deviation(dice, 1, signed)}, {mean_and_deviation(asd, 2, signed)}"
+    return f"{mean_and_deviation(dice, 1, signed)}\n{mean_and_deviation(asd, 2, signed)}"
 
 
 def mean_and_deviation(values: Sequence[float], digits: int, signed: bool = False) -> str:
@@ -196,7 +204,7 @@ def _scores(scores: Scores | None, signed: bool = False) -> str:
     if scores is None:
         return ""
     (dice, asd), sign = scores, "+" if signed else ""
-    return f"{dice:{sign}.1f}, {asd:{sign}.{2 if abs(asd) < 10 else 1}f}"
+    return f"{dice:{sign}.1f}\n{asd:{sign}.{2 if abs(asd) < 10 else 1}f}"
 
 
 def _alternating(ours: Sequence[str], paper: Sequence[str]) -> list[str]:
@@ -308,7 +316,7 @@ def _hardware(found: Found, declared: Sequence[Cell]) -> str:
 
 
 def _every_run(found: Found) -> str:
-    header = ["Cell", "Dice %", "ASD", "Dice of each class", "Empty", "Validation Dice %", "Iteration", "s/iteration"]
+    header = ["Cell", "Dice %", "ASD", "By class", "Empty", "Validation %", "Iteration", "s/iteration"]
     table = Table("Runs", header, [_run_row(cell, record) for cell, record in found.items()])
     return f"""\
 ## Every run

@@ -8,7 +8,7 @@ from pathlib import Path
 from markdown_table import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from palette import MARKERS, METHOD_COLOURS
+from palette import method_styles
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,10 @@ def save_curves(path: Path, runs: Runs, title: str) -> None:
 
 
 def _draw(axes: Axes, runs: Runs, column: str, label: str) -> None:
-    styles = dict(zip(("Supervised", "FixMatch", "GapMatch"), zip(METHOD_COLOURS, MARKERS, strict=True), strict=False))
+    styles = method_styles(runs)
     for name, points in runs.items():
-        colour, marker = styles[name]
         x, y = zip(*((point.iteration, getattr(point, column)) for point in points), strict=True)
-        axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
+        axes.plot(x, y, **styles[name], markersize=4, label=name)
     axes.set(xlabel="iteration", ylabel=label, ylim=(0, 102))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

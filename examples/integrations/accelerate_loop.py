@@ -28,21 +28,23 @@ def train(model: nn.Module) -> None:
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     optimizer = GAPWrapper(torch.optim.AdamW(model.parameters(), lr=LR), eps=EPS)  # GAP 1: before prepare
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Discs(), BATCH // ACCUMULATE))
+    loader = DataLoader(Discs(), BATCH // ACCUMULATE)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     gap = optimizer.optimizer  # the GAPWrapper inside Accelerate's optimizer
 
     def backward(losses: Iterator[Tensor]) -> None:
-        """Backward of the mean of ACCUMULATE losses, each of which is computed only when it is its turn."""
+        """Backward of the mean of ACCUMULATE losses, each computed only when it is its turn."""
         for _ in range(ACCUMULATE):
-            with accelerator.accumulate(model):  # counts anew in every pass: its last micro-batch synchronises
+            with accelerator.accumulate(model):  # counts each pass anew; the last synchronises
                 accelerator.backward(next(losses))  # divides by ACCUMULATE
 
     for _ in range(EPOCHS):
         for micro_batches in grouped(loader):
-            views = [method.prepare(model, batch["unlabelled"]) for batch in micro_batches]  # all at theta
+            # all views at theta, before the first pass
+            views = [method.prepare(model, batch["unlabelled"]) for batch in micro_batches]
             backward(method.loss(model, v) for v in views)
             with gap.perturbed(model):  # GAP 2: once for all micro-batches, after the last of g1
-                backward(method.loss(model, v) for v in views)  # GAP 3: the same views of all of them
+                backward(method.loss(model, v) for v in views)  # GAP 3: the same views
             backward(supervised(model(batch["image"]), batch["label"]) for batch in micro_batches)
             accelerator.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()  # Accelerate's own: it knows of the scaler

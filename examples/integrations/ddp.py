@@ -20,7 +20,7 @@ def train(network: nn.Module) -> None:
     """Train `network` in place, each rank on its share of every batch."""
     model = DistributedDataParallel(network)  # on GPUs after SyncBatchNorm.convert_sync_batchnorm(network)
     # GAP 1: the parameters are the same objects in `model` and in `network`.
-    # With a process group the ranks compare notes first: a slip on one is an error on all, and not a hang.
+    # With a process group the ranks compare notes: a slip on one is an error on all, not a hang.
     base = torch.optim.AdamW(model.parameters(), lr=LR)
     optimizer = GAPWrapper(base, eps=EPS, process_group=dist.group.WORLD)
     data = Discs()

@@ -29,7 +29,7 @@ def train(model: nn.Module) -> None:
     """Shard `model` and train it in place, each rank on its share of every batch."""
     shard(model)
     # GAP 1: after fully_shard, which puts new parameters (DTensors) into the model.
-    # With a process group the ranks compare notes first: a slip on one is an error on all, and not a hang.
+    # With a process group the ranks compare notes: a slip on one is an error on all, not a hang.
     base = torch.optim.AdamW(model.parameters(), lr=LR)
     optimizer = GAPWrapper(base, eps=EPS, process_group=dist.group.WORLD)
     data = Discs()

@@ -34,13 +34,13 @@ class GapMatch(L.LightningModule):
         views = method.prepare(self.network, batch["unlabelled"])
         self.manual_backward(method.loss(self.network, views))
         with optimizer.perturbed(self.network):  # GAP 2: inside, the network is at theta*
-            self.manual_backward(method.loss(self.network, views))  # GAP 3: this averages over ranks, and scales
+            self.manual_backward(method.loss(self.network, views))  # GAP 3: averages and scales
         self.manual_backward(supervised(self.network(batch["image"]), batch["label"]))
         optimizer.step()  # unscales first where there is a scaler
         optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Here, not in training_step: with precision="16-mixed" the gradients are still scaled there.
+        # Here, not in training_step: with precision="16-mixed" gradients are still scaled there.
         self.clip_gradients(optimizer, gradient_clip_val=CLIP)
 
 

@@ -42,7 +42,7 @@ class GAPUpdateHook(ParamUpdateHook):
     def after_train_step(self, algorithm: Any) -> None:
         kept, rest, scale = algorithm.consistency_loss, algorithm.out_dict["loss"], self._scale(algorithm)
         optimizer, model, weight = algorithm.optimizer, algorithm.model, algorithm.lambda_u
-        with optimizer.set_aside():  # the labelled loss, whose forward pass may be the unlabelled one's too
+        with optimizer.set_aside():  # the labelled loss; the forward pass may be shared
             scale(rest).backward(retain_graph=True)
         scale(weight * kept.loss).backward()
         with optimizer.perturbed(model):

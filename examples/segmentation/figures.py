@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
-from palette import GREEN, MARKERS, METHOD_COLOURS, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from palette import GREEN, METHOD_COLOURS, ORANGE, PURPLE, SKY, VERMILION, YELLOW, method_styles
 from scipy.ndimage import uniform_filter1d
 
 from .errors import InputError
@@ -99,9 +99,9 @@ def save_predictions(path: Path | str, cases: Sequence[Case], class_names: Seque
 
 
 def save_curves(path: Path | str, runs: Mapping[str, RunLog]) -> None:
-    """Four panels over iterations: losses, share of confident pixels, ||g1||, validation Dice.
+    """Up to four panels over iterations: losses, share of confident pseudo-labels, ||g1||, validation Dice.
 
-    Training curves are running means over 1/50 of their points. A panel without data says so.
+    Training curves are running means over 1/50 of their points. A panel that no run has data for is left out.
 
     Args:
         path: image file; its suffix chooses the format.
@@ -114,9 +114,11 @@ def save_curves(path: Path | str, runs: Mapping[str, RunLog]) -> None:
     if not 0 < len(runs) <= len(METHOD_COLOURS):
         raise InputError(f"runs: {len(runs)} given, 1 .. {len(METHOD_COLOURS)} can be told apart")
     figure = Figure(figsize=(WIDTH, 5.6), dpi=DPI, layout="constrained")
-    losses, confident, norm, dice = figure.subplots(2, 2).flat
-    styles: list[dict[str, Any]] = [{"color": c, "marker": m} for c, m in zip(METHOD_COLOURS, MARKERS, strict=True)]
-    for run, style in zip(runs.values(), styles, strict=False):
+    panels = figure.subplots(2, 2).ravel().tolist()
+    losses, confident, norm, dice = panels
+    styles = method_styles(runs)
+    for name, run in runs.items():
+        style = styles[name]
         training = _read_csv(run.training)
         _draw_mean(losses, training, "loss_labelled", style)
         _draw_mean(losses, training, "loss_unlabelled", {**style, "linestyle": "--"})
@@ -124,12 +126,14 @@ def save_curves(path: Path | str, runs: Mapping[str, RunLog]) -> None:
         _draw_mean(norm, training, "grad_norm", style)
         if run.validation is not None:
             iteration, values = _points(_read_csv(run.validation), "dice")
-            dice.plot(iteration, values, markersize=4, **style)
+            if values.size:
+                dice.plot(iteration, values, markersize=4, **style)
     _style(losses, "Loss (solid: labelled, dashed: unlabelled)", "loss", log=True)
-    _style(confident, "Confident pixels", "share of unlabelled pixels")
+    _style(confident, "Confident pseudo-labels", "share of all")
     _style(norm, "Gradient that gives the perturbation", r"norm $\|g_1\|$", log=True)
     _style(dice, "Validation", "mean Dice (%)")
-    lines = [Line2D([], [], label=name, **style) for name, style in zip(runs, styles, strict=False)]
+    _keep_drawn(figure, panels)
+    lines = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), fontsize=9, frameon=False)
     save(figure, path)
 
@@ -214,6 +218,19 @@ def _draw_mean(axes: Axes, table: Mapping[str, np.ndarray], column: str, style: 
         axes.plot(iteration, mean, linewidth=1.2, markersize=4, markevery=every, **style)
 
 
+def _keep_drawn(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Only panels with a line stay (the first in any case), two side by side; an odd last one has a row to itself."""
+    drawn = [axes for axes in panels if axes.lines] or [panels[0]]
+    for axes in set(panels).difference(drawn):
+        axes.remove()
+    rows = (len(drawn) + 1) // 2
+    figure.set_figheight(0.4 + 2.6 * rows)
+    grid = figure.add_gridspec(rows, 2)
+    for index, axes in enumerate(drawn):
+        alone = axes is drawn[-1] and index % 2 == 0
+        axes.set_subplotspec(grid[index // 2, :] if alone else grid[index // 2, index % 2])
+
+
 def _points(table: Mapping[str, np.ndarray], column: str) -> tuple[np.ndarray, np.ndarray]:
     """Iterations and values of a column's finite cells; nothing where the column is missing."""
     values = table.get(column, np.full_like(table["iteration"], np.nan))
@@ -245,7 +262,7 @@ def _style(axes: Axes, title: str, ylabel: str, *, log: bool = False) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if not axes.lines:
+    if not axes.lines:  # no run came to its first log line
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color="gray")
     elif log and np.isfinite(axes.dataLim.minposy):  # else no value is positive

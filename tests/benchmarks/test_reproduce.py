@@ -548,12 +548,11 @@ def test_means_deviations_and_gains_by_hand(lab: SimpleNamespace) -> None:
         if "Table 2" in table.title
         for row in table.rows[-3:]
     }
-    assert rows["VAT"][1] == "50.0 ± 10.0, 3.00 ± 0.00 (n = 3)"
+    assert rows["VAT"][1] == "50.0 ± 10.0\n3.00 ± 0.00 (n = 3)"
     spread = math.sqrt(2 * 4.0**2)  # of 46 and 54
-    assert rows["VAT + GAP"][1] == f"50.0 ± {spread:.1f}, 1.75 ± 0.35 (n = 2 of 3)"
-    assert rows["gain"][1] == "+5.0 ± 1.4, -1.25 ± 0.35 (n = 2 of 3)"  # +6 and +4; -1 and -1.5
-    assert [rows[name][2] for name in ("VAT", "VAT + GAP", "gain")] == ["54.2, 2.99", "61.8, 3.10", "+7.6, +0.11"]
-    assert rows["VAT"][3] == rows["gain"][3] == "open"
+    assert rows["VAT + GAP"][1] == f"50.0 ± {spread:.1f}\n1.75 ± 0.35 (n = 2 of 3)"
+    assert rows["gain"][1] == "+5.0 ± 1.4\n-1.25 ± 0.35 (n = 2 of 3)"  # +6 and +4; -1 and -1.5
+    assert [rows[name][2] for name in ("VAT", "VAT + GAP", "gain")] == ["54.2\n2.99", "61.8\n3.10", "+7.6\n+0.11"]
 
 
 def test_a_gain_is_of_the_seeds_that_both_have(lab: SimpleNamespace) -> None:
@@ -578,10 +577,22 @@ def test_single_runs_losses_failures_and_collapses_are_shown(lab: SimpleNamespac
     }
     found[with_gap]["test"]["empty"] = 61  # of 120
     table = next(t for t in lab.report.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
-    rows = {row[0]: row[3] for row in table.rows[:3]}
-    assert rows["EM"] == "60.0 ± -, 2.00 ± - (n = 1 of 3)"
-    assert rows["EM + GAP"] == "20.0 ± -, 2.00 ± -† (n = 1 of 3), 1 failed, 50.8 % empty"
-    assert rows["gain"] == "-40.0 ± -, +0.00 ± -† (n = 1 of 3)"
+    rows = {row[0]: row[1] for row in table.rows[:3]}
+    assert rows["EM"] == "60.0 ± -\n2.00 ± - (n = 1 of 3)"
+    assert rows["EM + GAP"] == "20.0 ± -\n2.00 ± -† (n = 1 of 3), 1 failed\n50.8 % empty"
+    assert rows["gain"] == "-40.0 ± -\n+0.00 ± -† (n = 1 of 3)"
+
+
+def test_columns_that_say_nothing_are_left_out(lab: SimpleNamespace) -> None:
+    cell = lab.grid.cell("ACDC", "study", ("flexmatch", False), 1, 0)
+    tables = {
+        table.title.split(" on ")[0]: table for table in lab.report.comparisons({cell: _record(cell)}, "ACDC", "study")
+    }
+    thresholds, table_2 = tables["FixMatch with thresholds that adapt"], tables["Table 2"]
+    assert list(thresholds.header) == ["Method", "1 %, ours"]  # the paper has no such row
+    assert list(thresholds.rows[0]) == ["FlexMatch", "50.0 ± -\n2.00 ± - (n = 1 of 2)"]
+    assert list(table_2.header) == ["Method", *(f"{n} %, {whose}" for n in (1, 5, 10) for whose in ("ours", "paper"))]
+    assert {row[1] for row in table_2.rows} == {"open"}
 
 
 def test_empty_predictions_are_counted_over_all_seeds(lab: SimpleNamespace) -> None:
@@ -594,11 +605,11 @@ def test_empty_predictions_are_counted_over_all_seeds(lab: SimpleNamespace) -> N
         table = next(t for t in lab.report.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
         return [row[1].split("(n = ")[0][-2:] + row[1].split(")")[1] for row in table.rows[:3]]
 
-    assert shown() == ["0 , 20.0 % empty", "0 ", "0 "]  # 72 of 360
+    assert shown() == ["0 \n20.0 % empty", "0 ", "0 "]  # 72 of 360
     found[cells[False, 1]]["test"]["empty"] = 108
-    assert shown() == ["† , 50.0 % empty", "0 ", "† "]
+    assert shown() == ["† \n50.0 % empty", "0 ", "† "]
     del found[cells[True, 1]]  # the gain has no part in seed 1
-    assert shown() == ["† , 50.0 % empty", "0 ", "0 "]
+    assert shown() == ["† \n50.0 % empty", "0 ", "0 "]
 
 
 def test_a_run_at_its_best_in_the_warm_up_is_marked(lab: SimpleNamespace) -> None:

@@ -149,6 +149,18 @@ def test_each_panel_shows_its_column(tmp_path, figures):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["GapMatch"]
 
 
+def test_a_method_looks_the_same_whatever_stands_beside_it(tmp_path, figures):
+    of = log(tmp_path)
+    for names in (["Supervised", "FixMatch", "GapMatch"], ["GapMatch", "CutMix"], list("abcdefg")):
+        save_curves(tmp_path / "c.png", dict.fromkeys(names, of))
+    all_three, two, seven = (
+        [(line.get_color(), line.get_marker()) for line in figure.axes[1].lines] for figure in figures
+    )
+    assert two[0] == all_three[2]
+    assert two[1] != two[0]
+    assert len(set(seven)) == 7
+
+
 def test_missing_columns_and_empty_cells_are_left_out(tmp_path, figures):
     supervised = RunLog(
         csv(
@@ -166,19 +178,33 @@ def test_missing_columns_and_empty_cells_are_left_out(tmp_path, figures):
     assert [len(panel) for panel in (losses, confident, norm, dice)] == [3, 1, 1, 1]
 
 
-def test_a_panel_without_data_says_so(tmp_path, figures):
-    save_curves(
-        tmp_path / "c.png",
-        {"Supervised": RunLog(csv(tmp_path / "s.csv", "iteration,loss_labelled", "1,0.5"))},
-    )
-    assert [[text.get_text() for text in ax.texts] for ax in figures[0].axes] == [[], *[["not logged"]] * 3]
+def test_a_panel_without_data_is_left_out_and_the_others_close_up(tmp_path, figures):
+    unvalidated = csv(tmp_path / "val.csv", "iteration,dice")
+    training = csv(tmp_path / "t.csv", "iteration,loss_labelled,confident,grad_norm", "1,0.5,0.1,2", "2,0.4,0.2,1")
+    save_curves(tmp_path / "c.png", {"GapMatch": RunLog(training, unvalidated)})
+    save_curves(tmp_path / "c.png", {"Supervised": RunLog(csv(tmp_path / "s.csv", "iteration,loss_labelled", "1,0.5"))})
+    three, one = figures
+    assert [len(ax.lines) for ax in three.axes] == [1, 1, 1]
+    assert [ax.get_ylabel() for ax in three.axes] == ["loss", "share of all", r"norm $\|g_1\|$"]
+    losses, confident, norm = (ax.get_position() for ax in three.axes)
+    assert losses.x1 < confident.x0
+    assert norm.y1 < losses.y0
+    assert norm.x0 < losses.x1 < confident.x1 < norm.x1 + 0.01  # as wide as both above
+    assert [ax.get_ylabel() for ax in one.axes] == ["loss"]
+    assert one.axes[0].get_position().width > 0.8
+    assert one.get_figheight() < three.get_figheight()
+
+
+def test_of_runs_without_a_log_line_an_empty_panel_says_so(tmp_path, figures):
+    save_curves(tmp_path / "c.png", {"m": RunLog(csv(tmp_path / "h.csv", "iteration,loss_labelled"))})
+    assert [[text.get_text() for text in ax.texts] for ax in figures[0].axes] == [["not logged"]]
 
 
 def test_a_run_killed_at_once_or_in_mid_line_still_draws(tmp_path, figures):
     cut = csv(tmp_path / "cut.csv", "iteration,loss_labelled,confident", "1,0.5,0.1", "2,0.4")
     header_only = csv(tmp_path / "header.csv", "iteration,loss_labelled,confident")
     save_curves(tmp_path / "c.png", {"cut": RunLog(cut), "header": RunLog(header_only)})
-    losses, confident, _, _ = curves(figures[0])
+    losses, confident = curves(figures[0])
     np.testing.assert_allclose(losses[0], [[1, 0.5], [2, 0.4]])
     np.testing.assert_allclose(confident[0], [[1, 0.1]])
 
