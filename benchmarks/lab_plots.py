@@ -1,6 +1,7 @@
 """The lab's results as pictures; each is made only where cells of it have run."""
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 
@@ -19,7 +20,7 @@ GAINING = ("fixmatch", "flexmatch", "freematch", *grid.INSTANCE_PERTURBATIONS)
 METHODS: tuple[Method, ...] = (SUPERVISED, FIXMATCH, GAPMATCH)
 CAPTIONS = {
     "gain_by_method": "What GAP adds to the test Dice on ACDC, by method and labelled share: a dot a seed, a line for "
-    "their mean, the paper's gain as a diamond.",
+    "their mean, the paper's gain as a diamond; † and ‡ as in the tables.",
     "dice_over_share": "Test Dice over the labelled share: a dot a seed, solid lines through their means, the paper's "
     "dashed.",
     "eps_alpha": "GapMatch's validation Dice over eps for each alpha, ACDC, 1 % of the labels: a dot a seed, lines "
@@ -63,7 +64,8 @@ def gain_by_method(found: Found) -> Figure | None:
             if published := lab_scores.published_gain("ACDC", method, share):
                 axes.plot(beside, published[0], "D", color="black", fillstyle="none", markersize=5)
         axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set_xticks(range(len(GAINING)), [title((method, False)) for method in GAINING], rotation=40, ha="right")
+        names = [title((method, False)) + _marks(found, presets, method, share) for method in GAINING]
+        axes.set_xticks(range(len(GAINING)), names, rotation=40, ha="right")
     panels[0].set_ylabel("gain in Dice by GAP\n(percentage points)")
     handles = [
         Line2D([], [], color=COLOURS[_index(p)], marker=MARKERS[_index(p)], label=f"ours, {_scale(p)}") for p in presets
@@ -71,6 +73,11 @@ def gain_by_method(found: Found) -> Figure | None:
     paper = Line2D([], [], color="black", marker="D", fillstyle="none", linestyle="", label="paper")
     figure.legend(handles=[*handles, paper], loc="outside upper center", ncols=3, frameon=False)
     return figure
+
+
+def _marks(found: Found, presets: Iterable[str], method: str, share: int) -> str:
+    compared = (lab_scores.compared_by_gain(found, "ACDC", preset, method, share) for preset in presets)
+    return lab_scores.marks(chain.from_iterable(compared))
 
 
 def dice_over_share(found: Found) -> Figure | None:

@@ -143,7 +143,7 @@ def _ours(found: Found, data_set: str, preset: str, method: Method, share: int) 
     declared = lab_scores.seeds(data_set, preset, method, share)
     records = list(lab_scores.done(found, declared).values())
     tests = [record["test"] for record in records]
-    text = _spread([test["dice"] for test in tests], [test["asd"] for test in tests]) + _marks(records)
+    text = _spread([test["dice"] for test in tests], [test["asd"] for test in tests]) + lab_scores.marks(records)
     return text + _count(found, declared, len(tests)) + _empty(tests)
 
 
@@ -151,21 +151,9 @@ def _gain(found: Found, data_set: str, preset: str, method: str, share: int) -> 
     gains = lab_scores.gains(found, data_set, preset, method, share)
     pairs = gains.values()
     with_gap, plain = (lab_scores.seeds(data_set, preset, (method, gap), share) for gap in (True, False))
-    partners = [lab_scores.done(found, declared) for declared in (with_gap, plain)]
     text = _spread([dice for dice, _ in pairs], [asd for _, asd in pairs], signed=True)
-    text += _marks([records[seed] for records in partners for seed in gains])
+    text += lab_scores.marks(lab_scores.compared_by_gain(found, data_set, preset, method, share))
     return text + _number(len(pairs), len(with_gap)) if pairs else _count(found, [*plain, *with_gap], 0)
-
-
-def _marks(records: Sequence[Record]) -> str:
-    """Of runs that predicted next to nothing, and of those that were at their best before their method began."""
-    empty = any(record["test"]["empty"] > record["test"]["predictions"] / 2 for record in records)
-    return "†" * empty + "‡" * any(map(_early, records))
-
-
-def _early(record: Record) -> bool:
-    recipe = record["recipe"]
-    return recipe["method"] != "supervised" and record["chosen_iteration"] <= recipe.get("warm_up", 0)
 
 
 def _empty(tests: Sequence[Record]) -> str:

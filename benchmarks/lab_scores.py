@@ -1,6 +1,6 @@
 """Scores out of the lab's records, seed by seed: what tables and plots are made of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,24 @@ def gains(found: Found, data_set: str, preset: str, method: str, share: int) -> 
         for seed in with_gap
         if seed in plain
     }
+
+
+def compared_by_gain(found: Found, data_set: str, preset: str, method: str, share: int) -> list[Record]:
+    """The runs that `gains` are made of."""
+    partners = [done(found, seeds(data_set, preset, (method, gap), share)) for gap in (False, True)]
+    return [records[seed] for records in partners for seed in gains(found, data_set, preset, method, share)]
+
+
+def marks(records: Iterable[Record]) -> str:
+    """† if one predicted next to nothing, ‡ if one was at its best before its method began."""
+    records = list(records)
+    empty = any(record["test"]["empty"] > record["test"]["predictions"] / 2 for record in records)
+    return "†" * empty + "‡" * any(map(_early, records))
+
+
+def _early(record: Record) -> bool:
+    recipe = record["recipe"]
+    return recipe["method"] != "supervised" and record["chosen_iteration"] <= recipe.get("warm_up", 0)
 
 
 def published_gain(data_set: str, method: str, share: int) -> Scores | None:

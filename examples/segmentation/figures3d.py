@@ -189,7 +189,7 @@ def _draw_outline(axes: Axes, labels: np.ndarray) -> None:
 
 
 def _frame(axes: Axes, width: int, height: int) -> None:
-    """Show `width` x `height` pixels around the middle of the picture, black where it ends."""
+    """Show `width` x `height` voxels around the middle of the picture, black where it ends."""
     rows, columns = axes.images[0].get_size()
     axes.set_xlim((columns - 1 - width) / 2, (columns - 1 + width) / 2)
     axes.set_ylim((rows - 1 + height) / 2, (rows - 1 - height) / 2)

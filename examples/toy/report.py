@@ -39,7 +39,7 @@ def duels(scores: Mapping[str, Sequence[Score]], champion: str) -> str:
                 sum(a.accuracy == b.accuracy for a, b in pairs),
             )
             wider = sum(a.margin > b.margin for a, b in pairs)
-            rows.append((name, f"{right} (and {tied} ties)", wider, len(pairs)))
+            rows.append((name, f"{right} (ties: {tied})", wider, len(pairs)))
     return markdown_table((f"{champion} against", "more points right", "larger mean margin", "seeds"), rows)
 
 

@@ -142,7 +142,7 @@ def test_spread_and_duels_by_hand() -> None:
     }
     row = "| a | 98.0 ± 1.4 | 0.300 ± 0.141 | 0.000 ± 0.000 | 1.0 ± 1.4 | 4.0 ± 0.0 | 1 |"
     assert row in spread(scores).splitlines()
-    assert duels(scores, "a").splitlines()[2:] == ["| b | 1 (and 1 ties) | 1 | 2 |"]
+    assert duels(scores, "a").splitlines()[2:] == ["| b | 1 (ties: 1) | 1 | 2 |"]
 
 
 @pytest.mark.parametrize(
