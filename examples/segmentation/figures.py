@@ -24,6 +24,7 @@ from .errors import InputError
 
 WIDTH = 9.0  # inches: at 100 dots per inch as wide as a README, so that font sizes hold
 DPI = 200  # for dense screens
+SIDE_BY_SIDE = 3  # methods whose predictions and entropy maps fit into one row
 CLASS_COLOURS = (ORANGE, SKY, PURPLE, GREEN, YELLOW, VERMILION)
 
 
@@ -68,7 +69,8 @@ def middle_slice(case: Case) -> Case:
 def save_predictions(path: Path | str, cases: Sequence[Case], class_names: Sequence[str]) -> None:
     """Rows: cases. Columns: image, reference, each method's prediction, each method's entropy map.
 
-    Every row is cropped to a square around the reference, with a margin.
+    The entropy maps of more than three methods stand below their predictions. Every case is cropped to a square around
+    the reference, with a margin.
 
     Args:
         path: image file; its suffix chooses the format.
@@ -80,15 +82,22 @@ def save_predictions(path: Path | str, cases: Sequence[Case], class_names: Seque
             its image's, a label has no name, there are over six classes, or `path` cannot be written.
     """
     check_cases(cases, class_names, 2)
-    methods = list(cases[0].predictions)
+    methods = [method.replace(" + ", "\n+ ") for method in cases[0].predictions]
     titles = ["Image", "Reference", *methods, *(f"{method}\nentropy" for method in methods)]
-    cell = (WIDTH - 0.9) / len(titles)
-    figure = Figure(figsize=(WIDTH, cell * len(cases) + 0.9), dpi=DPI, layout="compressed")
-    grid = figure.subplots(len(cases), len(titles), squeeze=False)
+    lines = 1 if len(methods) <= SIDE_BY_SIDE else 2
+    columns = 2 + len(methods) * 2 // lines
+    cell = (WIDTH - 0.9) / columns
+    figure = Figure(figsize=(WIDTH, cell * len(cases) * lines + 0.9), dpi=DPI, layout="compressed")
+    grid = figure.subplots(len(cases) * lines, columns, squeeze=False).reshape(len(cases), -1)
+    if lines == 2:
+        below = slice(columns, columns + 2)  # image and reference have no entropy
+        for axes in grid[:, below].flat:
+            axes.remove()
+        grid = np.delete(grid, below, axis=1)
     for row, case in zip(grid, cases, strict=True):
         _draw_case(row, case)
     for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9 if lines == 1 else 8)
     bar = figure.colorbar(grid[0, -1].images[0], ax=grid, fraction=0.02, pad=0.01)
     bar.set_label("entropy / log C", fontsize=8)
     bar.ax.tick_params(labelsize=8)

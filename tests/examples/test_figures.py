@@ -1,10 +1,12 @@
 """The figures are written, show what they are given, and handle logs with gaps."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from segmentation.errors import InputError
@@ -45,6 +47,20 @@ def test_one_column_per_picture_and_one_row_per_case(tmp_path, figures):
     assert [ax.get_title() for ax in axes] == titles + [""] * 6
     assert axes[0].get_ylabel() == "patient001"
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(CLASSES)
+
+
+def test_titles_of_many_methods_do_not_touch(tmp_path, figures):
+    four = ("Pseudo Label", "Pseudo Label + GAP", "Mean Teacher", "Mean Teacher + GAP")
+    methods = ("Supervised", *four, "GapMatch", "CCT")
+    save_predictions(tmp_path / "p.png", [case(methods=methods), case(methods=methods)], CLASSES)
+    *pictures, _bar = figures[0].axes
+    assert len(pictures) == 2 * (2 + 7 + 7)
+    assert [ax.get_title() for ax in pictures[9:16]] == [m.replace(" + ", "\n+ ") + "\nentropy" for m in methods]
+    assert {ax.images[0].get_clim() for ax in pictures[9:16]} == {(0, 1)}
+    renderer = FigureCanvasAgg(figures[0]).get_renderer()
+    for line in (pictures[:9], pictures[9:16]):
+        boxes = [ax.title.get_window_extent(renderer) for ax in line]
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_pictures_are_cropped_around_the_reference(tmp_path, figures):
