@@ -65,8 +65,8 @@ HYPER_PARAMETERS = """\
 GapMatch on ACDC, 1 % of the labels; as controls FixMatch with the same thresholds, and with other weights of its loss:
 g1 + alpha g2 weighs the unlabelled images 1 + alpha times as much, so GapMatch's counterpart at alpha 1 is FixMatch at
 twice the weight. The best Dice in percent on the validation volumes in the course of a run, mean ± sample standard
-deviation over n seeds. "default" is the recipe of the tables above, and its runs are those of table 1. Theirs are the
-only ones whose test volumes are scored; values are compared on the validation volumes alone.
+deviation over n seeds. "default" is the recipe of the tables above, and its runs are those of table 1. Values are
+compared on the validation volumes alone; of the others' runs only those of weight 1, once the default, were tested.
 """
 
 
