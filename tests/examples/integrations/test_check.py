@@ -59,10 +59,10 @@ def test_accelerates_own_optimizer_will_do() -> None:
     import torch
 
     model = network()
-    base = torch.optim.SGD(model.parameters(), 0.1)
-    prepared = accelerate.Accelerator(cpu=True).prepare(GAPWrapper(base, eps=0.1))
+    wrapper = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), eps=0.1)
+    prepared = accelerate.Accelerator(cpu=True).prepare(wrapper)
     check = gap_torch.check(prepared, model, show=None)
-    assert check._has_wrapper
+    assert check._watch.wrapper is wrapper
     check.stop()
 
 
