@@ -1,4 +1,4 @@
-"""For all tests: two gloo processes, and the number of threads put back."""
+"""For all tests: two gloo processes, and the number of threads."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers with several threads each wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
