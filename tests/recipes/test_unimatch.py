@@ -56,7 +56,8 @@ class UniMatch(Loop):
         self.weak, self.mix, *self.strong = views
         self.boxes = torch.zeros(2, UNLABELLED, 6, 6, dtype=torch.bool)
         self.boxes[0, :, 1:4, 2:5] = self.boxes[1, :, 3:, :2] = True
-        self.names |= {"model": DistributedDataParallel(inner), "criterion_dice": dice, "num_lb": LABELLED}
+        model = DistributedDataParallel(inner, broadcast_buffers=False)  # as there
+        self.names |= {"model": model, "criterion_dice": dice, "num_lb": LABELLED}
         self.names |= {"cfg": {"conf_thresh": TAU}, "img_x": self.x, "img_u_w": self.weak}
         self.names |= {"img_u_s1": self.strong[0], "img_u_s2": self.strong[1]}
 
