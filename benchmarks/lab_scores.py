@@ -41,8 +41,8 @@ def gains(found: Found, data_set: str, preset: str, method: str, share: int) -> 
 
 def compared_by_gain(found: Found, data_set: str, preset: str, method: str, share: int) -> list[Record]:
     """The runs that `gains` are made of."""
-    partners = [done(found, seeds(data_set, preset, (method, gap), share)) for gap in (False, True)]
-    return [records[seed] for records in partners for seed in gains(found, data_set, preset, method, share)]
+    plain, with_gap = (done(found, seeds(data_set, preset, (method, gap), share)) for gap in (False, True))
+    return [records[seed] for records in (plain, with_gap) for seed in with_gap if seed in plain]
 
 
 def marks(records: Iterable[Record]) -> str:
