@@ -14,6 +14,7 @@ from torch import Tensor
 from . import multi_tensor
 from .sharding import is_sharded, laid_out_as, local
 
+SEPARATE = "use perturbed(model, separate=True) or first_step(separate=True), which keep g1 apart from it."
 CREATE_GRAPH = "was computed with create_graph=True, whose gradients GAP can't accumulate: leave it out."
 
 
@@ -110,8 +111,9 @@ class Accumulation:
         # sharded and compiled gradients pass no hooks
         if not (self.seen_backward or any(p.grad is not None for p in apart)):
             raise RuntimeError(
-                "no gradient was computed between first_step() and second_step(): run the same loss again, forward "
-                "and backward, at the perturbed parameters."
+                "no backward pass reached the parameters between first_step() and second_step(): run the same loss "
+                "again, forward and backward, at the perturbed parameters. Where you put g2 into .grad by hand "
+                f"(torch.func, gradient surgery), {SEPARATE}"
             )
         if any(
             p.grad is not None and p.grad.requires_grad for total in self.sums for p in total.collecting + total.apart
@@ -119,10 +121,10 @@ class Accumulation:
             raise RuntimeError(f"g2 {CREATE_GRAPH}")
         for p, g1, _ in self.in_place:
             # DDP may have taken the sum over into a bucket
-            if p.grad is not g1 and (p.grad is None or not p.grad._is_view()):
+            if p.grad is not g1 and not (p.grad is not None and p.grad._is_view() and _distributed()):
                 raise RuntimeError(
                     "a .grad was replaced or dropped after g2 had been added to it (or create_graph=True did so): "
-                    "change gradients after second_step()."
+                    f"change gradients after second_step(). Where you put g2 into .grad by hand, {SEPARATE}"
                 )
         held = {p for p, _, _ in self.in_place}
         for total in self.sums:
@@ -156,8 +158,12 @@ class Accumulation:
 def _borrowed(gradient: Tensor, compiling: bool) -> bool:
     """Whether this is somebody else's memory: DDP writes the next gradient into the same bucket."""
     if compiling:  # where tensors can't be asked
-        return dist.is_available() and dist.is_initialized()
+        return _distributed()
     return not is_sharded(gradient) and gradient._is_view()
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _can_accumulate(param: Tensor, g1: Tensor, alpha: float) -> bool:

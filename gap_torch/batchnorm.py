@@ -6,39 +6,55 @@ not enter the running ones. The batch statistics themselves are still used to no
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-
-# With these, a layer in training mode whose `track_running_stats` is off normalises by the batch and leaves
-# its buffers alone. InstanceNorm does not look at the flag, nor need a subclass with a forward of its own.
-_HEEDS_THE_FLAG = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     """Within the context, no forward pass of `model` changes its running means, variances and batch counts.
 
-    Holds for every BatchNorm and InstanceNorm layer that tracks statistics, SyncBatchNorm, `momentum=None`
-    and subclasses included. Layers in evaluation mode behave as ever.
+    Holds for every layer in training mode that has such statistics (`has_running_stats`), whatever its class: torch's
+    own, TorchScript's, an exported graph's, a user's. Layers in evaluation mode behave as ever. Other state that a
+    training pass updates takes in a pass of the context as any other: spectral norm's u and v, the ranges of
+    quantisation observers.
 
     Args:
         model: the module whose sub-modules are held; others are not touched.
     """
-    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.training]
-    obedient = [layer for layer in layers if type(layer).forward in _HEEDS_THE_FLAG]
-    headstrong = [layer for layer in layers if type(layer).forward not in _HEEDS_THE_FLAG]
-    # These get copies to update. Writing the old values back instead would tell autograd that a tensor was
+    layers = [layer for layer in model.modules() if layer.training and has_running_stats(layer)]
+    obedient = [layer for layer in layers if _heeds_the_flag(layer) and layer.track_running_stats]
+    # The others get copies to update. Writing the old values back instead would tell autograd that a tensor was
     # modified which graphs from before the context may still need.
-    buffers = [(layer, layer._buffers.copy()) for layer in headstrong]
+    buffers = [(layer, dict(layer.named_buffers(recurse=False))) for layer in layers if not _heeds_the_flag(layer)]
     try:
-        for layer in obedient:
-            layer.track_running_stats = False
+        for batch_norm in obedient:
+            batch_norm.track_running_stats = False
         for layer, own in buffers:
-            layer._buffers.update({name: b if b is None else b.clone() for name, b in own.items()})
+            _set_buffers(layer, {name: buffer.clone() for name, buffer in own.items()})
         yield
     finally:
-        for layer in obedient:
-            layer.track_running_stats = True
+        for batch_norm in obedient:
+            batch_norm.track_running_stats = True
         for layer, own in buffers:
-            layer._buffers.update(own)
+            _set_buffers(layer, own)
+
+
+def has_running_stats(layer: nn.Module) -> bool:
+    """Whether one of the layer's own buffers is a running statistic by its name: "running_mean", "running_var", ..."""
+    return any(name.startswith("running_") for name, _ in layer.named_buffers(recurse=False))
+
+
+def _heeds_the_flag(layer: nn.Module) -> "TypeGuard[_BatchNorm]":
+    """Whether it normalises by the batch and leaves its buffers alone in training mode if `track_running_stats` is off.
+
+    InstanceNorm does not look at the flag, nor need a class with a forward of its own.
+    """
+    return isinstance(layer, _BatchNorm) and type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _set_buffers(layer: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
+        setattr(layer, name, buffer)  # a ScriptModule has no dict of buffers that could be written to

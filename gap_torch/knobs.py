@@ -1,13 +1,14 @@
 """eps, alpha and interval: where they live (in the parameter groups), and how a schedule changes them."""
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .warning import warn
 
 Eps = float | Tensor | Callable[[int], float]
 """A radius: a number, a 0-dim tensor, or a function from the number of updates so far to the radius."""
@@ -60,10 +61,9 @@ class Knobs:
         alike = all(eps is own[0] or eps == own[0] for eps in own)
         if own[0] is None or not alike or own[0] is self.eps or own[0] == self.eps:
             return
-        warnings.warn(
+        warn(
             f"GAP: eps={self.eps} has no effect, for the parameter groups have a gap_eps of their own, {own[0]}. If an "
-            'earlier GAPWrapper or a checkpoint put it there, make the base optimizer anew, or del group["gap_eps"].',
-            stacklevel=3,
+            'earlier GAPWrapper or a checkpoint put it there, make the base optimizer anew, or del group["gap_eps"].'
         )
 
     @property

@@ -33,8 +33,9 @@ def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) ->
         0-dim tensor.
 
     Raises:
-        ValueError: another dtype or shape; on the CPU also an index out of range. On CUDA and under torch.compile
-            indices are not looked at, for the host would have to wait: what comes of wrong ones there is undefined.
+        ValueError: logits of one class; another dtype or shape; on the CPU also an index out of range. On CUDA and
+            under torch.compile indices are not looked at, for the host would have to wait: what comes of wrong ones
+            there is undefined.
     """
     _check(logits, target, mask)
     return _cross_entropy(logits, target, mask)
@@ -74,7 +75,7 @@ def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
         0-dim tensor.
 
     Raises:
-        ValueError: the target is of another shape, or not of floating dtype.
+        ValueError: logits of one class; the target is of another shape, or not of floating dtype.
     """
     _check_soft(logits, probabilities)
     return -(probabilities * wide(logits).log_softmax(dim=1)).sum(dim=1).mean()
@@ -89,6 +90,21 @@ def mean_squared(logits: Tensor, probabilities: Tensor) -> Tensor:
     """
     _check_soft(logits, probabilities)
     return (wide(logits).softmax(dim=1) - probabilities).square().mean()
+
+
+def check_classes(logits: Tensor) -> Tensor:
+    """`logits` (B, K, *spatial), if softmax has something to tell apart.
+
+    Raises:
+        ValueError: K is 1, as of a network that was made for a sigmoid: its softmax is 1 everywhere, so that no loss
+            here would train anything.
+    """
+    if logits.ndim < 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"logits must be of 2 classes or more, got shape {(*logits.shape,)}. For a binary task give a network with "
+            "one output channel a second one, for the background: softmax takes the place of the sigmoid."
+        )
+    return logits
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -116,6 +132,7 @@ def _dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None, smooth: floa
 
 def _check(logits: Tensor, target: Tensor, mask: Tensor | None) -> None:
     # Dice would take a wrong index for a pixel of no class, and broadcast a target of another shape.
+    check_classes(logits)
     shape = (*logits.shape[:1], *logits.shape[2:])
     _check_kind("target", target, torch.int64, shape)
     if mask is not None:
@@ -134,6 +151,7 @@ def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int,
 
 
 def _check_soft(logits: Tensor, probabilities: Tensor) -> None:
+    check_classes(logits)
     if not probabilities.is_floating_point():
         raise ValueError(f"probabilities must be of a floating dtype, got {probabilities.dtype}.")
     if probabilities.shape != logits.shape:

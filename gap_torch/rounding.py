@@ -1,13 +1,13 @@
 """Half-precision parameters move by whole units in the last place: a small perturbation is rounded away."""
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .multi_tensor import is_dense, same_order
+from .warning import warn
 
 HALF = (torch.float16, torch.bfloat16)
 ENOUGH = 0.5
@@ -35,10 +35,9 @@ def warn_if_rounded_away(
     found = math.hypot(*(_distance(a, b) for a, b in zip(theta_star, theta, strict=True)))
     if found < ENOUGH * wanted:
         dtype = str(theta[0].dtype).removeprefix("torch.")
-        warnings.warn(
+        warn(
             f"GAP: only {found / wanted:.0%} of the perturbation is left after rounding to {dtype}. Keep parameters "
-            f"in float32 (autocast still computes in {dtype}), or raise eps.",
-            stacklevel=2,
+            f"in float32 (autocast still computes in {dtype}), or raise eps."
         )
 
 

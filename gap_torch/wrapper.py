@@ -10,6 +10,7 @@
 Algorithm 1 of Huang et al., "GapMatch", AAAI 2025.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import LBFGS, Optimizer
 
 from . import ranks
@@ -28,6 +30,7 @@ from .knobs import Eps, Knobs, check_alpha, check_eps
 from .perturbation import Perturbation
 from .rng import RNGState, replayed
 from .sharding import is_sharded, local, reshard
+from .warning import warn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,6 +39,10 @@ if TYPE_CHECKING:
 # what a pickle holds of the wrapper itself
 _ARGUMENTS = ("base_optimizer", "eps", "alpha", "foreach", "fused", "adaptive", "interval")
 _DEFAULTS = {"fused": False, "adaptive": False, "interval": 1}
+
+
+# methods that schedule-free optimizers have, to go from the weights of training to those of evaluation and back
+_MOVES_THETA = ("train", "eval")
 
 
 class _OnBase:
@@ -83,7 +90,8 @@ class GAPWrapper(Optimizer):
             a mistake of one is an error on all of them rather than a hang. Not part of a pickle.
 
     Raises:
-        TypeError: `base_optimizer` is a class, no optimizer, a GAPWrapper, or an LBFGS.
+        TypeError: `base_optimizer` is a class, no optimizer, a GAPWrapper, an LBFGS, or somebody else's proxy of an
+            optimizer (what Accelerate's `prepare` returns).
         ValueError: `eps` or `alpha` is negative or not finite, `interval` is less than 1, or `fused` without `foreach`.
         RuntimeError: `fused` without Triton.
     """
@@ -154,7 +162,7 @@ class GAPWrapper(Optimizer):
                 groups, foreach=self.foreach, fused=self._by_triton, adaptive=self.adaptive, separate=separate
             )
             self._watch_base()
-            self._forget_casts()
+            self._forget_cached_theta()
         except BaseException:
             self._abandon()
             raise
@@ -245,8 +253,12 @@ class GAPWrapper(Optimizer):
             for p in params:
                 p.grad = before[p]
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None, **kwargs: Any) -> Any:
         """The base optimizer's update with whatever is in `.grad` (line 13).
+
+        Args:
+            closure: as for the base.
+            kwargs: further arguments of the base's own `step`.
 
         Raises:
             RuntimeError: the parameters are perturbed, or a set-aside gradient has not come back.
@@ -260,18 +272,23 @@ class GAPWrapper(Optimizer):
                 "the perturbed pass first, or leave set_aside() out of a step without GAP."
             )
         initialises = self._only_initialises()
-        result = self.base_optimizer.step(closure) if closure is not None else self.base_optimizer.step()
+        step = self.base_optimizer.step
+        result = step(**kwargs) if closure is None else step(closure, **kwargs)
         if not initialises:
             self._knobs.count_update()
         self._unused_sum.clear()
         return result
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the base optimizer's, and what was set aside goes too. While perturbed it does nothing."""
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """As the base optimizer's, and what was set aside goes too. While perturbed it does nothing.
+
+        Args:
+            set_to_none: as for the base; None for the base's own default, also of a base that takes no argument.
+        """
         if not self._perturbed:
             self._aside.clear()
             self._unused_sum.clear()
-            self.base_optimizer.zero_grad(set_to_none)
+            self.base_optimizer.zero_grad(**({} if set_to_none is None else {"set_to_none": set_to_none}))
 
     # ------------------------------------------------------------------ what makes it an Optimizer
 
@@ -352,10 +369,21 @@ class GAPWrapper(Optimizer):
         if name == "base_optimizer":  # not there yet while unpickling
             raise AttributeError(name)
         try:
-            return getattr(self.base_optimizer, name)
+            found = getattr(self.base_optimizer, name)
         except AttributeError:
             base = type(self.base_optimizer).__name__
             raise AttributeError(f"neither GAPWrapper nor its base optimizer, {base}, has {name!r}.") from None
+        if name in _MOVES_THETA:
+            self._forbid_while_perturbed(f"{name}()")
+        return found
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler asks. It looks for `grad_scaler` in the signature of `step`: of a base that has it there it
+        is to think that it must unscale, and skip a step, itself."""
+        base = self.base_optimizer
+        takes_scaler = "grad_scaler" in inspect.signature(base.step).parameters
+        return getattr(base, "_step_supports_amp_scaling", False) and not takes_scaler
 
     # What a GradScaler sets before `step` and deletes after it. The step of a fused base looks for it there.
     grad_scale = _OnBase()
@@ -372,7 +400,7 @@ class GAPWrapper(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         fused = state["fused"]
         if fused and not available():
-            warnings.warn("GAP: this was saved with fused=True, which needs Triton: going on without it.", stacklevel=2)
+            warn("GAP: this was saved with fused=True, which needs Triton: going on without it.")
             fused = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the groups have their knobs already, and keep them
@@ -412,11 +440,10 @@ class GAPWrapper(Optimizer):
         if torch.compiler.is_compiling():
             return
         if any(g1 is old for old in self._unused_sum for group in groups for g1 in group.g1):
-            warnings.warn(
+            warn(
                 "GAP: first_step() takes as g1 what it finds in .grad, where the last second_step() left its sum, and "
                 "the wrapper has seen no step() or zero_grad() since. To accumulate micro-batches, let each of the "
-                "three passes go over all of them.",
-                stacklevel=4,
+                "three passes go over all of them."
             )
         self._unused_sum.clear()
 
@@ -452,13 +479,14 @@ class GAPWrapper(Optimizer):
 
     def _restore(self) -> None:
         self._perturbation.restore()
-        self._forget_casts()
+        self._forget_cached_theta()
 
     @staticmethod
-    def _forget_casts() -> None:
+    def _forget_cached_theta() -> None:
         if not torch.compiler.is_compiling():
-            # an autocast region around both passes would go on with its copies of other weights
+            # a region of autocast or `parametrize.cached()` around both passes would go on with other weights
             torch.clear_autocast_cache()
+            parametrize._cache.clear()
 
     def _return_aside(self) -> None:
         for p, gradient in self._aside.items():
@@ -500,6 +528,11 @@ def _check_base(base: object) -> None:
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, not {type(base).__name__}.")
     if isinstance(base, GAPWrapper):
         raise TypeError("base_optimizer is a GAPWrapper already: wrap the optimizer inside it once.")
+    if not hasattr(base, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{type(base).__name__} is a proxy of an optimizer, without what Optimizer.__init__ sets up: wrap the "
+            "optimizer inside it, before prepare() (Accelerate) or whatever made the proxy."
+        )
     if isinstance(base, LBFGS):
         raise TypeError(
             "LBFGS can't be wrapped: its step evaluates the loss at several points along a line and needs "

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import wide
+from ..losses import check_classes, wide
 
 
 def divergence(logits: Tensor, probabilities: Tensor | None) -> Tensor:
@@ -17,9 +17,9 @@ def divergence(logits: Tensor, probabilities: Tensor | None) -> Tensor:
         (B, *spatial).
 
     Raises:
-        ValueError: the two differ in shape, or there are no probabilities (`Views` without a target).
+        ValueError: logits of one class; the two differ in shape; there are no probabilities (`Views` without a target).
     """
     if probabilities is None or probabilities.shape != logits.shape:
         got = None if probabilities is None else (*probabilities.shape,)
         raise ValueError(f"probabilities must be of shape {(*logits.shape,)}, as the logits, got {got}.")
-    return F.kl_div(wide(logits).log_softmax(dim=1), probabilities, reduction="none").sum(dim=1)
+    return F.kl_div(wide(check_classes(logits)).log_softmax(dim=1), probabilities, reduction="none").sum(dim=1)

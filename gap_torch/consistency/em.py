@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..losses import wide
+from ..losses import check_classes, wide
 from .method import Augmentation, Method, Outputs, Views, logits_of
 
 
@@ -31,8 +31,6 @@ class EntropyMinimisation(Method):
         Raises:
             ValueError: logits of one class, whose entropy is always 0.
         """
-        logits = logits_of(outputs)
-        if logits.shape[1] < 2:
-            raise ValueError(f"logits must be of 2 classes or more, got shape {(*logits.shape,)}.")
+        logits = check_classes(logits_of(outputs))
         log_p = wide(logits).log_softmax(dim=1)
         return -(log_p.exp() * log_p).sum(dim=1).mean() / math.log(logits.shape[1])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..losses import wide
+from ..batchnorm import has_running_stats
+from ..losses import check_classes, wide
 from .method import logits_of
 
 Mode = Literal["eval", "batch", "train"]
@@ -18,11 +19,16 @@ takes its statistics from the batch, and its running ones see it. "train": the m
 
 @torch.no_grad()
 def probabilities(model: nn.Module, images: Tensor, mode: Mode) -> Tensor:
-    """Softmax of `model` (a teacher, or the model itself at theta) on `images`, (B, K, *spatial), float32 at least."""
+    """Softmax of `model` (a teacher, or the model itself at theta) on `images`, (B, K, *spatial), float32 at least.
+
+    Raises:
+        ValueError: logits of one class.
+    """
     with in_mode(model, mode):
         outputs = model(images)
     torch.clear_autocast_cache()  # an autocast region around this and the loss would reuse casts without gradient
-    return wide(logits_of(outputs)).softmax(dim=1)
+    logits = check_classes(logits_of(outputs))
+    return wide(logits).softmax(dim=1)
 
 
 @contextmanager
@@ -33,7 +39,8 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """
     before = {module: module.training for module in model.modules()}
     for module in before:
-        if mode == "eval" or (mode == "batch" and not isinstance(module, _BatchNorm)):
+        by_batch = isinstance(module, _BatchNorm) or has_running_stats(module)
+        if mode == "eval" or (mode == "batch" and not by_batch):
             module.training = False
     try:
         yield

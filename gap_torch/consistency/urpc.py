@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..losses import Criterion, wide
+from ..losses import Criterion, check_classes, wide
 from .method import Augmentation, Method, Outputs, Views, auxiliary_logits, logits_of
 
 
@@ -41,9 +41,9 @@ class URPC(Method):
         """The disagreement of the scales.
 
         Raises:
-            ValueError: `outputs` has one scale alone.
+            ValueError: `outputs` has one scale alone, or logits of one class.
         """
-        log_p = torch.stack([wide(logits).log_softmax(dim=1) for logits in _scales(outputs)])
+        log_p = torch.stack([wide(check_classes(logits)).log_softmax(dim=1) for logits in _scales(outputs)])
         log_c = log_p.logsumexp(dim=0) - math.log(len(log_p))
         p, c = log_p.exp(), log_c.exp()
         divergence = (p * (log_p - log_c)).sum(dim=2).flatten(1)

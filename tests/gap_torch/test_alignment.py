@@ -82,3 +82,8 @@ def test_what_does_not_match_is_refused() -> None:
         alignment((logits, logits), logits)
     with pytest.raises(TypeError, match="got dict"):
         alignment(logits, {"out": logits})
+
+
+def test_one_logit_is_refused():
+    with pytest.raises(ValueError, match="2 classes or more"):
+        alignment(torch.randn(2, 1, 4), torch.randn(2, 1, 4))

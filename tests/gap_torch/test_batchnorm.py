@@ -27,6 +27,22 @@ class CallsSuper(nn.BatchNorm2d):
         return super().forward(x) * 2
 
 
+class NoRelative(nn.Module):
+    """A layer of one's own around `F.batch_norm`."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    @property
+    def track_running_stats(self):  # for the tests below
+        return True
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+
+
 LAYERS = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (4, 3)),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(3), (4, 3, 5, 5)),
@@ -37,6 +53,7 @@ LAYERS = {
     "InstanceNorm2d": (lambda: nn.InstanceNorm2d(3, track_running_stats=True, affine=True), (4, 3, 5, 5)),
     "ByHand": (lambda: ByHand(3), (4, 3, 5, 5)),
     "CallsSuper": (lambda: CallsSuper(3), (4, 3, 5, 5)),
+    "NoRelative": (lambda: NoRelative(3), (4, 3, 5, 5)),
 }
 
 
@@ -125,6 +142,24 @@ def test_layers_without_running_statistics_are_left_alone():
     assert not layer.track_running_stats
 
 
+def test_a_layer_whose_statistics_the_user_has_switched_off_stays_so():
+    layer = nn.BatchNorm2d(3)
+    layer.track_running_stats = False
+    with frozen_running_stats(layer):
+        pass
+    assert not layer.track_running_stats
+
+
+def test_contexts_may_be_nested(layer_and_input):
+    layer, x = layer_and_input
+    before = snapshot(layer)
+    with frozen_running_stats(layer):
+        with frozen_running_stats(layer):
+            layer(x)
+        layer(x)
+    assert_untouched(layer, before)
+
+
 def test_only_the_given_model_is_held():
     inside, outside = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     with frozen_running_stats(inside):
@@ -154,3 +189,54 @@ def test_perturbed_holds_the_statistics_of_the_model_it_is_given(device):
         with optimizer.perturbed(held):
             model(x).square().sum().backward()
         assert torch.equal(model[1].running_mean, before["1.running_mean"][1]) == (held is model)
+
+
+class VarianceAlone(nn.Module):
+    """As timm's EvoNorm B0: a running variance, no mean, updated by `copy_`."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x):
+        if self.training:
+            self.running_var.copy_(self.running_var.lerp(x.detach().var(0), 0.1))
+        return x / self.running_var.sqrt()
+
+
+def _small():
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+
+X = torch.linspace(-2, 3, 32).view(8, 4)
+WITHOUT_TORCHS_CLASS = {
+    "scripted": lambda: torch.jit.script(_small()),
+    "scripted in part": lambda: nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.BatchNorm1d(3))),
+    "traced": lambda: torch.jit.trace(_small(), X, check_trace=False),
+    "exported": lambda: torch.export.export(_small(), (X,)).module(),
+    "of one's own": lambda: nn.Sequential(nn.Linear(4, 3), NoRelative(3)),
+    "a variance alone": lambda: nn.Sequential(nn.Linear(4, 3), VarianceAlone()),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's own
+@pytest.mark.parametrize("kind", WITHOUT_TORCHS_CLASS)
+def test_whatever_the_class_perturbed_holds_the_statistics(kind):
+    model = WITHOUT_TORCHS_CLASS[kind]()
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1))
+    model(X).square().mean().backward()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with optimizer.perturbed(model):
+        model(X).square().mean().backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    model(X)
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_other_state_takes_in_the_perturbed_pass_as_any_other():
+    """As the docstring says: of a pass's traces only running statistics are held."""
+    model = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    before = model.parametrizations.weight[0]._u.clone()
+    with frozen_running_stats(model):
+        model(X)
+    assert not torch.equal(model.parametrizations.weight[0]._u, before)

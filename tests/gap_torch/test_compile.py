@@ -137,7 +137,7 @@ def test_misuse_of_compiled_steps_is_still_an_error() -> None:
     _loss(model, _batch(0)).backward()
     before = [p.detach().clone() for p in model.parameters()]
     first_step()
-    with pytest.raises(Exception, match="no gradient was computed between"):
+    with pytest.raises(Exception, match="no backward pass"):
         second_step()
     assert all(map(torch.equal, before, model.parameters()))
 

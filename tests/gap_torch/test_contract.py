@@ -254,6 +254,88 @@ def test_a_grad_scaler_skips_the_step_at_an_overflow(name, bad_pass, device):
     assert scaler.get_scale() == 2.0**15
 
 
+class ScalesItself(torch.optim.Optimizer):
+    """As Apex's and Transformer Engine's FusedAdam: its `step` takes the GradScaler and unscales by it."""
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None, grad_scaler=None):
+        scale = 1.0
+        if grad_scaler is not None:
+            if any(found.item() for found in grad_scaler._check_inf_per_device(self).values()):
+                return
+            scale = grad_scaler.get_scale()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / scale)
+
+
+@pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing")
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_base_that_takes_the_grad_scaler_is_unscaled_once(overflow):
+    model = make_model("cpu", torch.float32)
+    before, twin = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = GAPWrapper(ScalesItself(model.parameters(), 0.1), EPS, ALPHA)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    unsup, sup = losses(model)
+    scaler.scale(unsup()).backward()
+    with optimizer.perturbed(model):
+        scaler.scale(unsup()).backward()
+    scaler.scale(sup() * (float("inf") if overflow else 1)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    gap_step(twin, GAPWrapper(torch.optim.SGD(twin.parameters(), 0.1), EPS, ALPHA))
+    assert_same(model, before if overflow else twin, rtol=1e-5, atol=1e-6)
+    assert scaler.get_scale() == (512.0 if overflow else 1024.0)
+
+
+# ---------------------------------------------------------------- bases with signatures of their own
+
+
+def test_arguments_of_the_bases_step_reach_it():
+    class Sophia(torch.optim.SGD):
+        def step(self, closure=None, bs=1):
+            self.bs = bs
+            return super().step(closure)
+
+    model = make_model()
+    optimizer = GAPWrapper(Sophia(model.parameters(), 0.1), EPS)
+    gap_step(model, optimizer)
+    assert optimizer.bs == 1
+    model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+    optimizer.step(bs=480)
+    assert optimizer.bs == 480
+    assert optimizer.step(lambda: 3.0, bs=7) == 3.0
+    assert optimizer.bs == 7
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(model(torch.ones(2, 4, dtype=torch.float64)).sum()).backward()
+    scaler.step(optimizer, bs=9)
+    assert optimizer.bs == 9
+
+
+def test_zero_grad_of_a_base_that_takes_no_argument_or_a_keyword_alone():
+    class Old(torch.optim.SGD):  # as Apex's and DeepSpeed's FusedAdam
+        def zero_grad(self):
+            super().zero_grad()
+
+    class KeywordAlone(torch.optim.SGD):
+        def zero_grad(self, *, set_to_none=True):
+            super().zero_grad(set_to_none=set_to_none)
+
+    for base in (Old, KeywordAlone):
+        model = make_model()
+        optimizer = GAPWrapper(base(model.parameters(), 0.1), EPS)
+        gap_step(model, optimizer)
+        assert all(p.grad is None for p in model.parameters())
+    model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+    optimizer.zero_grad(False)
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
 # ---------------------------------------------------------------- saving and copying
 
 

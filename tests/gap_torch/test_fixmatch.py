@@ -114,6 +114,23 @@ def test_a_frozen_batch_norm_stays_frozen(mode) -> None:
     assert [m.training for m in model] == [True, False]
 
 
+class OwnBatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+
+
+@pytest.mark.parametrize("mode", ["eval", "batch", "train"])
+def test_the_mode_reaches_a_batch_norm_of_ones_own(mode) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), OwnBatchNorm()).train()
+    FixMatch(_identity, _identity, mode=mode).prepare(model, torch.randn(4, 1, 5, 5))
+    assert (model[1].running_mean == 0).all() == (mode == "eval")
+
+
 @pytest.mark.parametrize("bad", [{"tau": -0.1}, {"tau": 1.1}, {"mode": "test"}])
 def test_bad_arguments_are_named(bad) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -71,6 +71,9 @@ def _train(
         x = mine(_data(step))
         before = _full(model.parameters())
         _loss(model, x).backward()
+        if between == "evaluation before":  # which leaves gathered parameters behind
+            with torch.no_grad():
+                _loss(model, x)
         if not optimizer.due:
             optimizer.step()
             optimizer.zero_grad()
@@ -158,6 +161,7 @@ def _worker(rank: int, folder: str) -> dict[str, Any]:
     results["replicas"] = _train(_sharded(copied), mine)
     results["cpu offload"] = _train(_sharded(mesh, offload_policy=CPUOffloadPolicy(pin_memory=False)), mine)
     results["no reshard"] = _train(_sharded(mesh, reshard_after_forward=False), mine)
+    results["evaluation before"] = _train(_sharded(mesh, reshard_after_forward=False), mine, "evaluation before")
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     results["mixed precision"] = _train(_sharded(mesh, mp_policy=policy).float(), lambda x: mine(x).float())
     return results
@@ -189,7 +193,7 @@ def test_alphas(ranks: list[dict], alpha: float) -> None:
     _compare(ranks, f"alpha {alpha}", _expected(_model(), alpha))
 
 
-@pytest.mark.parametrize("case", [*PLAIN, "cpu offload", "no reshard"])
+@pytest.mark.parametrize("case", [*PLAIN, "cpu offload", "no reshard", "evaluation before"])
 def test_cases(ranks: list[dict], case: str) -> None:
     _compare(ranks, case, _expected(_model(), 1.0))
 

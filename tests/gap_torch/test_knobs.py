@@ -328,6 +328,17 @@ def test_a_perturbation_that_is_rounded_away_is_told(device: str) -> None:
         optimizer.first_step()
 
 
+@pytest.mark.parametrize("how", ["first_step", "perturbed"])
+def test_the_warning_is_at_the_users_line(how: str) -> None:
+    p = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+    optimizer = GAPWrapper(torch.optim.SGD([p], 0.1), eps=1e-3)
+    p.grad = torch.ones_like(p)
+    begin = {"first_step": optimizer.first_step, "perturbed": lambda: optimizer.perturbed().__enter__()}[how]
+    with pytest.warns(UserWarning, match="rounding") as warned:
+        begin()
+    assert [w.filename for w in warned] == [__file__]
+
+
 def test_it_waits_for_a_perturbation_to_judge_by() -> None:
     p = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
     optimizer = GAPWrapper(torch.optim.SGD([p], 0.1), eps=1e-3)

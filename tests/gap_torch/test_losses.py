@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.losses import DiceLoss
 
-from gap_torch.losses import ce_dice_loss, cross_entropy, dice_loss
+from gap_torch.losses import ce_dice_loss, cross_entropy, dice_loss, mean_squared, soft_cross_entropy
 
 SHAPES = [(2, 4, 8, 8), (3, 2, 5, 6), (1, 3, 4, 5, 6)]
 
@@ -125,3 +125,12 @@ def test_the_losses_compile_in_one_graph() -> None:
     logits, target, mask = _problem(SHAPES[0])
     compiled = torch.compile(ce_dice_loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(logits, target, mask), ce_dice_loss(logits, target, mask))
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, dice_loss, ce_dice_loss, soft_cross_entropy, mean_squared])
+def test_one_logit_is_refused(loss):
+    """Softmax over one channel is 1 everywhere: a target of background alone would fit it at any weights."""
+    soft = loss in (soft_cross_entropy, mean_squared)
+    target = torch.ones(2, 1, 4, 4) if soft else torch.zeros(2, 4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"2 classes or more, got shape \(2, 1, 4, 4\)"):
+        loss(torch.randn(2, 1, 4, 4), target)

@@ -196,6 +196,16 @@ def test_no_value_is_looked_at(name: str, spatial: tuple[int, ...], classes: int
     method.update(model)
 
 
+def test_one_logit_is_refused(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    """A network for a sigmoid: softmax over one channel is 1 everywhere, and nothing would be trained."""
+    model, method, images = _problem(name, spatial, classes)
+    model.heads = nn.ModuleList(type(head)(6, 1, 1).double() for head in model.heads)
+    if hasattr(method, "teacher") and method.teacher is not None:
+        method.teacher = Teacher(model)
+    with pytest.raises(ValueError, match=r"logits must be of 2 classes or more, .* a network with one output channel"):
+        method.loss(model, method.prepare(model, images))
+
+
 @CUDA
 def test_nothing_waits_for_the_gpu(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = (x.to("cuda", torch.float32) for x in _problem(name, spatial, classes))

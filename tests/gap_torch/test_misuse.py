@@ -79,6 +79,19 @@ def test_knobs_must_be_finite_and_not_negative(model, knob, value):
     assert same(values(model), before)
 
 
+def test_a_proxy_that_is_an_optimizer_in_name_alone_is_refused(model):
+    class Proxy(torch.optim.Optimizer):  # as Accelerate's `prepare` makes one
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        @property
+        def param_groups(self):
+            return self.optimizer.param_groups
+
+    with pytest.raises(TypeError, match=r"Proxy is a proxy .* wrap the optimizer inside it, before prepare\(\)"):
+        GAPWrapper(Proxy(SGD(model.parameters(), 0.1)))
+
+
 # ---------------------------------------------------------------- order of calls
 
 
@@ -125,6 +138,29 @@ def test_second_step_needs_a_first(model, optimizer):
         optimizer.second_step()
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_schedule_free_weights_are_not_swapped_while_perturbed(model, mode):
+    """`train` and `eval` of a schedule-free optimizer move the parameters, which `second_step` would undo."""
+
+    class ScheduleFree(SGD):
+        def train(self):
+            self.mode = "train"
+
+        def eval(self):
+            self.mode = "eval"
+
+    optimizer = GAPWrapper(ScheduleFree(model.parameters(), 0.1))
+    getattr(optimizer, mode)()
+    assert optimizer.mode == mode
+    loss(model).backward()
+    with optimizer.perturbed(model):
+        with pytest.raises(RuntimeError, match=rf"{mode}\(\) while the parameters are perturbed"):
+            getattr(optimizer, mode)()
+        loss(model).backward()
+    getattr(optimizer, mode)()
+    assert not hasattr(GAPWrapper(SGD(model.parameters(), 0.1)), mode)
+
+
 def test_first_step_needs_a_gradient(model, optimizer):
     before = values(model)
     with pytest.raises(RuntimeError, match=r"call backward\(\) on the consistency loss"):
@@ -143,7 +179,7 @@ def test_first_step_needs_a_gradient(model, optimizer):
 def test_a_missing_second_backward_is_an_error(model, optimizer, zero):
     before = values(model)
     loss(model).backward()
-    with pytest.raises(RuntimeError, match="no gradient was computed between"), optimizer.perturbed(model):
+    with pytest.raises(RuntimeError, match="no backward pass"), optimizer.perturbed(model):
         zero(model)
         loss(model)
     assert same(values(model), before)
@@ -190,7 +226,8 @@ def test_create_graph_in_the_second_pass_is_an_error(linear, zero):
         return model(torch.ones(2, 4)).sum() if linear else loss(model)
 
     value().backward()
-    with pytest.raises(RuntimeError, match="create_graph=True"), optimizer.perturbed(model):
+    message = r"replaced or dropped .*create_graph=True did so" if linear else "g2 was computed with create_graph=True"
+    with pytest.raises(RuntimeError, match=message), optimizer.perturbed(model):
         if zero:
             model.zero_grad()
         value().backward(create_graph=True)
@@ -271,7 +308,7 @@ def test_zeroing_in_place_is_noticed_whatever_the_second_pass_reaches():
 
 def test_zeroing_in_place_does_not_pass_for_a_backward(model, optimizer):
     loss(model).backward()
-    with pytest.raises(RuntimeError, match="no gradient was computed"), optimizer.perturbed(model):
+    with pytest.raises(RuntimeError, match="no backward pass"), optimizer.perturbed(model):
         model.zero_grad(set_to_none=False)
 
 
@@ -389,6 +426,44 @@ def test_an_out_of_place_accumulation_is_an_error():
         p.grad = p.grad + g2
 
 
+@pytest.mark.parametrize("clone", [False, True], ids=["views", "tensors"])
+def test_a_grad_replaced_by_hand_is_an_error(model, optimizer, clone):
+    """Those that autograd computes for a linear layer are views, as the gradients in DDP's buckets are."""
+
+    def assign():
+        params = list(model.parameters())
+        for p, g in zip(params, torch.autograd.grad(loss(model), params), strict=True):
+            p.grad = g.clone() if clone else g
+
+    assign()
+    assert clone or any(p.grad._is_view() for p in model.parameters())
+    before = values(model)
+    with pytest.raises(RuntimeError, match=r"replaced or dropped .* separate=True"), optimizer.perturbed(model):
+        assign()
+    assert same(values(model), before)
+
+
+@pytest.mark.parametrize("how", ["replaced", "added"])
+def test_a_g2_that_is_set_by_hand_is_an_error_that_names_the_way(model, how):
+    """No backward pass comes by here; with `separate=True` the same lines are right."""
+    g2 = [torch.full_like(p, 7.0) for p in model.parameters()]
+
+    def set_by_hand():
+        for p, g in zip(model.parameters(), g2, strict=True):
+            p.grad = g.clone() if how == "replaced" or p.grad is None else p.grad.add_(g)
+
+    optimizer = GAPWrapper(SGD(model.parameters(), 0.1), eps=0.5)
+    loss(model).backward()
+    g1 = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"no backward pass .* by hand .* separate=True"), optimizer.perturbed(model):
+        set_by_hand()
+    loss(model).backward()
+    with optimizer.perturbed(model, separate=True):
+        set_by_hand()
+    for p, a, b in zip(model.parameters(), g1, g2, strict=True):
+        torch.testing.assert_close(p.grad, a + b)
+
+
 def test_gradients_that_share_a_storage_over_two_groups():
     a, b = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0]))
     base = SGD([{"params": [a], "gap_alpha": 0.5}, {"params": [b], "gap_alpha": 2.0}], 0.1)
@@ -430,8 +505,9 @@ def test_a_second_perturbation_on_top_of_an_old_sum_is_told() -> None:
             model(torch.ones(1, 3)).square().mean().backward()
 
     gap()
-    with pytest.warns(UserWarning, match=r"seen no step\(\) or zero_grad\(\) since"):
+    with pytest.warns(UserWarning, match=r"seen no step\(\) or zero_grad\(\) since") as warned:
         gap()
+    assert [w.filename for w in warned] == [__file__]
 
 
 @pytest.mark.filterwarnings("error")

@@ -2,6 +2,7 @@
 """GAPWrapper leaves the gradient of Algorithm 1 in `.grad`, and the parameters as they were, bit for bit."""
 
 import copy
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 from gap_torch import GAPWrapper, multi_tensor
 from gap_torch.reference import algorithm_1
@@ -332,6 +334,34 @@ def test_autocast_does_not_keep_weights_from_before_a_step(nested, foreach, devi
     assert_same(actual, expected, rtol=0.01, atol=0.01)
 
 
+class UpperTriangle(nn.Module):
+    """A parametrization that keeps nothing for backward, so that a cached value of it is not noticed."""
+
+    def forward(self, weight):
+        return weight.triu()
+
+
+def test_a_cached_parametrization_does_not_keep_weights_from_before_a_step():
+    model = nn.Linear(3, 3).double()
+    parametrize.register_parametrization(model, "weight", UpperTriangle())
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), eps=0.5)
+    x = torch.randn(4, 3, dtype=torch.float64)
+
+    def loss():
+        return model(x).square().mean()
+
+    expected = algorithm_1(list(model.parameters()), loss, loss, eps=0.5)
+    with parametrize.cached():
+        before = model.weight.detach().clone()
+        loss().backward()
+        with optimizer.perturbed(model):
+            assert not torch.equal(model.weight, before)
+            loss().backward()
+        assert torch.equal(model.weight, before)
+        loss().backward()
+    assert_same([p.grad for p in model.parameters()], expected)
+
+
 # ---------------------------------------------------------------- restoration
 
 
@@ -374,6 +404,27 @@ def test_after_an_exception_training_goes_on():
     unsup().backward()
     with pytest.raises(Interrupted), optimizer.perturbed(model):
         raise Interrupted
+    assert_same(gap_step(model, optimizer, unsup, sup), expected)
+
+
+def test_what_was_set_aside_before_an_exception_is_gone():
+    """Else it would enter the next update."""
+    model, optimizer, unsup, sup, *_ = build("mlp")
+    expected = algorithm_1(list(model.parameters()), unsup, sup, eps=0.5)
+    with optimizer.set_aside():
+        sup().backward()
+    unsup().backward()
+    with pytest.raises(Interrupted), optimizer.perturbed(model):
+        raise Interrupted
+    assert_same(gap_step(model, optimizer, unsup, sup), expected)
+
+
+def test_what_was_set_aside_before_a_checkpoint_was_loaded_is_gone():
+    model, optimizer, unsup, sup, *_ = build("mlp")
+    expected = algorithm_1(list(model.parameters()), unsup, sup, eps=0.5)
+    with optimizer.set_aside():
+        sup().backward()
+    optimizer.load_state_dict(optimizer.state_dict())
     assert_same(gap_step(model, optimizer, unsup, sup), expected)
 
 
@@ -544,6 +595,18 @@ def test_extra_memory_is_one_copy_of_the_parameters_kept_from_step_to_step():
         optimizer.zero_grad()
     assert len(addresses) == 1
     assert sum(c.numel() for c in optimizer._perturbation.copies.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_copies_of_parameters_that_have_left_the_optimizer_are_freed():
+    """As when a backbone is frozen and taken out, or an optimizer's groups are made anew."""
+    model, optimizer, unsup, *_ = build("mlp")
+    gap_step(model, optimizer, unsup)
+    gone = weakref.ref(optimizer._perturbation.copies[model[0].weight])
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["params"] = list(model[2].parameters())
+    gap_step(model, optimizer, unsup)
+    assert gone() is None
+    assert set(optimizer._perturbation.copies) == set(model[2].parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")

@@ -71,6 +71,12 @@ def test_save_state_and_load_state_go_on_with_the_same_weights(tmp_path: Path) -
     assert prepared[1].param_groups[0]["gap_eps"] == EPS
 
 
+def test_what_prepare_returned_is_not_to_be_wrapped() -> None:
+    prepared = accelerate.Accelerator(cpu=True).prepare(torch.optim.AdamW(network().parameters(), lr=LR))
+    with pytest.raises(TypeError, match=r"AcceleratedOptimizer is a proxy .* before prepare\(\)"):
+        GAPWrapper(prepared, eps=EPS)
+
+
 def test_bfloat16_autocast() -> None:
     accelerator, model, optimizer, loader = _prepared(mixed_precision="bf16")
     _epoch(accelerator, model, optimizer, loader)
