@@ -44,7 +44,7 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
 
 def has_running_stats(layer: nn.Module) -> bool:
     """Whether one of the layer's own buffers is a running statistic by its name: "running_mean", "running_var", ..."""
-    return any(name.startswith("running_") for name, _ in layer.named_buffers(recurse=False))
+    return any(name.startswith("running_") and buffer is not None for name, buffer in layer._buffers.items())
 
 
 def _heeds_the_flag(layer: nn.Module) -> "TypeGuard[_BatchNorm]":
