@@ -33,8 +33,7 @@ import gap_torch
 assert gap_torch.__file__.startswith(folder), f"imported {gap_torch.__file__}"
 assert gap_torch.__version__ == version, f"gap_torch.__version__ is {gap_torch.__version__}, the archive's {version}"
 for module in pkgutil.walk_packages(gap_torch.__path__, "gap_torch."):
-    if module.name != "gap_torch.triton_kernels":  # torch does not always come with Triton
-        importlib.import_module(module.name)
+    importlib.import_module(module.name)
 """
 OTHERS = "accelerate h5py ignite lightning matplotlib monai nibabel nrrd rich scipy skimage tensorboard torchvision"
 

@@ -77,7 +77,7 @@ def _size(params: list[nn.Parameter]) -> int:
 def measure(name: str, device: str, dtype: str, shrink: int) -> list[dict[str, Any]]:
     rows = []
     shapes = shrunk(SETS[name](), shrink)
-    for label, method in methods(device).items():
+    for label, method in methods().items():
         extra, size = extra_bytes(method, shapes, device, getattr(torch, dtype))
         row = {"method": label, "parameters": name, "dtype": dtype, "millions": numel(shapes) / 1e6}
         rows.append({**row, "extra copies": extra / size})

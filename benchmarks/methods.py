@@ -32,8 +32,8 @@ class Ours:
 
     sums = True
 
-    def __init__(self, params: list[nn.Parameter], fused: bool | None = None) -> None:
-        self.optimizer = GAPWrapper(Nothing(params), eps=EPS, fused=fused)
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        self.optimizer = GAPWrapper(Nothing(params), eps=EPS)
 
     def first(self) -> None:
         self.optimizer.first_step()
@@ -43,13 +43,6 @@ class Ours:
 
     def after(self) -> None:
         self.optimizer.step()
-
-
-class OursFused(Ours):
-    """With the Triton kernels."""
-
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        super().__init__(params, fused=True)
 
 
 class OursCompiled(Ours):
@@ -162,11 +155,9 @@ METHODS = {
 }
 
 
-def methods(device: str, compiled: bool = False) -> dict[str, Any]:
-    """What is worth a row on `device`: on CUDA both of our paths, and if wanted the compiled one."""
+def methods(compiled: bool = False) -> dict[str, Any]:
+    """What is worth a row, with our compiled path if wanted."""
     ours: dict[str, Any] = {"gap-torch": Ours}
-    if device.startswith("cuda"):
-        ours["gap-torch fused"] = OursFused
     if compiled:
         ours["gap-torch compiled"] = OursCompiled
     return {**ours, **METHODS}

@@ -123,7 +123,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    chosen = methods(arguments.device, arguments.compiled)
+    chosen = methods(arguments.compiled)
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
         for name in arguments.sets:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import fused, multi_tensor, sharding
+from . import multi_tensor, sharding
 from .accumulation import Accumulation, Group
 from .rounding import HALF, warn_if_rounded_away
 from .sharding import all_local, local
@@ -20,17 +20,17 @@ class Perturbation:
     def __init__(self) -> None:
         self.copies: dict[Tensor, Tensor] = {}
         """Parameter -> memory for its theta, kept from step to step."""
-        self.moved: list[fused.Moved] = []
-        """What is to be put back."""
+        self.moved: tuple[list[Tensor], list[Tensor]] = ([], [])
+        """Parameters that are to be put back, and the copies of their theta."""
         self.accumulation: Accumulation | None = None
         """Of g1 and g2, while perturbed."""
         self.grad_norm: Tensor | None = None
-        self.foreach, self.fused = True, False
+        self.foreach = True
         self.rounding_checked = False
 
-    def begin(self, groups: list[Group], *, foreach: bool, fused: bool, adaptive: bool, separate: bool) -> None:
+    def begin(self, groups: list[Group], *, foreach: bool, adaptive: bool, separate: bool) -> None:
         """Move the parameters of `groups` along their g1, and make room for g2 in `.grad`."""
-        self.foreach, self.fused = foreach, fused
+        self.foreach = foreach
         groups = [group._replace(g1=[*map(sharding.laid_out_as, group.params, group.g1)]) for group in groups]
         self.accumulation = Accumulation(groups, foreach, separate)
         directions = self._directions(groups, adaptive)
@@ -42,14 +42,10 @@ class Perturbation:
     def restore(self) -> None:
         """Put everything back that `begin` moved; `.grad` is not touched."""
         assert self.accumulation is not None
-        shards = all_local([p for params, _ in self.moved for p in params])
-        theta = [copy for _, copies in self.moved for copy in copies]
-        if self._by_triton():
-            fused.restore(shards, theta)
-        else:
-            multi_tensor.restore(shards, theta, self.foreach)
+        params, theta = self.moved
+        multi_tensor.restore(all_local(params), theta, self.foreach)
         self.accumulation.stop_watching()
-        self.moved, self.accumulation = [], None
+        self.moved, self.accumulation = ([], []), None
 
     def _directions(self, groups: list[Group], adaptive: bool) -> list[list[Tensor]]:
         """What each group's parameters move along, by eps / `grad_norm` of it."""
@@ -62,8 +58,6 @@ class Perturbation:
         return [all_local(along) for along in directions]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        if self._by_triton():
-            return sharding.joint_norm(gradients, fused.global_norm)
         return sharding.joint_norm(gradients, lambda tensors: multi_tensor.global_norm(tensors, self.foreach))
 
     def _move(self, groups: list[Group], directions: list[list[Tensor]]) -> None:
@@ -73,16 +67,8 @@ class Perturbation:
         moving = [(group, along) for group, along in zip(groups, directions, strict=True) if group.moves]
         shards = [all_local(group.params) for group, _ in moving]
         theta = [self._memory(group.params, parts) for (group, _), parts in zip(moving, shards, strict=True)]
-        if self._by_triton() and fused.disjoint(_flat(shards)):
-            try:
-                for (group, along), parts, copies in zip(moving, shards, theta, strict=True):
-                    fused.backup_and_perturb(parts, copies, along, self.grad_norm, group.eps, self.moved)
-            except BaseException:
-                self.fused = False  # what can't be launched must not be what puts theta back
-                raise
-            return
         multi_tensor.backup(_flat(shards), _flat(theta), self.foreach)
-        self.moved = [(_flat([group.params for group, _ in moving]), _flat(theta))]  # to be restored from now on
+        self.moved = _flat([group.params for group, _ in moving]), _flat(theta)  # to be restored from now on
         for (group, along), parts in zip(moving, shards, strict=True):
             multi_tensor.perturb(parts, along, self.grad_norm, group.eps, self.foreach)
 
@@ -95,10 +81,6 @@ class Perturbation:
                 copy = self.copies[p] = torch.empty_like(shard)
             theta.append(copy)
         return theta
-
-    def _by_triton(self) -> bool:
-        """Whether this is for the kernels of `fused`, which neither torch.compile nor a CUDA graph can take."""
-        return self.fused and not torch.compiler.is_compiling() and not _capturing()
 
     def _check_rounding(self, groups: list[Group], directions: list[list[Tensor]]) -> bool:
         """Whether that need not be done again. The host waits, if there are half-precision parameters."""

@@ -25,7 +25,6 @@ from torch.optim import LBFGS, Optimizer
 from . import ranks
 from .accumulation import CREATE_GRAPH, Group
 from .batchnorm import frozen_running_stats
-from .fused import available, chosen
 from .knobs import Eps, Knobs, check_alpha, check_eps
 from .perturbation import Perturbation
 from .rng import RNGState, replayed
@@ -37,8 +36,8 @@ if TYPE_CHECKING:
 
 
 # what a pickle holds of the wrapper itself
-_ARGUMENTS = ("base_optimizer", "eps", "alpha", "foreach", "fused", "adaptive", "interval")
-_DEFAULTS = {"fused": False, "adaptive": False, "interval": 1}
+_ARGUMENTS = ("base_optimizer", "eps", "alpha", "foreach", "adaptive", "interval")
+_DEFAULTS = {"adaptive": False, "interval": 1}
 
 
 # methods that schedule-free optimizers have, to go from the weights of training to those of evaluation and back
@@ -81,8 +80,6 @@ class GAPWrapper(Optimizer):
             read on the device, or a schedule: a function from the number of updates so far to the radius.
         alpha: weight of g2 (>= 0, line 9).
         foreach: multi-tensor operations (default) or, if False, one tensor after the other.
-        fused: Triton kernels for parameters on CUDA, which read theta once where `foreach` reads it twice; others go as
-            with `foreach`. None leaves the choice to us: not yet, for no GPU has measured them.
         adaptive: ASAM's radius, in units of each weight's own size (Kwon et al., ICML 2021): theta moves by
             eps * |theta|^2 g1 / || |theta| g1 ||, element by element.
         interval: GAP every so many updates; `due` tells whether this one is.
@@ -92,8 +89,7 @@ class GAPWrapper(Optimizer):
     Raises:
         TypeError: `base_optimizer` is a class, no optimizer, a GAPWrapper, an LBFGS, or somebody else's proxy of an
             optimizer (what Accelerate's `prepare` returns).
-        ValueError: `eps` or `alpha` is negative or not finite, `interval` is less than 1, or `fused` without `foreach`.
-        RuntimeError: `fused` without Triton.
+        ValueError: `eps` or `alpha` is negative or not finite, or `interval` is less than 1.
     """
 
     def __init__(
@@ -103,7 +99,6 @@ class GAPWrapper(Optimizer):
         alpha: float = 1.0,
         *,
         foreach: bool = True,
-        fused: bool | None = None,
         adaptive: bool = False,
         interval: int = 1,
         process_group: "ProcessGroup | None" = None,
@@ -112,7 +107,6 @@ class GAPWrapper(Optimizer):
         _check_base(base_optimizer)
         self.base_optimizer = base_optimizer
         self.foreach, self.adaptive, self.process_group = foreach, adaptive, process_group
-        self._fused, self._by_triton = fused, chosen(fused, foreach)
         self._knobs = Knobs(base_optimizer, eps, alpha, interval)
         self._perturbation = Perturbation()
         self._aside: dict[Tensor, Tensor] = {}
@@ -158,9 +152,7 @@ class GAPWrapper(Optimizer):
         try:
             groups = [Group.snapshot(group) for group in self.param_groups]
             self._warn_of_unused_sum(groups)
-            self._perturbation.begin(
-                groups, foreach=self.foreach, fused=self._by_triton, adaptive=self.adaptive, separate=separate
-            )
+            self._perturbation.begin(groups, foreach=self.foreach, adaptive=self.adaptive, separate=separate)
             self._watch_base()
             self._forget_cached_theta()
         except BaseException:
@@ -309,15 +301,6 @@ class GAPWrapper(Optimizer):
         return self._knobs.interval
 
     @property
-    def fused(self) -> bool | None:
-        """As given. It can't be changed."""
-        return self._fused
-
-    @fused.setter
-    def fused(self, fused: bool | None) -> None:
-        raise AttributeError(f"fused is decided when the wrapper is made: make a new wrapper with fused={fused}.")
-
-    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's own list."""
         return self.base_optimizer.param_groups
@@ -398,23 +381,13 @@ class GAPWrapper(Optimizer):
         return {**{key: getattr(self, key) for key in _ARGUMENTS}, "scheduled": self._knobs.scheduled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fused = state["fused"]
-        if fused and not available():
-            warn("GAP: this was saved with fused=True, which needs Triton: going on without it.")
-            fused = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the groups have their knobs already, and keep them
-            self.__init__(**{key: state[key] for key in _ARGUMENTS} | {"fused": fused})  # type: ignore[misc]
+            self.__init__(**{key: state[key] for key in _ARGUMENTS})  # type: ignore[misc]
         self._knobs.scheduled.update(state["scheduled"])
 
     def __repr__(self) -> str:
-        knobs = {
-            "eps": self.eps,
-            "alpha": self.alpha,
-            "fused": bool(self.fused),
-            "adaptive": self.adaptive,
-            "interval": self.interval,
-        }
+        knobs = {"eps": self.eps, "alpha": self.alpha, "adaptive": self.adaptive, "interval": self.interval}
         shown = [f"{name}={value}" for name, value in knobs.items() if value != _DEFAULTS.get(name)]
         return f"GAPWrapper({', '.join(shown)}, base_optimizer={self.base_optimizer!r})"
 

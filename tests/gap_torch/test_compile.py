@@ -9,15 +9,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import list_mode_options
 
-from gap_torch import GAPWrapper, fused
+from gap_torch import GAPWrapper
 
 STEPS = 5
 TRACES_STEPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 needs_newer_dynamo = pytest.mark.skipif(
     not TRACES_STEPS, reason="torch.compile of the wrapper's steps was written for and tested on torch 2.15"
 )
-
-needs_triton = pytest.mark.skipif(not fused.available(), reason="Triton is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +86,10 @@ def test_a_compiled_model_is_compiled_once() -> None:
         {"alpha": 0.5},
         {"adaptive": True},
         {"foreach": False},
-        pytest.param({"fused": True}, marks=needs_triton),
         {"eps": torch.tensor(0.1)},
         {"eps": lambda t: 0.1 / (1 + t)},
     ],
-    ids=["plain", "alpha", "adaptive", "for-loop", "fused", "tensor", "schedule"],
+    ids=["plain", "alpha", "adaptive", "for-loop", "tensor", "schedule"],
 )
 def test_compiled_steps_of_the_wrapper(knobs: dict[str, Any]) -> None:
     """No graph breaks (`fullgraph`), and no recompilation once everything has been seen, as the rate changes."""
@@ -167,13 +164,12 @@ def test_compiled_autograd() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
-@pytest.mark.parametrize("by_triton", [None, True], ids=["foreach", "fused"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_a_whole_step_as_a_cuda_graph(alpha: float, by_triton: bool | None) -> None:
+def test_a_whole_step_as_a_cuda_graph(alpha: float) -> None:
     def fresh() -> tuple[nn.Module, GAPWrapper, Tensor]:
         model, eps = _model("cuda"), torch.tensor(0.1, device="cuda")
         base = torch.optim.Adam(model.parameters(), 0.01, capturable=True)
-        return model, GAPWrapper(base, eps=eps, alpha=alpha, fused=by_triton), eps
+        return model, GAPWrapper(base, eps=eps, alpha=alpha), eps
 
     model, optimizer, eps = fresh()
     x = torch.empty(2, 1, 8, 8, device="cuda")

@@ -406,3 +406,11 @@ def test_a_scheduled_optimizer_can_be_copied(trained):
     lr_scheduler.StepLR(optimizer, 1)
     gap_step(model, optimizer)
     assert_goes_on_alike(model, optimizer, *copy.deepcopy((model, optimizer)))
+
+
+def test_a_pickle_of_0_1_0_that_names_fused_still_loads(trained):
+    _, optimizer = trained
+    loaded = GAPWrapper.__new__(GAPWrapper)
+    loaded.__setstate__({**optimizer.__getstate__(), "fused": True})
+    assert (loaded.eps, loaded.alpha) == (EPS, ALPHA)
+    assert loaded.base_optimizer is optimizer.base_optimizer

@@ -610,7 +610,7 @@ def test_copies_of_parameters_that_have_left_the_optimizer_are_freed():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
-@pytest.mark.parametrize("path", [{}, {"foreach": False}, {"fused": True}], ids=["foreach", "loop", "fused"])
+@pytest.mark.parametrize("path", [{}, {"foreach": False}], ids=["foreach", "loop"])
 @pytest.mark.parametrize("groups", ["one group", "both"])
 def test_the_host_never_waits_for_the_device(groups, path):
     model, optimizer, unsup, sup, *_ = build("mlp", groups, device="cuda", dtype=torch.float32, **path)
