@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from gap_torch import GAPWrapper
-from gap_torch.consistency import FixMatch, Views
+from gap_torch.consistency import Batch, FixMatch, Views
 from gap_torch.losses import cross_entropy
 
 METHODS = {"supervised": "Supervised", "fixmatch": "FixMatch", "gapmatch": "GapMatch"}
@@ -73,7 +73,7 @@ def step(
     """One training step. Returns the loss of the labelled images, and the unlabelled ones' views and pseudo-labels."""
     views = None
     if method is not None:
-        views = method.prepare(model, unlabelled)
+        views = method.prepare(model, Batch(unlabelled))
         method.loss(model, views).backward()  # g1
         if gap:
             with optimizer.perturbed(model):  # theta -> theta + eps * g1 / ||g1||, and back

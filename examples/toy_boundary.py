@@ -23,7 +23,7 @@ from toy.pictures import Film, State, save_pictures
 from toy.report import duels, spread, table
 
 from gap_torch import GAPWrapper
-from gap_torch.consistency import FixMatch, Method
+from gap_torch.consistency import Batch, FixMatch, Method
 from gap_torch.consistency.method import Augmentation
 from gap_torch.losses import ce_dice_loss
 
@@ -109,7 +109,7 @@ def train(variant: Variant, data: Data, settings: Settings, seed: int) -> Iterat
 def step(model: nn.Module, optimizer: GAPWrapper, variant: Variant, data: Data) -> None:
     """One training step, on all points at once."""
     if variant.method is not None:
-        views = variant.method.prepare(model, data.points)
+        views = variant.method.prepare(model, Batch(data.points))
         variant.method.loss(model, views).backward()  # g1
         if variant.gap:
             with optimizer.perturbed(model):  # theta -> theta + eps * g1 / ||g1||, and back

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gap_torch import GAPWrapper
-from gap_torch.consistency import FixMatch
+from gap_torch.consistency import Batch, FixMatch
 from gap_torch.reference import algorithm_1
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migrating.md").read_text()
@@ -149,8 +149,10 @@ def _trained(step: Callable[..., None]) -> list[Tensor]:
     method = FixMatch(lambda x: x, lambda x: 0.8 * x, tau=0.0)
     params, base = list(model.parameters()), torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for _ in range(20):
-        views = method.prepare(model, u)
-        step(lambda v=views: F.cross_entropy(model(v.inputs), v.target), lambda: F.cross_entropy(model(x), y), params)
+        views = method.prepare(model, Batch(u))
+        step(
+            lambda v=views: F.cross_entropy(model(v.inputs[0]), v.target), lambda: F.cross_entropy(model(x), y), params
+        )
         base.step()
         base.zero_grad()
     return [p.detach() for p in params]
@@ -190,7 +192,7 @@ def _names() -> dict:
         "GAPWrapper": GAPWrapper,
         "model": model,
         "method": method,
-        "views": method.prepare(model, torch.rand(2, 1, 8, 8)),
+        "views": method.prepare(model, Batch(torch.rand(2, 1, 8, 8))),
         "x": x,
         "y": y,
         "supervised": F.cross_entropy,
@@ -225,7 +227,7 @@ def test_a_right_gapmatch_by_hand_and_the_two_lines_train_alike() -> None:
 def test_a_zero_gradient_is_nan_by_hand_and_harmless_in_the_two_lines() -> None:
     nothing = FixMatch(lambda x: x, lambda x: 0.9 * x, tau=1.0)  # no pixel is that confident
     names = _names()
-    model, views = names["model"], nothing.prepare(names["model"], torch.rand(2, 1, 8, 8))
+    model, views = names["model"], nothing.prepare(names["model"], Batch(torch.rand(2, 1, 8, 8)))
     by_hand = _run(DIFFS[2]["before"], method=nothing, views=views)["model"]
     assert by_hand[0].weight.isnan().all()
     wrapped = GAPWrapper(names["optimizer"], eps=0.1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gap_torch import GAPWrapper
+from gap_torch.consistency import Batch
 
 ACCUMULATE = 2
 
@@ -41,7 +42,7 @@ def train(model: nn.Module) -> None:
     for _ in range(EPOCHS):
         for micro_batches in grouped(loader):
             # all views at theta, before the first pass
-            views = [method.prepare(model, batch["unlabelled"]) for batch in micro_batches]
+            views = [method.prepare(model, Batch(batch["unlabelled"])) for batch in micro_batches]
             backward(method.loss(model, v) for v in views)
             with gap.perturbed(model):  # GAP 2: once for all micro-batches, after the last of g1
                 backward(method.loss(model, v) for v in views)  # GAP 3: the same views

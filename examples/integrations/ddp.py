@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from gap_torch import GAPWrapper
+from gap_torch.consistency import Batch
 
 
 def train(network: nn.Module) -> None:
@@ -29,7 +30,7 @@ def train(network: nn.Module) -> None:
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         for batch in loader:
-            views = method.prepare(model, batch["unlabelled"])
+            views = method.prepare(model, Batch(batch["unlabelled"]))
             method.loss(model, views).backward()  # not under model.no_sync(): g1 must be averaged
             with optimizer.perturbed(model):  # GAP 2: every rank enters, also one without a confident pixel
                 method.loss(model, views).backward()  # GAP 3: through `model`, not `network`, as all passes

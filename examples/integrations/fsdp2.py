@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from gap_torch import GAPWrapper
+from gap_torch.consistency import Batch
 
 
 def shard(model: nn.Module) -> None:
@@ -38,7 +39,7 @@ def train(model: nn.Module) -> None:
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         for batch in loader:
-            views = method.prepare(model, batch["unlabelled"])
+            views = method.prepare(model, Batch(batch["unlabelled"]))
             method.loss(model, views).backward()
             with optimizer.perturbed(model):  # GAP 2: every rank enters; its forward gathers the shards of theta*
                 method.loss(model, views).backward()  # GAP 3: backward directly after its forward

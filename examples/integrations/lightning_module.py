@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gap_torch import GAPWrapper
+from gap_torch.consistency import Batch
 
 
 class GapMatch(L.LightningModule):
@@ -31,7 +32,7 @@ class GapMatch(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         optimizer: Any = self.optimizers()
-        views = method.prepare(self.network, batch["unlabelled"])
+        views = method.prepare(self.network, Batch(batch["unlabelled"]))
         self.manual_backward(method.loss(self.network, views))
         with optimizer.perturbed(self.network):  # GAP 2: inside, the network is at theta*
             self.manual_backward(method.loss(self.network, views))  # GAP 3: averages and scales

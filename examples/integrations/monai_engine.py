@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gap_torch import GAPWrapper
+from gap_torch.consistency import Batch
 
 
 def gap_iteration(engine: Any, batchdata: dict[str, Tensor]) -> Any:
@@ -29,7 +30,7 @@ def gap_iteration(engine: Any, batchdata: dict[str, Tensor]) -> Any:
 
     model.train()
     with autocast:
-        views = method.prepare(model, unlabelled)
+        views = method.prepare(model, Batch(unlabelled))
         consistency = method.loss(model, views)
     scaler.scale(consistency).backward()
     with optimizer.perturbed(model):  # GAP 2: the engine holds the wrapper itself

@@ -151,11 +151,11 @@ class GapMatchTrainer(nnUNetTrainer):
             logits = _listed(self.network(weak))[0]
         torch.clear_autocast_cache()  # casts that were made without gradient
         confidence, pseudo_label = logits.float().softmax(dim=1).max(dim=1)
-        return Views(strong, pseudo_label, confidence >= self.tau)
+        return Views((strong,), pseudo_label, confidence >= self.tau)
 
     def consistency(self, views: Views) -> Tensor:
         """Cross-entropy and Dice on the strong views' confident pixels, in all resolutions of deep supervision."""
-        outputs = _listed(self.network(views.inputs))
+        outputs = _listed(self.network(views.inputs[0]))
         target = [_resized(views.target, logits) for logits in outputs]
         mask = [_resized(views.mask, logits) for logits in outputs]
         weights = self.loss.weight_factors if self.enable_deep_supervision else (1,)

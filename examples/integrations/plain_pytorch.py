@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gap_torch import GAPWrapper
+from gap_torch.consistency import Batch
 
 
 def train(model: nn.Module) -> None:
@@ -19,7 +20,7 @@ def train(model: nn.Module) -> None:
     optimizer = GAPWrapper(torch.optim.AdamW(model.parameters(), lr=LR), eps=EPS)
     for _ in range(EPOCHS):
         for batch in DataLoader(Discs(), BATCH):
-            views = method.prepare(model, batch["unlabelled"])
+            views = method.prepare(model, Batch(batch["unlabelled"]))
             method.loss(model, views).backward()
             with optimizer.perturbed(model):  # GAP 2: inside, the model is at theta*
                 method.loss(model, views).backward()  # GAP 3: the same views once more

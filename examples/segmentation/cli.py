@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,8 +13,8 @@ from . import ranks
 from .data import patients_for_share
 from .errors import InputError, UserError
 from .job import Job, OldRuns, run
-from .methods import TABLE
-from .recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Method, Recipe, method_of
+from .methods import TABLE, parsed
+from .recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Recipe, Run, method_of
 from .task import Task
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
@@ -69,6 +70,12 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     parser.add_argument("--eps", type=float, help="radius of the perturbation")
     parser.add_argument("--alpha", type=float, help="weight of g2")
     parser.add_argument("--tau", type=float, help="confidence threshold of the pseudo-labels")
+    parser.add_argument(
+        "--option",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help=f"of a method itself: {_options()}",
+    )
     parser.add_argument("--weight", type=float, help="of the consistency loss")
     parser.add_argument("--warm-up", type=int, help="iterations on labelled images alone at the start")
     parser.add_argument(
@@ -113,6 +120,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     recipe = Recipe(seed=arguments.seed, **{**task.presets[preset], **knobs})
     methods = _methods(arguments.method, arguments.gap, both=phantom)
     _refuse_idle_knobs(knobs, methods)
+    options = dict(parsed(option, [method for method, _ in methods]) for option in arguments.option or ())
     stride = _stride(task, arguments, recipe)
     patients = arguments.patients
     if patients is None:
@@ -121,7 +129,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
         task=task,
         data=_phantom(task, out / "phantom") if phantom else arguments.data,
         patients=patients,
-        recipes=[replace(recipe, method=method, gap=gap) for method, gap in methods],
+        recipes=[_of_run(recipe, run, options) for run in methods],
         device=device,
         amp=AMP[arguments.amp],
         compiled=_compiled(arguments.compile, device),
@@ -133,6 +141,19 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
         largest_component=arguments.largest_component,
         published={} if phantom or arguments.patients is not None else task.published.get(arguments.labeled or 1, {}),
     )
+
+
+def _options() -> str:
+    """Those of each method that has any, with their defaults."""
+    each = [(name, entry.options) for name, entry in TABLE.items() if entry.options]
+    return "; ".join(f"{name} {', '.join(f'{n}={v:.3g}' for n, v in options.items())}" for name, options in each)
+
+
+def _of_run(recipe: Recipe, run: Run, options: Mapping[str, Any]) -> Recipe:
+    """`recipe` for one of several runs, with those of the options that it has."""
+    method, gap = run
+    own = {name: value for name, value in options.items() if name in TABLE[method].options}
+    return replace(recipe, method=method, gap=gap, options=own)
 
 
 def _folder(task: Task) -> Path:
@@ -148,7 +169,7 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         raise InputError("--labeled and --patients: both say how much is labelled; give one of them.")
 
 
-def _methods(names: Sequence[str] | None, gap: bool | None, both: bool) -> list[tuple[Method, bool]]:
+def _methods(names: Sequence[str] | None, gap: bool | None, both: bool) -> list[Run]:
     """What to run, each method with or without GAP. Raises InputError for what can't be, or would be twice.
 
     Args:
@@ -169,7 +190,7 @@ def _methods(names: Sequence[str] | None, gap: bool | None, both: bool) -> list[
     return methods
 
 
-def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[tuple[Method, bool]]) -> None:
+def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[Run]) -> None:
     """Raise InputError for options that mean nothing to any of the runs."""
     with_gap, unlabelled = any(gap for _, gap in methods), any(method != "supervised" for method, _ in methods)
     for name in knobs:
@@ -178,8 +199,8 @@ def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[tuple[Meth
             raise InputError(f"{option}: means nothing without GAP; name a run that has it, or leave it out.")
         if name in METHOD_FIELDS and not unlabelled:
             raise InputError(f"{option}: means nothing to supervised alone; name another method, or leave it out.")
-    if "tau" in knobs and not any(TABLE[method].tau for method, _ in methods):
-        thresholded = ", ".join(name for name, entry in TABLE.items() if entry.tau)
+    if "tau" in knobs and not any(TABLE[method].thresholded for method, _ in methods):
+        thresholded = ", ".join(name for name, entry in TABLE.items() if entry.thresholded)
         raise InputError(f"--tau: means nothing to these methods; name one of {thresholded}, or leave it out.")
 
 

@@ -19,7 +19,6 @@ from .evaluate import Evaluation, evaluate
 from .figures import Case, RunLog, save_curves
 from .identity import Identity, identity
 from .logs import counting
-from .methods import label
 from .recipe import Recipe
 from .report import Row, print_table, write_json, write_markdown
 from .task import Scores, Task
@@ -131,7 +130,7 @@ def run(job: Job) -> list[Row]:
             write_json(folder / "result.json", _record(job, recipe, result.progress, evaluation))
         if evaluation:
             rows.append(_row(recipe, result.progress, evaluation))
-        models[label(recipe)] = result.model
+        models[recipe.label] = result.model
     if job.goal == "pictures" and ranks.is_main():
         _report(job, rows, models, test, folders)
     return rows
@@ -225,7 +224,7 @@ def _device_name(device: torch.device) -> str:
 
 def _row(recipe: Recipe, progress: Progress, evaluation: Evaluation) -> Row:
     seconds = progress.seconds / progress.iteration
-    return Row(label(recipe), evaluation, seconds, progress.best_iteration, _note(evaluation))
+    return Row(recipe.label, evaluation, seconds, progress.best_iteration, _note(evaluation))
 
 
 def _note(evaluation: Evaluation) -> str:
@@ -240,7 +239,7 @@ def _report(job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[
     print("drawing pictures", flush=True)
     pictured = test[:: max(1, len(test) // PICTURED_CASES)][:PICTURED_CASES]
     logs = {
-        label(r): RunLog(folder / "train.csv", folder / "validation.csv" if job.task.validation_list else None)
+        r.label: RunLog(folder / "train.csv", folder / "validation.csv" if job.task.validation_list else None)
         for r, folder in zip(job.recipes, folders, strict=True)
     }
     names, at_once = [*logs], len(METHOD_COLOURS)

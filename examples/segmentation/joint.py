@@ -62,7 +62,9 @@ class Joint(nn.Module):
             return _Gather.apply(wide(outputs))
         # As one tensor: then every parameter gets a gradient, zeros where the loss leaves some of them out, for which
         # DistributedDataParallel would wait in vain.
-        return _Gather.apply(torch.stack([wide(logits) for logits in outputs], dim=1)).unbind(dim=1)
+        rows = [wide(output).flatten(1) for output in outputs]
+        parts = _Gather.apply(torch.cat(rows, dim=1)).split([part.shape[1] for part in rows], dim=1)
+        return tuple(part.unflatten(1, output.shape[1:]) for part, output in zip(parts, outputs, strict=True))
 
 
 class _Share(torch.autograd.Function):

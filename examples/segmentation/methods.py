@@ -1,12 +1,15 @@
-"""The methods that a recipe can name: how a table calls them, and how they are built.
+"""The methods that a run can have, one table: names, labels, how each is built, what it needs and what it costs.
 
-Nothing else in the examples asks which method runs.
+A builder's keyword arguments are the method's own options, which the command line sets by name. Nothing else in the
+examples asks which method runs.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gap_torch.consistency import (
     CCT,
@@ -26,76 +29,159 @@ from gap_torch.consistency import (
     Teacher,
     Threshold,
 )
-from gap_torch.consistency.method import Auxiliary
-from gap_torch.losses import MaskedLoss, ce_dice_loss, dice_loss
+from gap_torch.consistency.method import Augmentation
+from gap_torch.consistency.targets import Mode
+from gap_torch.losses import MaskedLoss
 
-from .recipe import Recipe
-from .task import Task
+from .attachments import Attach, PerturbedDecoders, Pyramid
+from .errors import InputError
 
-R: dict[str, MaskedLoss] = {"ce_dice": ce_dice_loss, "dice": dice_loss}
-"""Of equation 7."""
 DECAY = 0.99  # of teachers
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What every builder is given: of the recipe, of the data set, and the model at its start."""
+
+    model: nn.Module
+    weak: Augmentation
+    strong: Callable[[Tensor], Tensor]
+    num_classes: int
+    tau: float
+    loss: MaskedLoss
+    """R of equation 7."""
+    targets: Mode
+
+
+def _em(s: Setting) -> Method:
+    return EntropyMinimisation(s.weak)
+
+
+def _pseudo_label(s: Setting) -> Method:
+    return PseudoLabel(s.weak, s.tau, s.loss, mode=s.targets)
+
+
+def _ict(s: Setting, *, beta: float = 0.1, decay: float = DECAY) -> Method:
+    return ICT(Teacher(s.model, decay), s.weak, beta, mode=s.targets)
+
+
+def _mixup(s: Setting, *, beta: float = 0.2) -> Method:
+    return MixUp(s.weak, beta, mode=s.targets)
+
+
+def _cutmix(s: Setting, *, p: float = 1.0, decay: float = DECAY) -> Method:
+    teacher = Teacher(s.model, decay)
+    return CutMixSeg(s.weak, CutMix(p), s.tau, s.loss, mode=s.targets, teacher=teacher)
+
+
+def _vat(s: Setting, *, radius: float = 6 / 256, xi: float = 10 / 256, iterations: int = 1) -> Method:
+    return VAT(s.weak, radius, xi, iterations, mode=s.targets)
+
+
+def _fixmatch(s: Setting, *, cutmix: float = 0.5) -> Method:
+    return _with_threshold(s, s.tau, cutmix)
+
+
+def _flexmatch(s: Setting, *, cutmix: float = 0.5, momentum: float = 0.99) -> Method:
+    return _with_threshold(s, CurriculumThreshold(s.num_classes, s.tau, momentum), cutmix)
+
+
+def _freematch(s: Setting, *, cutmix: float = 0.5, momentum: float = 0.999) -> Method:
+    return _with_threshold(s, SelfAdaptiveThreshold(s.num_classes, momentum), cutmix)
+
+
+def _mean_teacher(s: Setting, *, noise: float = 0.1, decay: float = DECAY) -> Method:
+    return MeanTeacher(Teacher(s.model, decay), s.weak, noise, mode=s.targets)
+
+
+def _urpc(s: Setting) -> Method:
+    return URPC(s.weak)
+
+
+def _cct(s: Setting) -> Method:
+    return CCT(s.weak, mode=s.targets)
+
+
+def _with_threshold(s: Setting, tau: float | Threshold, cutmix: float) -> Method:
+    return FixMatch(s.weak, s.strong, tau, cutmix=CutMix(cutmix), loss=s.loss, mode=s.targets)
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One method."""
+    """One method.
+
+    Attributes:
+        label: in tables and pictures.
+        build: from a setting, and the method's options; None for labelled images alone.
+        passes: what it adds to an iteration, in forward and backward passes of one batch, of which a forward pass alone
+            is a third: its targets, and its loss, which GAP takes a second time.
+        attachment: what it needs of the network beside its logits.
+        thresholded: whether the recipe's tau says which of its pseudo-labels count.
+        with_gap: label with GAP, where it is not "LABEL + GAP".
+    """
 
     label: str
-    """In tables and pictures."""
-    build: Callable[[Recipe, Task, nn.Module], Method] | None
-    """From the recipe, the data set and the model at its start; None for labelled images alone."""
-    auxiliary: Auxiliary | None = None
-    """Further logits that it needs of the network."""
-    tau: bool = False
-    """Whether the recipe's tau says which of its pseudo-labels count."""
+    build: Callable[..., Method] | None
+    passes: tuple[float, float]
+    attachment: Attach | None = None
+    thresholded: bool = False
     with_gap: str = ""
-    """Label with GAP, where it is not "LABEL + GAP"."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Name of each option -> its default."""
+        if self.build is None:
+            return {}
+        keywords = inspect.signature(self.build).parameters.values()
+        return {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
 
 
-def _fixmatch(recipe: Recipe, task: Task, tau: float | Threshold) -> Method:
-    loss = R[recipe.unlabelled_loss]
-    return FixMatch(task.weak(), task.strong(), tau, cutmix=CutMix(), loss=loss, mode=recipe.targets)
-
-
-def _cutmix(recipe: Recipe, task: Task, model: nn.Module) -> Method:
-    loss, teacher = R[recipe.unlabelled_loss], Teacher(model, DECAY)
-    return CutMixSeg(task.weak(), tau=recipe.tau, loss=loss, mode=recipe.targets, teacher=teacher)
-
-
+TARGETS = 1 / 3
 TABLE: dict[str, Entry] = {
-    "supervised": Entry("Supervised", None),
-    "em": Entry("EM", lambda r, t, m: EntropyMinimisation(t.weak())),
-    "pseudo_label": Entry(
-        "Pseudo Label", lambda r, t, m: PseudoLabel(t.weak(), r.tau, R[r.unlabelled_loss], mode=r.targets), tau=True
-    ),
-    "ict": Entry("ICT", lambda r, t, m: ICT(Teacher(m, DECAY), t.weak(), mode=r.targets)),
-    "mixup": Entry("MixUp", lambda r, t, m: MixUp(t.weak(), mode=r.targets)),
-    "cutmix": Entry("CutMix", _cutmix, tau=True),
-    "vat": Entry("VAT", lambda r, t, m: VAT(t.weak(), mode=r.targets)),
-    "fixmatch": Entry("FixMatch", lambda r, t, m: _fixmatch(r, t, r.tau), tau=True, with_gap="GapMatch"),
-    "flexmatch": Entry(
-        "FlexMatch", lambda r, t, m: _fixmatch(r, t, CurriculumThreshold(t.num_classes, r.tau)), tau=True
-    ),
-    "freematch": Entry("FreeMatch", lambda r, t, m: _fixmatch(r, t, SelfAdaptiveThreshold(t.num_classes))),
-    "mean_teacher": Entry("Mean Teacher", lambda r, t, m: MeanTeacher(Teacher(m, DECAY), t.weak(), mode=r.targets)),
-    "urpc": Entry("URPC", lambda r, t, m: URPC(t.weak()), URPC.auxiliary),
-    "cct": Entry("CCT", lambda r, t, m: CCT(t.weak(), mode=r.targets), CCT.auxiliary),
+    "supervised": Entry("Supervised", None, (0, 0)),
+    "em": Entry("EM", _em, (0, 1)),
+    "pseudo_label": Entry("Pseudo Label", _pseudo_label, (TARGETS, 1), thresholded=True),
+    "ict": Entry("ICT", _ict, (TARGETS, 1)),
+    "mixup": Entry("MixUp", _mixup, (TARGETS, 1)),
+    "cutmix": Entry("CutMix", _cutmix, (TARGETS, 1), thresholded=True),
+    "vat": Entry("VAT", _vat, (1, 1)),  # its search has gradients of images alone: two thirds
+    "fixmatch": Entry("FixMatch", _fixmatch, (TARGETS, 1), thresholded=True, with_gap="GapMatch"),
+    "flexmatch": Entry("FlexMatch", _flexmatch, (TARGETS, 1), thresholded=True),
+    "freematch": Entry("FreeMatch", _freematch, (TARGETS, 1)),
+    "mean_teacher": Entry("Mean Teacher", _mean_teacher, (TARGETS, 1)),
+    "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid),
+    "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders),  # its further decoders run in the labelled pass too
 }
 
 
-def label(recipe: Recipe) -> str:
-    """What tables and pictures call a run."""
-    entry = TABLE[recipe.method]
-    return (entry.with_gap or f"{entry.label} + GAP") if recipe.gap else entry.label
+def build(method: str, setting: Setting, options: Mapping[str, Any]) -> Method | None:
+    """The method for `setting.model`, on its device; None where labelled images are all there is.
+
+    Raises:
+        InputError: an option is out of range.
+    """
+    make = TABLE[method].build
+    if make is None:
+        return None
+    try:
+        return make(setting, **options).to(next(setting.model.parameters()).device)
+    except ValueError as error:
+        raise InputError(f"--option of {method}: {error}") from None
 
 
-def auxiliary(recipe: Recipe) -> Auxiliary | None:
-    """Further logits that the recipe's method needs of the network."""
-    return TABLE[recipe.method].auxiliary
+def parsed(option: str, methods: Sequence[str]) -> tuple[str, Any]:
+    """Name and value of NAME=VALUE, for at least one of `methods`.
 
-
-def build(recipe: Recipe, task: Task, model: nn.Module) -> Method | None:
-    """The recipe's method for `model`, on the model's device; None where labelled images are all there is."""
-    make = TABLE[recipe.method].build
-    return None if make is None else make(recipe, task, model).to(next(model.parameters()).device)
+    Raises:
+        InputError: there is no such option, which lists those that there are, or no such value.
+    """
+    name, _, text = option.partition("=")
+    known = {n: default for method in methods for n, default in TABLE[method].options.items()}
+    if name not in known:
+        there_are = "; ".join(f"{m}: {', '.join(TABLE[m].options) or 'none'}" for m in dict.fromkeys(methods))
+        raise InputError(f"--option {option}: there is no {name!r} here. Options of {there_are}.")
+    kind = type(known[name])
+    try:
+        return name, kind(text)
+    except ValueError:
+        raise InputError(f"--option {option}: {text!r} is not a value of {name}, {kind.__name__}.") from None

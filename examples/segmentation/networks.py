@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gap_torch.consistency import Outputs
-from gap_torch.consistency.method import Auxiliary
 
-from .auxiliary import further
+from .attachments import Attach, Parts
 
 
 class UNet(nn.Module):
@@ -24,7 +23,7 @@ class UNet(nn.Module):
         num_classes: channels of the logits.
         width: channels of the first level; they double at each of the four others.
         dropout: probability by level.
-        auxiliary: further logits in training mode, behind the network's own (`auxiliary.py`).
+        attachment: what makes further outputs in training mode, behind the network's own logits (`attachments.py`).
     """
 
     def __init__(
@@ -33,7 +32,7 @@ class UNet(nn.Module):
         num_classes: int = 4,
         width: int = 16,
         dropout: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5),
-        auxiliary: Auxiliary | None = None,
+        attachment: Attach | None = None,
     ) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(5)]
@@ -42,21 +41,21 @@ class UNet(nn.Module):
         own = Decoder(channels, num_classes)
         self.up, self.decoder, self.head = own.up, own.decoder, own.head
         head, decoder = partial(_head, num_classes), partial(Decoder, channels, num_classes)
-        self.further = further(auxiliary, channels, head, decoder)
+        self.attachment = None if attachment is None else attachment(Parts(channels, head, decoder))
 
     def forward(self, image: Tensor) -> Outputs:
         """Logits (B, num_classes, H, W) of `image` (B, in_channels, H, W); H and W are multiples of 16.
 
-        With `auxiliary`, in training mode, a tuple: those, and the further ones, of the same shape.
+        With an attachment, in training mode, a tuple: those, and what it returns.
         """
         features = [self.encoder[0](image)]
         for block in self.encoder[1:]:
             features.append(block(F.max_pool2d(features[-1], 2)))
         levels = decoded(features, self.up, self.decoder)
         logits = self.head(levels[-1])
-        if self.further is None or not self.training:
+        if self.attachment is None or not self.training:
             return logits
-        return logits, *self.further(features, levels)
+        return logits, *self.attachment(image, features, levels)
 
 
 class Decoder(nn.Module):
@@ -76,8 +75,8 @@ class Decoder(nn.Module):
 def decoded(features: Sequence[Tensor], up: nn.ModuleList, decoder: nn.ModuleList) -> list[Tensor]:
     """What each level of a decoder makes of the encoder's `features`, the deepest first."""
     levels = [features[-1]]
-    for rise, block, skip in zip(up, decoder, features[-2::-1], strict=True):
-        levels.append(block(torch.cat([skip, rise(levels[-1])], dim=1)))
+    for upsample, block, skip in zip(up, decoder, features[-2::-1], strict=True):
+        levels.append(block(torch.cat([skip, upsample(levels[-1])], dim=1)))
     return levels[1:]
 
 

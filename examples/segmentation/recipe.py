@@ -1,30 +1,19 @@
 """What a run is made of, in one frozen record."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import InputError
+from .methods import TABLE
 
-Method = Literal[
-    "supervised",
-    "em",
-    "pseudo_label",
-    "ict",
-    "mixup",
-    "cutmix",
-    "vat",
-    "fixmatch",
-    "flexmatch",
-    "freematch",
-    "mean_teacher",
-    "urpc",
-    "cct",
-]
-METHODS: tuple[Method, ...] = get_args(Method)
-GAPMATCH: tuple[Method, bool] = ("fixmatch", True)
-NO_GAP: tuple[Method, bool] = ("supervised", True)  # nothing to perturb by
-METHOD_FIELDS = ("warm_up", "tau", "targets", "unlabelled_loss", "weight")  # mean nothing for supervised training
+Run = tuple[str, bool]
+"""A method of the table, and whether GAP is on it."""
+METHODS = tuple(TABLE)
+GAPMATCH: Run = ("fixmatch", True)
+NO_GAP: Run = ("supervised", True)  # nothing to perturb by
+METHOD_FIELDS = ("warm_up", "tau", "targets", "unlabelled_loss", "weight", "options")  # mean nothing without a method
 GAP_FIELDS = ("eps", "alpha", "aligned", "freeze_statistics", "replay_dropout")  # mean nothing without GAP
 WITH_GAP = "+gap"  # what a run's name ends with
 AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
@@ -38,7 +27,8 @@ class Recipe:
     Defaults are the field's common recipe for ACDC; presets say where they differ (`task.Task.presets`).
     """
 
-    method: Method = "fixmatch"
+    method: str = "fixmatch"
+    """One of the table (`methods.TABLE`)."""
     gap: bool = True
     """The gradient at theta* too, on top of the method's own; with FixMatch this is GapMatch."""
     seed: int = 0
@@ -69,6 +59,8 @@ class Recipe:
     """Of the consistency loss, at theta and at theta*."""
     warm_up: int = 0
     """Iterations on labelled images alone, before the method joins."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The method's own, by name, where they differ from its defaults (`methods.Entry.options`)."""
 
     # GAP
     eps: float = 0.1
@@ -92,6 +84,12 @@ class Recipe:
     log_every: int = 20
 
     def __post_init__(self) -> None:
+        if self.method not in TABLE:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}.")
+        unknown = [name for name in self.options if name not in TABLE[self.method].options]
+        if unknown:
+            there_are = ", ".join(TABLE[self.method].options) or "none"
+            raise InputError(f"options: {self.method} has no {unknown[0]!r}; its options: {there_are}.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
@@ -130,9 +128,18 @@ class Recipe:
         method, gap = method_of(name)
         return replace(self, method=method, gap=gap)
 
+    @property
+    def label(self) -> str:
+        """Of the run, in tables and pictures."""
+        entry = TABLE[self.method]
+        return (entry.with_gap or f"{entry.label} + GAP") if self.gap else entry.label
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON and checkpoints."""
-        return asdict(self)
+        """Plain numbers and strings, for JSON and checkpoints; without options where there are none, as once."""
+        fields = asdict(self)
+        if not self.options:
+            del fields["options"]
+        return fields
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -141,7 +148,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """Fields that are one of a few words -> those."""
 
 
-def run_name(method: Method, gap: bool) -> str:
+def run_name(method: str, gap: bool) -> str:
     """METHOD, METHOD+gap, or gapmatch."""
     return "gapmatch" if (method, gap) == GAPMATCH else method + WITH_GAP * gap
 
@@ -150,7 +157,7 @@ RUNS = tuple(run_name(method, gap) for method in METHODS for gap in (False, True
 """Names of all runs."""
 
 
-def method_of(name: str) -> tuple[Method, bool]:
+def method_of(name: str) -> Run:
     """Method, and whether with GAP, of the run called `name`. Raises InputError for an unknown one."""
     if name == run_name(*GAPMATCH):
         return GAPMATCH

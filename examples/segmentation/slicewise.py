@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency.method import Auxiliary
-
 from . import slices
+from .attachments import Attach
 from .augment import Strong, Weak
 from .data import Volume
 from .errors import InputError
@@ -42,8 +41,8 @@ class SliceTask(Task):
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
         return slices.load_volumes(root, names, self.num_classes)
 
-    def network(self, recipe: Recipe, auxiliary: Auxiliary | None) -> nn.Module:
-        return UNet(num_classes=self.num_classes, width=recipe.width, auxiliary=auxiliary)
+    def network(self, recipe: Recipe, attachment: Attach | None) -> nn.Module:
+        return UNet(num_classes=self.num_classes, width=recipe.width, attachment=attachment)
 
     def weak(self) -> Weak:
         return Weak()

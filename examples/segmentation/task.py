@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency.method import Auxiliary
-
+from .attachments import Attach
 from .data import Volume
 from .figures import Case
 from .recipe import Recipe
@@ -108,11 +107,11 @@ class Task(ABC):
         """The named volumes. Raises InputError for a bad file."""
 
     @abstractmethod
-    def network(self, recipe: Recipe, auxiliary: Auxiliary | None) -> nn.Module:
+    def network(self, recipe: Recipe, attachment: Attach | None) -> nn.Module:
         """A fresh one: (B, 1, *size) images -> (B, num_classes, *size) logits.
 
-        In training mode followed, in a tuple, by the further ones that `auxiliary` asks for
-        (`gap_torch.consistency.Method.auxiliary`); its other parameters are then those that a seed gives without.
+        In training mode followed, in a tuple, by what its attachment returns; its other parameters are then those that
+        a seed gives without.
         """
 
     @abstractmethod

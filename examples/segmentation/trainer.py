@@ -1,14 +1,14 @@
 """One training run's model, optimizer and data, and its step: Algorithm 1."""
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from gap_torch import GAPWrapper, RNGState
-from gap_torch.consistency import Method, Outputs, Views, alignment
-from gap_torch.losses import ce_dice_loss
+from gap_torch.consistency import Batch, Method, Outputs, Views, alignment
+from gap_torch.losses import MaskedLoss, ce_dice_loss, dice_loss
 
 from . import methods
 from .average import Average, with_statistics_of
@@ -17,6 +17,9 @@ from .errors import InputError
 from .joint import joint
 from .recipe import HALVINGS, Recipe
 from .task import Pool, Task
+
+R: dict[str, MaskedLoss] = {"ce_dice": ce_dice_loss, "dice": dice_loss}
+"""Of equation 7."""
 
 
 class Autocast(nn.Module):
@@ -34,6 +37,18 @@ class Autocast(nn.Module):
 def channels_last(dimensions: int) -> torch.memory_format:
     """Of images in the plane or in space; the faster layout for both networks (docs/performance.md, docs/la.md)."""
     return torch.channels_last if dimensions == 2 else torch.channels_last_3d
+
+
+class Inputs(NamedTuple):
+    """One iteration's samples, as they were drawn."""
+
+    images: Tensor
+    """Labelled, (B, C, *size), float32."""
+    labels: Tensor
+    """Theirs, (B, *size), uint8."""
+    unlabelled: Tensor
+    """(B, C, *size), float32."""
+    iteration: int
 
 
 class Trainer:
@@ -74,7 +89,7 @@ class Trainer:
         self.unlabelled_stream = ShuffledStream(len(unlabelled), recipe.unlabelled_batch, recipe.seed + 1)
 
         torch.manual_seed(recipe.seed)
-        network = task.network(recipe, methods.auxiliary(recipe)).to(device)
+        network = task.network(recipe, methods.TABLE[recipe.method].attachment).to(device)
         self.model = Autocast(network.to(memory_format=channels_last(len(recipe.size))), amp)
         self.joint = joint(self.model)
         """What the training passes go through; shares its parameters with `model`."""
@@ -87,41 +102,50 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = Average(self.model, recipe.average_decay)
         self.weak = task.weak()
-        self.method = methods.build(recipe, task, self.model)
+        self.method = methods.build(recipe.method, self._setting(), recipe.options)
 
     def step(self, iteration: int) -> dict[str, Tensor]:
         """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device."""
-        torch.manual_seed(mix(self.recipe.seed, iteration))
-        self._set_learning_rate(iteration)
-        images, labels = self.weak.with_labels(*self.labelled_batch(iteration))
-        method = self.method
+        return self.compute(self.inputs(iteration))
+
+    def inputs(self, iteration: int) -> Inputs:
+        """What the host decides: samples, crops, the learning rate, and the seed of all else that is random."""
+        recipe = self.recipe
+        inputs = Inputs(*self.labelled_batch(iteration), self.unlabelled_batch(iteration), iteration)
+        for group in self.optimizer.param_groups:
+            # in closed form: a scheduler would count the steps that a GradScaler skips
+            group["lr"] = recipe.lr * (1 - iteration / recipe.iterations) ** recipe.power
+        torch.manual_seed(mix(recipe.seed, iteration))
+        return inputs
+
+    def compute(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What the device does with it; returns what to log, which stays there."""
+        method, iteration = self.method, inputs.iteration
+        images, labels = self.weak.with_labels(inputs.images, inputs.labels)
+        labels = labels.long()
+        batch = Batch(inputs.unlabelled, images, labels, iteration / self.recipe.iterations)
         warm = iteration >= self.recipe.warm_up
-        values = self._consistency(method, iteration) if method is not None and warm else {}
+        values = self._consistency(method, batch) if method is not None and warm else {}
 
         criterion = ce_dice_loss if method is None else partial(method.labelled_loss, ce_dice_loss)
-        loss = criterion(self.joint(images), labels.long())
+        loss = criterion(self.joint(images), labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         if method is not None:
-            method.update(self.model)
+            method.update(self.model, batch)
         if self.recipe.average_decay:
             self.average.update(self.model)
         return {"loss_labelled": loss.detach(), **values}
 
-    def _set_learning_rate(self, iteration: int) -> None:
-        # in closed form: a scheduler would count the steps that a GradScaler skips
-        recipe = self.recipe
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * (1 - iteration / recipe.iterations) ** recipe.power
-
-    def _consistency(self, method: Method, iteration: int) -> dict[str, Tensor]:
+    def _consistency(self, method: Method, batch: Batch) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
-        model, optimizer, weight = self.joint, self.optimizer, self.recipe.weight
-        views = method.prepare(model, self.unlabelled_batch(iteration))
+        model, optimizer = self.joint, self.optimizer
+        weight = self.recipe.weight * method.weight(batch.progress)
+        views = method.prepare(model, batch)
         rng = RNGState.now([self.device] if self.device.type == "cuda" else []) if self.recipe.replay_dropout else None
-        outputs = model(views.inputs)
+        outputs = tuple(model(images) for images in views.inputs)
         loss = weight * method.compare(outputs, views)
         self.scaler.scale(loss).backward()
         values = {"loss_unlabelled": loss.detach()}
@@ -129,7 +153,8 @@ class Trainer:
             values["confident"] = views.mask.float().mean()
         if self.recipe.gap:
             with optimizer.perturbed(model if self.recipe.freeze_statistics else None, rng=rng):
-                perturbed_loss = weight * self._alignment(method, views, model(views.inputs), outputs)
+                perturbed = tuple(model(images) for images in views.inputs)
+                perturbed_loss = weight * self._alignment(method, views, perturbed, outputs)
                 self.scaler.scale(perturbed_loss).backward()
             assert optimizer.grad_norm is not None
             values["loss_perturbed"] = perturbed_loss.detach()
@@ -137,11 +162,20 @@ class Trainer:
             values["grad_norm"] = optimizer.grad_norm / scale
         return values
 
-    def _alignment(self, method: Method, views: Views, perturbed: Outputs, unperturbed: Outputs) -> Tensor:
+    def _alignment(
+        self, method: Method, views: Views, perturbed: tuple[Outputs, ...], unperturbed: tuple[Outputs, ...]
+    ) -> Tensor:
         """The loss at theta*, by either reading of "aligned before and after perturbation"."""
         if self.recipe.aligned == "targets":
             return method.compare(perturbed, views)
-        return alignment(perturbed, unperturbed)
+        return torch.stack([alignment(*pair) for pair in zip(perturbed, unperturbed, strict=True)]).mean()
+
+    def _setting(self) -> methods.Setting:
+        task, recipe = self.task, self.recipe
+        loss = R[recipe.unlabelled_loss]
+        return methods.Setting(
+            self.model, task.weak(), task.strong(), task.num_classes, recipe.tau, loss, recipe.targets
+        )
 
     def labelled_batch(self, iteration: int) -> tuple[Tensor, Tensor]:
         """Images and labels of `iteration`, the same for all methods."""

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gap_torch.consistency import Outputs
-from gap_torch.consistency.method import Auxiliary
 
-from .auxiliary import further
+from .attachments import Attach, Parts
 
 
 class VNet(nn.Module):
@@ -25,7 +24,7 @@ class VNet(nn.Module):
         num_classes: channels of the logits.
         width: channels of the first level; they double at each of the four others.
         dropout: probability that a channel is dropped.
-        auxiliary: further logits in training mode, behind the network's own (`auxiliary.py`).
+        attachment: what makes further outputs in training mode, behind the network's own logits (`attachments.py`).
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class VNet(nn.Module):
         num_classes: int = 2,
         width: int = 16,
         dropout: float = 0.5,
-        auxiliary: Auxiliary | None = None,
+        attachment: Attach | None = None,
     ) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(5)]
@@ -46,12 +45,12 @@ class VNet(nn.Module):
         own = Decoder(channels, num_classes, dropout)
         self.up, self.decoder, self.dropout, self.head = own.up, own.decoder, own.dropout, own.head
         head, decoder = partial(_head, num_classes), partial(Decoder, channels, num_classes, dropout)
-        self.further = further(auxiliary, channels, head, decoder)
+        self.attachment = None if attachment is None else attachment(Parts(channels, head, decoder))
 
     def forward(self, image: Tensor) -> Outputs:
         """Logits (B, num_classes, X, Y, Z) of `image` (B, in_channels, X, Y, Z), whose sides are multiples of 16.
 
-        With `auxiliary`, in training mode, a tuple: those, and the further ones, of the same shape.
+        With an attachment, in training mode, a tuple: those, and what it returns.
         """
         features = [self.encoder[0](image)]
         for down, block in zip(self.down, self.encoder[1:], strict=True):
@@ -59,9 +58,9 @@ class VNet(nn.Module):
         features[-1] = self.dropout(features[-1])
         levels = decoded(features, self.up, self.decoder)
         logits = self.head(self.dropout(levels[-1]))
-        if self.further is None or not self.training:
+        if self.attachment is None or not self.training:
             return logits
-        return logits, *self.further(features, levels)
+        return logits, *self.attachment(image, features, levels)
 
 
 class Decoder(nn.Module):
@@ -81,8 +80,8 @@ class Decoder(nn.Module):
 def decoded(features: Sequence[Tensor], up: nn.ModuleList, decoder: nn.ModuleList) -> list[Tensor]:
     """What each level of a decoder makes of the encoder's `features`, the deepest first."""
     levels = [features[-1]]
-    for rise, block, skip in zip(up, decoder, features[-2::-1], strict=True):
-        levels.append(block(rise(levels[-1]) + skip))
+    for upsample, block, skip in zip(up, decoder, features[-2::-1], strict=True):
+        levels.append(block(upsample(levels[-1]) + skip))
     return levels[1:]
 
 

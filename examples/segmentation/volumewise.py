@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gap_torch.consistency.method import Auxiliary
-
 from . import sliding, volumes
+from .attachments import Attach
 from .augment import Strong, adjust_normalised
 from .data import Volume
 from .figures import Case
@@ -46,8 +45,8 @@ class VolumeTask(Task):
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
         return volumes.load_cases(root, names, self.num_classes, self.path)
 
-    def network(self, recipe: Recipe, auxiliary: Auxiliary | None) -> nn.Module:
-        return VNet(num_classes=self.num_classes, width=recipe.width, auxiliary=auxiliary)
+    def network(self, recipe: Recipe, attachment: Attach | None) -> nn.Module:
+        return VNet(num_classes=self.num_classes, width=recipe.width, attachment=attachment)
 
     def weak(self) -> Turns:
         return Turns()

@@ -1,6 +1,6 @@
 """Consistency methods, each one `prepare` and one `loss`.
 
-`prepare(model, unlabelled)` runs once, at theta and without gradient: it makes the views and fixes their targets.
+`prepare(model, batch)` runs once, at theta and without gradient: it makes the views and fixes their targets.
 `loss(model, views)` may then be called any number of times on the same views, at theta and at theta*.
 """
 
@@ -15,7 +15,7 @@ from .flexmatch import CurriculumThreshold
 from .freematch import SelfAdaptiveThreshold
 from .ict import ICT
 from .mean_teacher import MeanTeacher
-from .method import Method, Outputs, Views, auxiliary_logits, logits_of
+from .method import Batch, Method, Outputs, Views, auxiliary_logits, logits_of
 from .mixup import MixUp
 from .pseudo_label import PseudoLabel
 from .teacher import Teacher
@@ -28,6 +28,7 @@ __all__ = [
     "ICT",
     "URPC",
     "VAT",
+    "Batch",
     "ChannelDropout",
     "CurriculumThreshold",
     "CutMix",

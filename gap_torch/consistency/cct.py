@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import SoftLoss, mean_squared
-from .method import Augmentation, Method, Outputs, Views, auxiliary_logits
+from .method import Augmentation, Batch, Method, Outputs, Views, auxiliary_logits
 from .targets import Mode, check_mode, probabilities
 
 
@@ -23,23 +23,21 @@ class CCT(Method):
         ValueError: `mode` is unknown.
     """
 
-    auxiliary = "decoders"
-
     def __init__(self, weak: Augmentation, loss: SoftLoss = mean_squared, mode: Mode = "eval") -> None:
         super().__init__()
         check_mode(mode)
         self.weak, self.criterion, self.mode = weak, loss, mode
 
     @torch.no_grad()
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """Weak views of `unlabelled` (B, C, *spatial), and the main decoder's probabilities for them."""
-        weak = self.weak(unlabelled)
-        return Views(weak, probabilities(model, weak, self.mode))
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """Weak views of the unlabelled images, and the main decoder's probabilities for them."""
+        weak = self.weak(batch.unlabelled)
+        return Views((weak,), probabilities(model, weak, self.mode))
 
-    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """`loss` between each auxiliary prediction and the target, mean over the decoders.
 
         Raises:
             ValueError: `outputs` has no auxiliary logits.
         """
-        return torch.stack([self.criterion(logits, views.target) for logits in auxiliary_logits(outputs)]).mean()
+        return torch.stack([self.criterion(logits, views.target) for logits in auxiliary_logits(outputs[0])]).mean()

@@ -1,11 +1,11 @@
 """CutMix as a consistency method for segmentation (French et al., 2020)."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..losses import MaskedLoss, ce_dice_loss
 from .cutmix import CutMix
-from .method import Augmentation, Views
+from .method import Augmentation, Batch, Views
 from .pseudo_label import PseudoLabel
 from .targets import Mode
 from .teacher import Teacher
@@ -45,12 +45,14 @@ class CutMixSeg(PseudoLabel):
         self.cutmix, self.teacher = cutmix, teacher
 
     @torch.no_grad()
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """The weak view of `unlabelled` (B, C, *spatial) and its pseudo-labels, with the same boxes in all of them."""
-        weak = self.weak(unlabelled)
-        return Views(*self.cutmix(weak, *self.labels(model if self.teacher is None else self.teacher, weak)))
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """The weak view of the unlabelled images and its pseudo-labels, with the same boxes in all of them."""
+        weak = self.weak(batch.unlabelled)
+        labels = self.labels(model if self.teacher is None else self.teacher, weak)
+        mixed, pseudo_label, confident = self.cutmix(weak, *labels)
+        return Views((mixed,), pseudo_label, confident)
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, batch: Batch) -> None:
         """The teacher, if there is one, follows `model`."""
         if self.teacher is not None:
             self.teacher.update(model)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import check_classes, wide
-from .method import Augmentation, Method, Outputs, Views, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
 
 
 class EntropyMinimisation(Method):
@@ -21,16 +21,16 @@ class EntropyMinimisation(Method):
         self.weak = weak
 
     @torch.no_grad()
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """The weak view of `unlabelled` (B, C, *spatial)."""
-        return Views(self.weak(unlabelled))
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """The weak view of the unlabelled images."""
+        return Views((self.weak(batch.unlabelled),))
 
-    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """-sum p log p / log K, mean over pixels: from 0 where the model is certain to 1 where all K are as likely.
 
         Raises:
             ValueError: logits of one class, whose entropy is always 0.
         """
-        logits = check_classes(logits_of(outputs))
+        logits = check_classes(logits_of(outputs[0]))
         log_p = wide(logits).log_softmax(dim=1)
         return -(log_p.exp() * log_p).sum(dim=1).mean() / math.log(logits.shape[1])

@@ -4,11 +4,11 @@ With GAP around it (`GAPWrapper.perturbed`) it is GapMatch: `loss` at theta is e
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..losses import MaskedLoss, ce_dice_loss
 from .cutmix import CutMix
-from .method import Augmentation, Views
+from .method import Augmentation, Batch, Views
 from .pseudo_label import PseudoLabel
 from .targets import Mode
 from .thresholds import Threshold
@@ -43,11 +43,11 @@ class FixMatch(PseudoLabel):
         self.strong, self.cutmix = strong, cutmix
 
     @torch.no_grad()
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """The strong view of `unlabelled` (B, C, *spatial) and the weak view's pseudo-labels (equations 4 and 5)."""
-        weak = self.weak(unlabelled)
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """The strong view of the unlabelled images and the weak view's pseudo-labels (equations 4 and 5)."""
+        weak = self.weak(batch.unlabelled)
         pseudo_label, confident = self.labels(model, weak)
         strong = self.strong(weak)
         if self.cutmix is not None:
             strong, pseudo_label, confident = self.cutmix(strong, pseudo_label, confident)
-        return Views(strong, pseudo_label, confident)
+        return Views((strong,), pseudo_label, confident)

@@ -1,10 +1,10 @@
 """Interpolation Consistency Training (Verma et al., 2022) for segmentation."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..losses import SoftLoss, mean_squared
-from .method import Augmentation, Views
+from .method import Augmentation, Batch, Views
 from .mixup import MixUp
 from .targets import Mode
 from .teacher import Teacher
@@ -40,10 +40,10 @@ class ICT(MixUp):
         super().__init__(weak, beta, loss, mode, generator)
         self.teacher = teacher
 
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """Mixes of the weak views of `unlabelled` (B, C, *spatial), and of the teacher's probabilities for those."""
-        return super().prepare(self.teacher, unlabelled)
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """Mixes of the weak views of the unlabelled images, and of the teacher's probabilities for those."""
+        return super().prepare(self.teacher, batch)
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, batch: Batch) -> None:
         """The teacher follows `model`."""
         self.teacher.update(model)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import SoftLoss, mean_squared
-from .method import Augmentation, Method, Outputs, Views, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
 from .targets import Mode, check_mode, probabilities
 from .teacher import Teacher
 
@@ -44,16 +44,16 @@ class MeanTeacher(Method):
         self.teacher, self.weak, self.noise, self.criterion, self.mode = teacher, weak, noise, loss, mode
 
     @torch.no_grad()
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """Noisy weak views of `unlabelled` (B, C, *spatial), and the teacher's probabilities for the clean ones."""
-        weak = self.weak(unlabelled)
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """Noisy weak views of the unlabelled images, and the teacher's probabilities for the clean ones."""
+        weak = self.weak(batch.unlabelled)
         noise = self.noise * torch.randn_like(weak).clamp(-2, 2)
-        return Views(weak + noise, probabilities(self.teacher, weak, self.mode))
+        return Views((weak + noise,), probabilities(self.teacher, weak, self.mode))
 
-    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """`loss` between the student's prediction and the teacher's."""
-        return self.criterion(logits_of(outputs), views.target)
+        return self.criterion(logits_of(outputs[0]), views.target)
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, batch: Batch) -> None:
         """The teacher follows `model`."""
         self.teacher.update(model)

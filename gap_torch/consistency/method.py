@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -13,16 +12,30 @@ Augmentation = Callable[[Tensor], Tensor]
 """Of a batch (B, C, *spatial)."""
 Outputs = Tensor | tuple[Tensor, ...]
 """Logits (B, K, *spatial); with auxiliary ones behind them where a method asks for those."""
-Auxiliary = Literal["pyramid", "decoders"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one iteration hands a method. Most need the unlabelled images alone: `Batch(unlabelled)`."""
+
+    unlabelled: Tensor
+    """(B, C, *spatial), not augmented."""
+    labelled: Tensor | None = None
+    """(B', C, *spatial), weakly augmented."""
+    labels: Tensor | None = None
+    """Of those, (B', *spatial), int64."""
+    progress: float = 0.0
+    """How far the run has come, in [0, 1)."""
 
 
 @dataclass(frozen=True)
 class Views:
     """What `prepare` fixes at theta, for any number of passes."""
 
-    inputs: Tensor
-    """What the model predicts on, (B, C, *spatial). Both passes read it, so a model must not write to it: a first layer
-    that works in place (`nn.ReLU(inplace=True)`) would hand the second pass something else."""
+    inputs: tuple[Tensor, ...]
+    """What the model predicts on, one training pass each, (B, C, *spatial). Every pass reads them, so a model must not
+    write to them: a first layer that works in place (`nn.ReLU(inplace=True)`) would hand the next pass something else.
+    """
     target: Tensor | None = None
     """Class indices (B, *spatial), int64, or probabilities (B, K, *spatial); None where a loss needs none."""
     mask: Tensor | None = None
@@ -32,32 +45,34 @@ class Views:
 class Method(nn.Module, ABC):
     """A consistency method. One training step is `prepare`, `loss` at theta, `loss` at theta* with GAP, `update`.
 
+    A method that needs more of the network than its logits takes them as auxiliary ones: in training mode the model
+    returns (logits, *auxiliary), in eval mode logits alone.
+
     A module, so that whatever state a method has (a teacher, thresholds) is in its `state_dict` and follows `to`.
     None of it is trained: parameters to train belong to the model.
     """
 
-    auxiliary: ClassVar[Auxiliary | None] = None
-    """Further logits that the model has to return in training mode, (logits, *auxiliary): from each level of its
-    decoder ("pyramid"), or from further decoders behind perturbed features ("decoders"). All in the size of the
-    input. In eval mode it returns logits alone."""
+    @abstractmethod
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """Views of `batch` and their targets, made at theta; no gradient reaches `model`."""
 
     @abstractmethod
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """Views of `unlabelled` (B, C, *spatial) and their targets, made at theta; no gradient reaches `model`."""
-
-    @abstractmethod
-    def compare(self, outputs: Outputs, views: Views) -> Tensor:
-        """The loss of what the model made of `views.inputs`, 0-dim."""
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """The loss of what the model made of each of `views.inputs`, 0-dim. Nothing changes: GAP calls it twice."""
 
     def loss(self, model: nn.Module, views: Views) -> Tensor:
         """The consistency loss of `model` on `views`, 0-dim: at theta for g1, at theta* for g2."""
-        return self.compare(model(views.inputs), views)
+        return self.compare(tuple(model(images) for images in views.inputs), views)
+
+    def weight(self, progress: float) -> float:
+        """What the loss counts beside the labelled one's, `progress` being in [0, 1): 1, unless a method ramps up."""
+        return 1.0
 
     def labelled_loss(self, criterion: Criterion, outputs: Outputs, target: Tensor) -> Tensor:
         """`criterion` of labelled images' logits: of the model's own alone, unless a method trains auxiliary ones."""
         return criterion(logits_of(outputs), target)
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, batch: Batch) -> None:
         """To be called after each optimizer step; a teacher follows `model` here."""
 
 
@@ -96,7 +111,7 @@ def auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:
     auxiliary = all_logits(outputs)[1:]
     if not auxiliary:
         raise ValueError(
-            "this method needs a model that returns (logits, *auxiliary) in training mode, as `auxiliary` says, but "
-            "its outputs have no auxiliary logits. Is it in eval mode?"
+            "this method needs a model that returns (logits, *auxiliary) in training mode, but its outputs have no "
+            "auxiliary logits. Is it in eval mode?"
         )
     return auxiliary

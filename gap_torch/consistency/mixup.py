@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import SoftLoss, mean_squared
-from .method import Augmentation, Method, Outputs, Views, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
 from .targets import Mode, check_mode, probabilities
 
 
@@ -39,14 +39,16 @@ class MixUp(Method):
         self.weak, self.beta, self.criterion, self.mode, self.generator = weak, beta, loss, mode, generator
 
     @torch.no_grad()
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """Mixes of the weak view of `unlabelled` (B, C, *spatial), and of its predictions."""
-        weak = self.weak(unlabelled)
-        return Views(*mixed(self.beta, weak, probabilities(model, weak, self.mode), generator=self.generator))
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """Mixes of the weak view of the unlabelled images, and of its predictions."""
+        weak = self.weak(batch.unlabelled)
+        targets = probabilities(model, weak, self.mode)
+        images, mixed_targets = mixed(self.beta, weak, targets, generator=self.generator)
+        return Views((images,), mixed_targets)
 
-    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """The loss between the prediction on the mix and the mix of predictions."""
-        return self.criterion(logits_of(outputs), views.target)
+        return self.criterion(logits_of(outputs[0]), views.target)
 
 
 def mixed(beta: float, *tensors: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import MaskedLoss, ce_dice_loss
-from .method import Augmentation, Method, Outputs, Views, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
 from .targets import Mode, check_mode, probabilities
 from .thresholds import Threshold, threshold
 
@@ -37,16 +37,16 @@ class PseudoLabel(Method):
         self.weak, self.threshold, self.criterion, self.mode = weak, threshold(tau), loss, mode
 
     @torch.no_grad()
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """The weak view of `unlabelled` (B, C, *spatial) and its pseudo-labels."""
-        weak = self.weak(unlabelled)
-        return Views(weak, *self.labels(model, weak))
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """The weak view of the unlabelled images and its pseudo-labels."""
+        weak = self.weak(batch.unlabelled)
+        return Views((weak,), *self.labels(model, weak))
 
     def labels(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """The classes that `model` sees in `images`, and where it is confident: (B, *spatial), int64 and bool."""
         p = probabilities(model, images, self.mode)
         return p.argmax(dim=1), self.threshold(p)
 
-    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """The loss between the prediction on the view and its pseudo-labels."""
-        return self.criterion(logits_of(outputs), views.target, views.mask)
+        return self.criterion(logits_of(outputs[0]), views.target, views.mask)

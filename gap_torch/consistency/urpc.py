@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import Criterion, check_classes, wide
-from .method import Augmentation, Method, Outputs, Views, auxiliary_logits, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, auxiliary_logits, logits_of
 
 
 class URPC(Method):
@@ -22,28 +22,28 @@ class URPC(Method):
     are, to our knowledge, the paper's, where its authors' code has KL(p_c || p_s) and the mean over classes. The
     quotient for each scale and the mean of D_s are that code's.
 
+    The model returns the logits of its decoder's other levels behind its own, in the size of the input.
+
     Args:
         weak: weak augmentation of a batch (B, C, *spatial).
     """
-
-    auxiliary = "pyramid"
 
     def __init__(self, weak: Augmentation) -> None:
         super().__init__()
         self.weak = weak
 
     @torch.no_grad()
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """Weak views of `unlabelled` (B, C, *spatial); the targets come with the predictions."""
-        return Views(self.weak(unlabelled))
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """Weak views of the unlabelled images; the targets come with the predictions."""
+        return Views((self.weak(batch.unlabelled),))
 
-    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """The disagreement of the scales.
 
         Raises:
             ValueError: `outputs` has one scale alone, or logits of one class.
         """
-        log_p = torch.stack([wide(check_classes(logits)).log_softmax(dim=1) for logits in _scales(outputs)])
+        log_p = torch.stack([wide(check_classes(logits)).log_softmax(dim=1) for logits in _scales(outputs[0])])
         log_c = log_p.logsumexp(dim=0) - math.log(len(log_p))
         p, c = log_p.exp(), log_c.exp()
         divergence = (p * (log_p - log_c)).sum(dim=2).flatten(1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..batchnorm import frozen_running_stats
 from ..losses import wide
 from .divergence import divergence
-from .method import Augmentation, Method, Outputs, Views, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
 from .targets import Mode, check_mode, in_mode, probabilities
 from .thresholds import Threshold, threshold
 
@@ -61,16 +61,17 @@ class VAT(Method):
         self.threshold = None if tau is None else threshold(tau)
 
     @torch.no_grad()
-    def prepare(self, model: nn.Module, unlabelled: Tensor) -> Views:
-        """u + r_adv for the weak views u of `unlabelled` (B, C, *spatial), and the probabilities f(u)."""
-        u = self.weak(unlabelled)
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """u + r_adv for the weak views u of the unlabelled images, and the probabilities f(u)."""
+        u = self.weak(batch.unlabelled)
         target = probabilities(model, u, self.mode)
         confident = None if self.threshold is None else self.threshold(target)
-        return Views(u + self.radius * self._worst_direction(model, u, target), target, confident)
+        adversarial = u + self.radius * self._worst_direction(model, u, target)
+        return Views((adversarial,), target, confident)
 
-    def compare(self, outputs: Outputs, views: Views) -> Tensor:
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """Mean over the pixels of KL(f(u) || f(u + r_adv))."""
-        each = divergence(logits_of(outputs), views.target)
+        each = divergence(logits_of(outputs[0]), views.target)
         return each.mean() if views.mask is None else torch.where(views.mask, each, 0.0).mean()
 
     def _worst_direction(self, model: nn.Module, u: Tensor, target: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from segmentation.volumes import Crops
 from torch import Tensor, nn
 
 from gap_torch import frozen_running_stats
-from gap_torch.consistency import VAT
+from gap_torch.consistency import VAT, Batch
 from gap_torch.consistency.targets import Mode
 
 EXACT = {"atol": 1e-11, "rtol": 1e-11}
@@ -206,7 +206,7 @@ def _adversarial(mode: Mode) -> dict[str, Tensor]:
     model, method = joint(network), VAT(lambda images: images.flip(-1), radius=0.5, iterations=2, mode=mode)
     for _ in range(2):
         network.zero_grad()
-        views = method.prepare(model, torch.randn(4, 1, 32, 32))
+        views = method.prepare(model, Batch(torch.randn(4, 1, 32, 32)))
         assert all(p.grad is None for p in network.parameters())
         loss = method.loss(model, views)
         loss.backward()

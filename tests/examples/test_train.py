@@ -91,12 +91,12 @@ def test_a_gapmatch_step_is_algorithm_1(aligned, slices, tiny_recipe: Recipe, mo
     unperturbed: list[torch.Tensor] = []
 
     def consistency() -> torch.Tensor:
-        logits = twin(views["views"].inputs)
+        logits = twin(*views["views"].inputs)
         if unperturbed and aligned == "predictions":
             before = unperturbed[0].log_softmax(1)
             return 0.7 * (before.exp() * (before - logits.log_softmax(1))).sum(1).mean()
         unperturbed.append(logits.detach())
-        return 0.7 * trainer.method.compare(logits, views["views"])
+        return 0.7 * trainer.method.compare((logits,), views["views"])
 
     expected = algorithm_1(
         list(twin.parameters()),
@@ -196,20 +196,44 @@ def test_every_method_goes_on_from_a_checkpoint_bit_for_bit(
         _assert_equal([*ours.values()], [*theirs.values()])
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_the_network_has_what_its_method_declares(run: str, slices, tiny_recipe: Recipe) -> None:
-    trainer = _trainer(tiny_recipe.for_run(run), slices)
-    declared = None if trainer.method is None else trainer.method.auxiliary
-    assert methods.auxiliary(trainer.recipe) == declared
-    assert isinstance(trainer.model(slices[0].images[:2]), tuple) is (declared is not None)
-
-
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "supervised"])
-def test_tau_counts_where_the_table_says(method: str, tiny_recipe: Recipe) -> None:
-    fields = {name: value for name, value in tiny_recipe.to_dict().items() if name != "tau"}
-    entry = methods.TABLE[method]
-    with pytest.raises(AttributeError, match="tau") if entry.tau else nullcontext():
-        entry.build(SimpleNamespace(**fields), ACDC, torch.nn.Conv2d(1, 4, 1))
+def test_tau_counts_where_the_table_says(method: str) -> None:
+    entry, model = methods.TABLE[method], torch.nn.Conv2d(1, 4, 1)
+    setting = SimpleNamespace(model=model, weak=None, strong=None, num_classes=4, loss=None, targets="eval")
+    with pytest.raises(AttributeError, match="tau") if entry.thresholded else nullcontext():
+        entry.build(setting)
+
+
+OPTIONS = {  # option -> where the built method has it
+    "radius": lambda method: method.radius,
+    "xi": lambda method: method.xi,
+    "iterations": lambda method: method.iterations,
+    "beta": lambda method: method.beta,
+    "noise": lambda method: method.noise,
+    "decay": lambda method: method.teacher.decay,
+    "momentum": lambda method: method.threshold.momentum,
+    "p": lambda method: method.cutmix.p,
+    "cutmix": lambda method: method.cutmix.p,
+}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if methods.TABLE[name].options])
+def test_options_reach_the_method_and_defaults_are_its_own(method: str, slices, tiny_recipe: Recipe) -> None:
+    recipe = replace(tiny_recipe, method=method, gap=False)
+    for name, default in methods.TABLE[method].options.items():
+        assert OPTIONS[name](_trainer(recipe, slices).method) == default
+        other = default + 1 if isinstance(default, int) else default / 2
+        assert OPTIONS[name](_trainer(replace(recipe, options={name: other}), slices).method) == other
+
+
+def test_a_methods_weight_grows_with_the_progress(slices, tiny_recipe: Recipe, monkeypatch) -> None:
+    plain = [_trainer(tiny_recipe, slices).step(t)["loss_unlabelled"] for t in (0, 1)]
+    seen: list[float] = []
+    ramped = _trainer(tiny_recipe, slices)
+    monkeypatch.setattr(ramped.method, "weight", lambda progress: seen.append(progress) or 0.25)
+    assert ramped.step(0)["loss_unlabelled"] == plain[0] / 4
+    ramped.step(1)
+    assert seen == [0, 1 / tiny_recipe.iterations]
 
 
 def test_a_teacher_follows_and_is_not_trained(slices, tiny_recipe: Recipe) -> None:
@@ -266,10 +290,10 @@ def test_labels_train_what_the_method_says(slices, tiny_recipe: Recipe) -> None:
     """In the warm-up too: URPC's further heads, not CCT's further decoders."""
     for run, learn in (("urpc", True), ("cct", False)):
         trainer = _trainer(replace(tiny_recipe, warm_up=2).for_run(run), slices)
-        further = trainer.model.network.further
-        before = [p.detach().clone() for p in further.parameters()]
+        attachment = trainer.model.network.attachment
+        before = [p.detach().clone() for p in attachment.parameters()]
         trainer.step(0)
-        moved = [not torch.equal(new, old) for new, old in zip(further.parameters(), before, strict=True)]
+        moved = [not torch.equal(new, old) for new, old in zip(attachment.parameters(), before, strict=True)]
         assert (all if learn else any)(moved) is learn
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency import CCT, ChannelDropout, FeatureDrop, FeatureNoise, Views
+from gap_torch.consistency import CCT, Batch, ChannelDropout, FeatureDrop, FeatureNoise, Views
 from gap_torch.losses import ce_dice_loss, mean_squared, soft_cross_entropy
 
 
@@ -32,8 +32,8 @@ class Decoders(nn.Module):
 @pytest.mark.parametrize(("classes", "spatial"), [(2, (6, 7)), (5, (4, 5, 6))])
 def test_the_target_is_the_main_decoders_prediction(classes: int, spatial: tuple[int, ...]) -> None:
     model, images = Decoders(classes, len(spatial)).train(), torch.randn(2, 1, *spatial)
-    views = CCT(lambda x: x.flip(-1)).prepare(model, images)
-    assert torch.equal(views.inputs, images.flip(-1))
+    views = CCT(lambda x: x.flip(-1)).prepare(model, Batch(images))
+    assert torch.equal(views.inputs[0], images.flip(-1))
     assert model.training
     with torch.no_grad():
         torch.testing.assert_close(views.target, model.eval()(images.flip(-1)).softmax(1))
@@ -43,21 +43,21 @@ def test_the_target_is_the_main_decoders_prediction(classes: int, spatial: tuple
 def test_the_loss_is_the_mean_over_the_auxiliary_decoders(loss) -> None:
     main, *others = torch.randn(4, 2, 3, 5, 5, dtype=torch.float64)
     target = torch.randn(2, 3, 5, 5, dtype=torch.float64).softmax(1)
-    value = CCT(_identity, loss=loss).compare((main, *others), Views(main, target))
+    value = CCT(_identity, loss=loss).compare(((main, *others),), Views((main,), target))
     torch.testing.assert_close(value, sum(loss(other, target) for other in others) / 3)
 
 
 def test_decoders_that_agree_cost_nothing() -> None:
     logits = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    views = Views(logits, logits.softmax(1))
-    assert CCT(_identity).compare((torch.randn_like(logits), logits, logits + 1), views).item() < 1e-15
+    views = Views((logits,), logits.softmax(1))
+    assert CCT(_identity).compare(((torch.randn_like(logits), logits, logits + 1),), views).item() < 1e-15
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_main_decoder_gets_no_gradient(mode) -> None:
     model = Decoders()
     method = CCT(_identity, mode=mode)
-    views = method.prepare(model, torch.randn(2, 1, 6, 6))
+    views = method.prepare(model, Batch(torch.randn(2, 1, 6, 6)))
     assert not views.target.requires_grad
     method.loss(model, views).backward()
     assert all(p.grad is None for p in model.main.parameters())
@@ -73,15 +73,11 @@ def test_labels_supervise_the_main_decoder_alone() -> None:
     assert all(p.grad is None for p in model.others.parameters())
 
 
-def test_it_declares_its_decoders() -> None:
-    assert CCT.auxiliary == "decoders"
-
-
 def test_a_model_without_them_is_an_error() -> None:
     model = nn.Conv2d(1, 3, 1)
     method = CCT(_identity)
     with pytest.raises(ValueError, match="auxiliary"):
-        method.loss(model, method.prepare(model, torch.randn(2, 1, 4, 4)))
+        method.loss(model, method.prepare(model, Batch(torch.randn(2, 1, 4, 4))))
 
 
 def test_bad_arguments_are_named() -> None:

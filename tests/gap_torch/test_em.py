@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from gap_torch.consistency import EntropyMinimisation
+from gap_torch.consistency import Batch, EntropyMinimisation
 
 
 def _identity(images: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def _identity(images: Tensor) -> Tensor:
 
 def _loss(logits: Tensor) -> Tensor:
     method = EntropyMinimisation(_identity)
-    return method.loss(nn.Identity(), method.prepare(nn.Identity(), logits))
+    return method.loss(nn.Identity(), method.prepare(nn.Identity(), Batch(logits)))
 
 
 def test_two_pixels_by_hand() -> None:
@@ -69,8 +69,8 @@ def test_extreme_half_precision_logits_are_finite(dtype: torch.dtype) -> None:
 
 
 def test_the_view_is_the_weak_one_and_has_no_target() -> None:
-    views = EntropyMinimisation(lambda x: x + 1).prepare(nn.Identity(), torch.zeros(1, 2, 3, 3))
-    assert torch.equal(views.inputs, torch.ones(1, 2, 3, 3))
+    views = EntropyMinimisation(lambda x: x + 1).prepare(nn.Identity(), Batch(torch.zeros(1, 2, 3, 3)))
+    assert torch.equal(views.inputs[0], torch.ones(1, 2, 3, 3))
     assert views.target is None
     assert views.mask is None
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency import PseudoLabel, auxiliary_logits, logits_of
+from gap_torch.consistency import Batch, PseudoLabel, auxiliary_logits, logits_of
 
 
 class Dict(nn.Module):
@@ -31,4 +31,4 @@ def test_anything_else_is_named(of, outputs) -> None:
 
 def test_a_model_that_returns_a_dict_is_refused_while_it_makes_targets() -> None:
     with pytest.raises(TypeError, match="got dict"):
-        PseudoLabel(lambda images: images).prepare(Dict(), torch.randn(2, 3, 4, 4))
+        PseudoLabel(lambda images: images).prepare(Dict(), Batch(torch.randn(2, 3, 4, 4)))

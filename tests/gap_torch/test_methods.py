@@ -15,6 +15,7 @@ from gap_torch.consistency import (
     ICT,
     URPC,
     VAT,
+    Batch,
     CurriculumThreshold,
     CutMix,
     CutMixSeg,
@@ -55,6 +56,7 @@ METHODS: dict[str, Callable[[nn.Module, int], Method]] = {  # called with the mo
     "urpc": lambda model, classes: URPC(_weak),
     "cct": lambda model, classes: CCT(_weak),
 }
+AUXILIARY = ("urpc", "cct")  # learn from further logits
 SPATIAL = [(6, 8), (4, 6, 8)]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
@@ -89,17 +91,17 @@ def _problem(name: str, spatial: tuple[int, ...], classes: int) -> tuple[nn.Modu
     """A model, the method called `name`, and unlabelled images, in float64."""
     model = Tiny(len(spatial), classes).double()
     method = METHODS[name](model, classes)
-    model.auxiliary = method.auxiliary is not None
+    model.auxiliary = name in AUXILIARY
     return model, method, torch.randn(4, 1, *spatial, dtype=torch.float64)
 
 
 def _tensors(views: Views) -> list[Tensor]:
-    return [t for t in (views.inputs, views.target, views.mask) if t is not None]
+    return [t for t in (*views.inputs, views.target, views.mask) if t is not None]
 
 
-def _learning(model: nn.Module, method: Method) -> tuple[Tensor, Tensor]:
+def _learning(name: str, model: nn.Module) -> tuple[Tensor, Tensor]:
     """A weight of the body and one of a head that the loss trains: not CCT's main one, which learns from labels."""
-    return model.body[0].weight, model.heads[0 if method.auxiliary is None else 1].weight
+    return model.body[0].weight, model.heads[1 if name in AUXILIARY else 0].weight
 
 
 def _without_gradient(module: nn.Module) -> bool:
@@ -108,7 +110,7 @@ def _without_gradient(module: nn.Module) -> bool:
 
 def test_prepare_leaves_no_gradient(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
-    views = method.prepare(model, images)
+    views = method.prepare(model, Batch(images))
     assert _without_gradient(model)
     assert not any(t.requires_grad for t in _tensors(views))
     assert all(p.requires_grad for p in model.parameters())
@@ -118,18 +120,18 @@ def test_prepare_leaves_the_model_in_its_mode(name: str, spatial: tuple[int, ...
     model, method, images = _problem(name, spatial, classes)
     model.body[1].eval()
     before = [m.training for m in model.modules()]
-    method.prepare(model, images)
+    method.prepare(model, Batch(images))
     assert [m.training for m in model.modules()] == before
 
 
 def test_the_loss_reaches_the_model_and_nothing_else(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
     images.requires_grad_()
-    loss = method.loss(model, method.prepare(model, images))
+    loss = method.loss(model, method.prepare(model, Batch(images)))
     loss.backward()
     assert loss.shape == ()
     assert torch.isfinite(loss)
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in _learning(model, method))
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in _learning(name, model))
     assert images.grad is None
     assert _without_gradient(method)
     assert not any(p.requires_grad for p in method.parameters())
@@ -137,7 +139,7 @@ def test_the_loss_reaches_the_model_and_nothing_else(name: str, spatial: tuple[i
 
 def test_the_views_stay_fixed(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
-    views = method.prepare(model, images)
+    views = method.prepare(model, Batch(images))
     before, first = [t.clone() for t in _tensors(views)], method.loss(model, views)
     first.backward()
     torch.testing.assert_close(method.loss(model, views), first, rtol=0, atol=0)
@@ -146,34 +148,35 @@ def test_the_views_stay_fixed(name: str, spatial: tuple[int, ...], classes: int)
 
 def test_the_loss_moves_with_the_model(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
-    views = method.prepare(model, images)
+    views = method.prepare(model, Batch(images))
     before = method.loss(model, views).item()
     with torch.no_grad():
-        _learning(model, method)[1].mul_(-3)
+        _learning(name, model)[1].mul_(-3)
     assert method.loss(model, views).item() != pytest.approx(before)
 
 
 def test_the_order_of_the_batch_does_not_matter(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
-    views, order = method.prepare(model, images), torch.tensor([2, 0, 3, 1])
-    fields = {k: v[order] for k, v in vars(views).items() if v is not None}
-    torch.testing.assert_close(method.loss(model, replace(views, **fields)), method.loss(model, views))
+    views, order = method.prepare(model, Batch(images)), torch.tensor([2, 0, 3, 1])
+    fixed = {name: t[order] for name, t in vars(views).items() if isinstance(t, Tensor)}
+    shuffled = replace(views, inputs=tuple(images[order] for images in views.inputs), **fixed)
+    torch.testing.assert_close(method.loss(model, shuffled), method.loss(model, views))
 
 
 def test_the_state_comes_back(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
     for _ in range(3):
-        method.loss(model, method.prepare(model, images)).backward()
+        method.loss(model, method.prepare(model, Batch(images))).backward()
         with torch.no_grad():
-            weight = _learning(model, method)[1]
+            weight = _learning(name, model)[1]
             weight.sub_(0.1 * weight.grad)
-        method.update(model)
+        method.update(model, Batch(images))
     restored = METHODS[name](Tiny(len(spatial), classes).double(), classes)
     restored.load_state_dict(method.state_dict())
     torch.manual_seed(1)
-    views = method.prepare(model, images)
+    views = method.prepare(model, Batch(images))
     torch.manual_seed(1)
-    again = restored.prepare(model, images)
+    again = restored.prepare(model, Batch(images))
     assert all(torch.equal(a, b) for a, b in zip(_tensors(views), _tensors(again), strict=True))
 
 
@@ -182,18 +185,18 @@ def test_autocast(name: str, spatial: tuple[int, ...], classes: int, dtype: torc
     model, method, images = _problem(name, spatial, classes)
     model, method, images = model.float(), method.float(), images.float()
     with torch.autocast("cpu", dtype):
-        loss = method.loss(model, method.prepare(model, images))
+        loss = method.loss(model, method.prepare(model, Batch(images)))
     loss.backward()
     assert loss.dtype == torch.float32
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in _learning(model, method))
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in _learning(name, model))
 
 
 def test_no_value_is_looked_at(name: str, spatial: tuple[int, ...], classes: int) -> None:
     if name in ("mixup", "ict") and torch.__version__.startswith("2.6."):
         pytest.skip("torch 2.6 can't draw from a Gamma distribution on the meta device")
     model, method, images = (x.to("meta") for x in _problem(name, spatial, classes))  # there are no values there
-    method.loss(model, method.prepare(model, images)).backward()
-    method.update(model)
+    method.loss(model, method.prepare(model, Batch(images))).backward()
+    method.update(model, Batch(images))
 
 
 def test_one_logit_is_refused(name: str, spatial: tuple[int, ...], classes: int) -> None:
@@ -203,7 +206,7 @@ def test_one_logit_is_refused(name: str, spatial: tuple[int, ...], classes: int)
     if hasattr(method, "teacher") and method.teacher is not None:
         method.teacher = Teacher(model)
     with pytest.raises(ValueError, match=r"logits must be of 2 classes or more, .* a network with one output channel"):
-        method.loss(model, method.prepare(model, images))
+        method.loss(model, method.prepare(model, Batch(images)))
 
 
 @CUDA
@@ -211,8 +214,8 @@ def test_nothing_waits_for_the_gpu(name: str, spatial: tuple[int, ...], classes:
     model, method, images = (x.to("cuda", torch.float32) for x in _problem(name, spatial, classes))
 
     def step() -> None:
-        method.loss(model, method.prepare(model, images)).backward()
-        method.update(model)
+        method.loss(model, method.prepare(model, Batch(images))).backward()
+        method.update(model, Batch(images))
 
     step()  # warm-up
     torch.cuda.set_sync_debug_mode("error")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-from gap_torch.consistency import MixUp
+from gap_torch.consistency import Batch, MixUp
 from gap_torch.consistency.mixup import mixed
 from gap_torch.losses import mean_squared
 
@@ -66,15 +66,15 @@ def test_each_sample_has_its_own_lambda() -> None:
 @pytest.mark.parametrize("spatial", [(5, 6), (3, 4, 5)])
 def test_the_target_is_the_mix_of_the_predictions(spatial: tuple[int, ...]) -> None:
     model, images = nn.Softplus(), torch.rand(4, 3, *spatial, dtype=torch.float64)
-    views = MixUp(lambda x: x + 1).prepare(model, images)
+    views = MixUp(lambda x: x + 1).prepare(model, Batch(images))
     weak = images + 1
     before = weak.roll(1, dims=0)
-    share = ((views.inputs - before) / (weak - before)).flatten(1).median(dim=1).values
+    share = ((views.inputs[0] - before) / (weak - before)).flatten(1).median(dim=1).values
     share = share.view(-1, *[1] * (images.ndim - 1))
     expected = share * model(weak).softmax(1) + (1 - share) * model(before).softmax(1)
     torch.testing.assert_close(views.target, expected)
     loss = MixUp(_identity).loss(model, views)
-    torch.testing.assert_close(loss, mean_squared(model(views.inputs), expected))
+    torch.testing.assert_close(loss, mean_squared(model(views.inputs[0]), expected))
 
 
 def test_a_model_that_is_linear_in_probability_agrees() -> None:
@@ -83,7 +83,7 @@ def test_a_model_that_is_linear_in_probability_agrees() -> None:
             return images.log()  # softmax: the image itself, where its channels sum to 1
 
     method, images = MixUp(_identity), torch.randn(4, 3, 5, 5).double().softmax(1)
-    assert method.loss(Linear(), method.prepare(Linear(), images)) < 1e-15
+    assert method.loss(Linear(), method.prepare(Linear(), Batch(images))) < 1e-15
 
 
 def test_a_batch_of_one_stays_as_it_is() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gap_torch import GAPWrapper
-from gap_torch.consistency import ICT, CutMixSeg, MeanTeacher, Method, Teacher
+from gap_torch.consistency import ICT, Batch, CutMixSeg, MeanTeacher, Method, Teacher
 from gap_torch.consistency.targets import Mode, probabilities
 
 
@@ -158,7 +158,7 @@ WITH_TEACHER: dict[str, Callable[[Teacher], Method]] = {
 def test_a_method_lets_it_follow_and_has_it_in_its_checkpoint(name: str) -> None:
     teacher, restored, model = Teacher(_network()), Teacher(_network()), _network()
     method = WITH_TEACHER[name](teacher)
-    method.update(model)  # the first update takes the model over
+    method.update(model, Batch(torch.zeros(1)))  # the first update takes the model over
     assert all(map(torch.equal, _values(teacher.model), _values(model)))
     WITH_TEACHER[name](restored).load_state_dict(method.state_dict())
     assert restored.updates == 1

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gap_torch.consistency import URPC, Views
+from gap_torch.consistency import URPC, Batch, Views
 from gap_torch.losses import ce_dice_loss, cross_entropy
 
 SHAPES = [(2, 2, 5, 6), (2, 5, 3, 4, 2)]
@@ -24,7 +24,7 @@ def _scales(shape: tuple[int, ...], count: int = 4, seed: int = 0) -> tuple[Tens
 
 
 def _loss(outputs: tuple[Tensor, ...]) -> Tensor:
-    return URPC(_identity).compare(outputs, Views(torch.empty(0)))
+    return URPC(_identity).compare((outputs,), Views((torch.empty(0),)))
 
 
 class Pyramid(nn.Module):
@@ -103,9 +103,9 @@ def test_opposite_certainties_stay_finite() -> None:
 
 def test_the_views_are_weak_ones_without_target() -> None:
     images = torch.randn(2, 1, 5, 5, requires_grad=True)
-    views = URPC(lambda x: 2 * x).prepare(Pyramid(), images)
-    assert torch.equal(views.inputs, 2 * images)
-    assert not views.inputs.requires_grad
+    views = URPC(lambda x: 2 * x).prepare(Pyramid(), Batch(images))
+    assert torch.equal(views.inputs[0], 2 * images)
+    assert not views.inputs[0].requires_grad
     assert views.target is None
     assert views.mask is None
 
@@ -119,14 +119,10 @@ def test_labels_supervise_every_scale() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_it_declares_its_pyramid() -> None:
-    assert URPC.auxiliary == "pyramid"
-
-
 @pytest.mark.parametrize("outputs", [torch.randn(2, 3, 4, 4), (torch.randn(2, 3, 4, 4),)])
 def test_one_scale_alone_is_an_error(outputs) -> None:
     with pytest.raises(ValueError, match="auxiliary"):
-        URPC(_identity).compare(outputs, Views(torch.empty(0)))
+        URPC(_identity).compare((outputs,), Views((torch.empty(0),)))
     with pytest.raises(ValueError, match="auxiliary"):
         URPC(_identity).labelled_loss(cross_entropy, outputs, torch.zeros(2, 4, 4, dtype=torch.int64))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_torch import GAPWrapper
-from gap_torch.consistency import VAT, Views
+from gap_torch.consistency import VAT, Batch, Views
 from gap_torch.consistency.vat import _normalised
 
 
@@ -46,7 +46,7 @@ def test_one_iteration_by_hand() -> None:
     u = torch.zeros(3, 2, 8, 9, dtype=torch.float64)
     method = VAT(_identity, radius=0.05, xi=1e-4)
     torch.manual_seed(3)
-    inputs = method.prepare(OneChannelCounts(), u).inputs
+    inputs = method.prepare(OneChannelCounts(), Batch(u)).inputs[0]
     torch.manual_seed(3)
     random = torch.randn_like(u)
     random[:, 1] = 0
@@ -58,7 +58,7 @@ def test_more_iterations_find_the_dominant_direction() -> None:
     """The steepest pixel, by far, is the one whose prediction is undecided."""
     u = torch.full((1, 2, 5, 5), 3.0, dtype=torch.float64)
     u[0, 0, 2, 3] = 0
-    r = VAT(_identity, radius=1.0, xi=1e-3, iterations=8).prepare(OneChannelCounts(), u).inputs - u
+    r = VAT(_identity, radius=1.0, xi=1e-3, iterations=8).prepare(OneChannelCounts(), Batch(u)).inputs[0] - u
     assert r[0, 0, 2, 3].abs().item() == pytest.approx(math.sqrt(50), rel=1e-6)
 
 
@@ -66,8 +66,8 @@ def test_more_iterations_find_the_dominant_direction() -> None:
 def test_it_is_worse_than_a_random_direction(iterations: int) -> None:
     model, images = _network().eval(), torch.randn(6, 1, 12, 12)
     method = VAT(_identity, radius=0.1, iterations=iterations)
-    views = method.prepare(model, images)
-    random = Views(images + 0.1 * _normalised(torch.randn_like(images)), views.target)
+    views = method.prepare(model, Batch(images))
+    random = Views((images + 0.1 * _normalised(torch.randn_like(images)),), views.target)
     assert method.loss(model, views) > 1.5 * method.loss(model, random) > 0
 
 
@@ -76,7 +76,7 @@ def test_it_is_worse_than_a_random_direction(iterations: int) -> None:
 def test_the_radius_is_a_root_mean_square_whatever_the_size(shape: tuple[int, ...], iterations: int) -> None:
     conv = nn.Conv2d if len(shape) == 4 else nn.Conv3d
     model, images = conv(shape[1], 3, 3, padding=1), torch.rand(shape)
-    r = VAT(_identity, radius=0.03, iterations=iterations).prepare(model, images).inputs - images
+    r = VAT(_identity, radius=0.03, iterations=iterations).prepare(model, Batch(images)).inputs[0] - images
     torch.testing.assert_close(_size(r), torch.full((shape[0],), 0.03), rtol=1e-4, atol=0)
 
 
@@ -84,7 +84,7 @@ def test_a_flat_model_gives_no_direction_and_no_nan() -> None:
     model = nn.Conv2d(1, 3, 1)
     nn.init.zeros_(model.weight)
     images = torch.rand(2, 1, 4, 4)
-    assert torch.equal(VAT(_identity).prepare(model, images).inputs, images)
+    assert torch.equal(VAT(_identity).prepare(model, Batch(images)).inputs[0], images)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-26, 1.0, 1e30])
@@ -98,8 +98,8 @@ def test_gradients_whose_squares_float32_does_not_have(size: float) -> None:
 def test_the_loss_is_the_divergence_from_the_clean_prediction(classes: int, spatial: tuple[int, ...]) -> None:
     model = _network(classes, len(spatial)).double().eval()
     method, images = VAT(lambda x: x.flip(-1), radius=0.5), torch.randn(2, 1, *spatial, dtype=torch.float64)
-    views = method.prepare(model, images)
-    p, q = model(images.flip(-1)).softmax(1), model(views.inputs).softmax(1)
+    views = method.prepare(model, Batch(images))
+    p, q = model(images.flip(-1)).softmax(1), model(views.inputs[0]).softmax(1)
     torch.testing.assert_close(views.target, p)
     torch.testing.assert_close(method.loss(model, views), (p * (p / q).log()).sum(1).mean())
 
@@ -107,17 +107,17 @@ def test_the_loss_is_the_divergence_from_the_clean_prediction(classes: int, spat
 def test_unconfident_pixels_count_as_zeros() -> None:
     model, images = _network().eval(), torch.randn(2, 1, 9, 9)
     method = VAT(_identity, tau=0.4)
-    views = method.prepare(model, images)
+    views = method.prepare(model, Batch(images))
     assert torch.equal(views.mask, views.target.amax(1) >= 0.4)
     assert 0 < views.mask.sum() < views.mask.numel()
-    logits = model(views.inputs)
+    logits = model(views.inputs[0])
     each = (views.target * (views.target.log() - logits.log_softmax(1))).sum(1)
-    torch.testing.assert_close(method.compare(logits, views), each[views.mask].sum() / each.numel())
+    torch.testing.assert_close(method.compare((logits,), views), each[views.mask].sum() / each.numel())
 
 
 def test_agreement_costs_nothing() -> None:
     logits = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    loss = VAT(_identity).compare(logits, Views(logits, logits.detach().softmax(1)))
+    loss = VAT(_identity).compare((logits,), Views((logits,), logits.detach().softmax(1)))
     loss.backward()
     assert abs(loss.item()) < 1e-12
     assert logits.grad.abs().max() < 1e-12
@@ -126,7 +126,7 @@ def test_agreement_costs_nothing() -> None:
 def test_views_without_a_target_are_refused() -> None:
     logits = torch.randn(2, 3, 4, 4)
     with pytest.raises(ValueError, match="probabilities"):
-        VAT(_identity).compare(logits, Views(logits))
+        VAT(_identity).compare((logits,), Views((logits,)))
 
 
 def test_the_direction_is_looked_for_in_the_asked_mode() -> None:
@@ -135,10 +135,12 @@ def test_the_direction_is_looked_for_in_the_asked_mode() -> None:
     found = []
     for training in (True, False):
         torch.manual_seed(1)
-        found.append(VAT(_identity, iterations=2).prepare(model.train(training), images).inputs)
+        found.append(VAT(_identity, iterations=2).prepare(model.train(training), Batch(images)).inputs[0])
     assert torch.equal(*found)
     torch.manual_seed(1)
-    assert not torch.equal(VAT(_identity, iterations=2, mode="train").prepare(model.train(), images).inputs, found[0])
+    assert not torch.equal(
+        VAT(_identity, iterations=2, mode="train").prepare(model.train(), Batch(images)).inputs[0], found[0]
+    )
 
 
 @pytest.mark.parametrize("mode", ["eval", "batch", "train"])
@@ -149,10 +151,10 @@ def test_prepare_leaves_no_trace(mode) -> None:
     fired: list[Tensor] = []
     for p in model.parameters():
         p.register_hook(fired.append)
-    views = VAT(_identity, iterations=3, mode=mode).prepare(model, images)
+    views = VAT(_identity, iterations=3, mode=mode).prepare(model, Batch(images))
     assert not fired
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert not views.inputs.requires_grad
+    assert not views.inputs[0].requires_grad
     assert not views.target.requires_grad
     assert all(module.training for module in model.modules())
     once.train(mode != "eval")(images)
@@ -164,19 +166,19 @@ def test_a_gradient_that_is_there_stays() -> None:
     model = _network()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    VAT(_identity).prepare(model, torch.randn(2, 1, 6, 6))
+    VAT(_identity).prepare(model, Batch(torch.randn(2, 1, 6, 6)))
     assert all((p.grad == 1).all() for p in model.parameters())
 
 
 def test_a_frozen_model_will_do() -> None:
     model, images = _network().requires_grad_(False), torch.randn(2, 1, 6, 6)
-    assert _size(VAT(_identity).prepare(model, images).inputs - images).min() > 0
+    assert _size(VAT(_identity).prepare(model, Batch(images)).inputs[0] - images).min() > 0
 
 
 def test_the_gradient_goes_to_every_parameter() -> None:
     model = _network()
     method = VAT(_identity)
-    method.loss(model, method.prepare(model, torch.randn(2, 1, 6, 6))).backward()
+    method.loss(model, method.prepare(model, Batch(torch.randn(2, 1, 6, 6)))).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -197,9 +199,9 @@ def test_an_autocast_region_around_prepare_and_both_losses(iterations: int) -> N
         return [p.grad for p in model.parameters()]
 
     with torch.autocast("cpu", torch.bfloat16):
-        views = method.prepare(model, images)
+        views = method.prepare(model, Batch(images))
         around = gradients(nullcontext)
-    assert views.inputs.dtype == views.target.dtype == torch.float32
+    assert views.inputs[0].dtype == views.target.dtype == torch.float32
     expected = gradients(lambda: torch.autocast("cpu", torch.bfloat16))
     assert all(map(torch.equal, around, expected))
 
@@ -211,7 +213,7 @@ def test_float16_finds_the_direction_of_float32() -> None:
     for enabled in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.float16, enabled=enabled):
-            found.append(method.prepare(model, images).inputs - images)
+            found.append(method.prepare(model, Batch(images)).inputs[0] - images)
     assert torch.cosine_similarity(*(r.flatten(1) for r in found)).min() > 0.95
 
 
@@ -226,15 +228,15 @@ def _ddp_worker(rank: int) -> dict[str, Tensor]:
     for _ in range(2):
         alone = copy.deepcopy(network)
         torch.manual_seed(rank)
-        expected = method.prepare(alone, images).inputs
+        expected = method.prepare(alone, Batch(images)).inputs[0]
         torch.manual_seed(rank)
-        views = method.prepare(model, images)
+        views = method.prepare(model, Batch(images))
         method.loss(model, views).backward()
         with optimizer.perturbed(model):
             method.loss(model, views).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"inputs": views.inputs, "expected": expected, "weight": network[0].weight.detach()}
+    return {"inputs": views.inputs[0], "expected": expected, "weight": network[0].weight.detach()}
 
 
 def test_through_ddp_every_rank_has_its_own_direction(on_two_ranks) -> None:
@@ -264,9 +266,9 @@ def test_bad_arguments_are_named(bad) -> None:
 def test_nothing_waits_for_the_gpu() -> None:
     model, images = _network().cuda(), torch.rand(4, 1, 16, 16).cuda()
     method = VAT(_identity, tau=0.5)
-    method.loss(model, method.prepare(model, images)).backward()  # warm-up
+    method.loss(model, method.prepare(model, Batch(images))).backward()  # warm-up
     torch.cuda.set_sync_debug_mode("error")
     try:
-        method.loss(model, method.prepare(model, images)).backward()
+        method.loss(model, method.prepare(model, Batch(images))).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
