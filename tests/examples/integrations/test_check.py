@@ -68,7 +68,7 @@ def test_accelerates_own_optimizer_will_do() -> None:
 
 def test_around_lightnings_fit() -> None:
     """With an optimizer that is made outside; `with` works around a whole run, of which it sees one update."""
-    import lightning as L
+    L = pytest.importorskip("lightning")
     from tiny import BATCH, Discs
     from torch.utils.data import DataLoader
 
