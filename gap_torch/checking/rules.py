@@ -93,11 +93,12 @@ def features(update: Update) -> Finding | None:
 
 
 def same_batches(update: Update) -> Finding | None:
-    """Whether batch norm normalised other batches in the two passes."""
-    first = [(f.part, frozenset(f.samples)) for f in update.went_through("g1")]
+    """Whether batch norm normalised the same samples in other batches."""
+    first = update.went_through("g1")
+    batches = {frozenset(forward.samples) for forward in first}
     for forward in update.went_through("g2"):
-        known = forward.samples and any(part == forward.part and samples for part, samples in first)
-        if known and forward.batch_norm and (forward.part, frozenset(forward.samples)) not in first:
+        known = forward.batch_norm and forward.samples and _samples(_of_part(forward.part, first)) >= {*forward.samples}
+        if known and frozenset(forward.samples) not in batches:
             what = "batch norm saw other batches in the perturbed pass than in that of g1: g2 is of another function."
             fix = "Cheaper, and fine if that doesn't matter to you; else send the same batches through again."
             return Finding("batch norm", forward.where, what, fix)

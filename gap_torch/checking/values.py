@@ -113,8 +113,8 @@ def loss_of(tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> float
     return sum(t.detach().item() for t in roots)
 
 
-CLEAR = 0.01
-"""A sample's gradient is clear if it is no smaller than this, beside that of the batch's largest."""
+CLEAR = 0.1
+"""A sample's gradient is clear if it is no smaller than this, beside the largest of its batch."""
 
 
 def with_gradient(gradient: Tensor) -> tuple[list[bool], list[bool]]:
