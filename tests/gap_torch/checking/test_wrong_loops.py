@@ -3,6 +3,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -793,6 +794,14 @@ def test_a_forgotten_weight_shows_in_losses_and_norms() -> None:
 
 def _flat(s: Scene) -> Tensor:
     return torch.cat([p.grad.flatten().clone() for p in s.model.parameters()])
+
+
+def test_the_page_lists_every_kind() -> None:
+    root = Path(__file__).parents[3]
+    source = "".join(file.read_text() for file in (root / "gap_torch" / "checking").glob("*.py"))
+    kinds = set(re.findall(r'(?:Finding|_of_forward)\("([^"]+)"', source))
+    rows = re.findall(r"^\| ([^|]+) \|", (root / "docs" / "check.md").read_text(), re.MULTILINE)
+    assert kinds == {kind for row in rows for kind in row.split(", ")} - {"finding", "note", "---"}
 
 
 # ---------------------------------------------------------------- a wrapper that is itself wrong
