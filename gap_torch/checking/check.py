@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..sharding import reshard
 from ..wrapper import GAPWrapper
 from . import rules
+from .notes import notes
 from .places import from_library, raised
 from .report import Finding, Report, print_once
 from .update import Update
@@ -137,7 +138,7 @@ class Check:
     def _add(self, update: Update, problems: Iterable[Finding], right: Iterable[str] = ()) -> None:
         self.report.timeline = update.timeline
         self.report.losses, self.report.norms = update.told_losses(), dict(update.norms)
-        self.report.add([*update.seen, *problems], rules.notes(update), right)
+        self.report.add([*update.seen, *problems], notes(update), right)
 
     # ------------------------------------------------------------------ ends before the step
 

@@ -105,3 +105,8 @@ def print_once(report: Report) -> None:
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if not several or dist.get_rank() == 0 or not report.ok:
         print((f"rank {dist.get_rank()}: " if several else "") + str(report))
+
+
+def shown(names: list[str]) -> str:
+    """The first few of them."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

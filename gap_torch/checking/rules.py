@@ -3,13 +3,12 @@
 A rule looks at the record of an update and says what is wrong (a Finding), what is right (a line), or nothing.
 """
 
-import math
 from collections.abc import Iterator
-from typing import get_args
 
 from .buffers import is_statistic
-from .report import Finding
-from .update import Forward, Pass, Update
+from .passes import counted_in, of_part, on_data, seen_in, silent_samples
+from .report import Finding, shown
+from .update import Forward, Update
 
 Verdict = Finding | str | None
 
@@ -19,7 +18,6 @@ ANEW = (
     "call the model anew for it, where its backward is. For a labelled loss there is also "
     "`with optimizer.set_aside():`, before the first pass."
 )
-
 
 LABELLED_ELSEWHERE = "run the labelled backward after second_step(), or first under `with optimizer.set_aside():`;"
 
@@ -37,83 +35,6 @@ def verdicts(update: Update, has_wrapper: bool) -> Iterator[Verdict]:
     elif not update.hidden:
         yield _no_perturbed_pass(update)
         yield from (rule(update) for rule in BY_HAND)
-
-
-def notes(update: Update) -> Iterator[Finding]:
-    """What is worth knowing."""
-    first, second = update.where("first_step"), update.where("second_step")
-    if update.hidden:
-        what = "first_step() ran where it can't be watched, as in a compiled step, so nothing is known of this update."
-        yield Finding("not told", update.where("step"), what, "Check it without torch.compile.")
-    if not first or not second:
-        return
-    if update.stood_still:
-        yield _no_move(update)
-    elif update.move is None:
-        yield Finding("not told", first, "the radius can't be told: the parameters are spread over processes.")
-    if not _samples(update.went_through("g1")) or not _samples(update.went_through("g2")):
-        what = "whether both passes saw the same samples can't be told: the inputs of the model were not seen."
-        yield Finding("not told", first, what)
-    if silent := _silent(update):
-        what = f"{len(silent)} of the samples at theta* got no gradient."
-        fix = (
-            "Fine if no pixel of theirs is confident, or if they are there for batch norm; if targets are made from "
-            "them, make those once, at theta."
-        )
-        yield Finding("no gradient", update.where("g2"), what, fix)
-    yield from filter(None, (rule(update) for rule in (features, same_batches, other_buffers)))
-    if update.where("step") and not update.where("g_l") and not update.where("aside"):
-        what = "no backward came after second_step(), and none was set aside."
-        fix = "If the labelled loss is part of both passes, it steers the direction as well: move it behind them."
-        yield Finding("no g_l", second, what, fix)
-
-
-def _no_move(update: Update) -> Finding:
-    if update.grad_norm and math.isfinite(update.grad_norm):
-        why, fix = "eps is 0.", ""
-    elif not update.grad_norm:
-        why = "||g1|| was zero."
-        fix = (
-            "Common early in FixMatch, when no pixel is confident: check again later. Or the network has one logit: a "
-            "softmax over it is 1 everywhere, so give it two."
-        )
-    else:
-        why, fix = "||g1|| was not finite.", "Common with a GradScaler, until its scale fits: check again later."
-    return Finding("no move", update.where("first_step"), f"theta* is theta: {why}", fix)
-
-
-def features(update: Update) -> Finding | None:
-    """Whether detached features went into a part of the model."""
-    parts = _on_features(update)
-    for forward in update.went_through("g2"):
-        if forward.part in parts:
-            what = f"{forward.part} got other inputs in the perturbed pass than in that of g1."
-            return Finding("features", forward.where, what, "Fine if these are features, detached, and no new views.")
-    return None
-
-
-def same_batches(update: Update) -> Finding | None:
-    """Whether batch norm normalised the same samples in other batches."""
-    first = update.went_through("g1")
-    batches = {frozenset(forward.samples) for forward in first}
-    for forward in update.went_through("g2"):
-        known = forward.batch_norm and forward.samples and _samples(_of_part(forward.part, first)) >= {*forward.samples}
-        if known and frozenset(forward.samples) not in batches:
-            what = "batch norm saw other batches in the perturbed pass than in that of g1: g2 is of another function."
-            fix = "Cheaper, and fine if that doesn't matter to you; else send the same batches through again."
-            return Finding("batch norm", forward.where, what, fix)
-    return None
-
-
-def other_buffers(update: Update) -> Finding | None:
-    """Whether a pass at theta* moved buffers that are no running statistics."""
-    for forward in update.at_theta_star():
-        # a batch count alone makes no difference
-        if names := [n for n in forward.moved if not is_statistic(n) and not n.endswith("num_batches_tracked")]:
-            what = f"the perturbed pass moves buffers of the model ({_shown(names)})."
-            fix = "GAP leaves those alone, as spectral norm's vectors and the ranges of quantisation."
-            return Finding("buffers", forward.where, what, fix)
-    return None
 
 
 # ---------------------------------------------------------------------- without a perturbed pass
@@ -188,17 +109,17 @@ def restored(update: Update) -> Verdict:
 
 def same_samples(update: Update) -> Verdict:
     """What contributes to one of g1 and g2 is part of the pass of the other, and contributes there as well."""
-    first, second = _on_data(update, "g1"), _on_data(update, "g2")
-    if not _samples(first) or not _samples(second):
+    first, second = on_data(update, "g1"), on_data(update, "g2")
+    if not seen_in(first) or not seen_in(second):
         return None
     alone = _alone_in_g2(first, second) or _alone_in_g1(first, second) or _search_in_g1(first, second)
-    return alone or f"both passes saw the same {len(_samples(second))} samples"
+    return alone or f"both passes saw the same {len(seen_in(second))} samples"
 
 
 def _alone_in_g2(first: list[Forward], second: list[Forward]) -> Finding | None:
-    seen = _samples(first)
+    seen = seen_in(first)
     for forward in second:
-        flow, counted = forward.flows["g2"], _counted(_of_part(forward.part, first), "g1")
+        flow, counted = forward.flows["g2"], counted_in(of_part(forward.part, first), "g1")
         if flow.samples - seen:
             what = "the perturbed pass takes gradients of samples that the pass of g1 has not seen."
             fix = (
@@ -214,9 +135,9 @@ def _alone_in_g2(first: list[Forward], second: list[Forward]) -> Finding | None:
 
 
 def _alone_in_g1(first: list[Forward], second: list[Forward]) -> Finding | None:
-    seen = _samples(second)
+    seen = seen_in(second)
     for forward in first:
-        flow, counted = forward.flows["g1"], _counted(_of_part(forward.part, second), "g2")
+        flow, counted = forward.flows["g1"], counted_in(of_part(forward.part, second), "g2")
         if flow.samples - seen:
             if forward.adversarial:
                 return _searched(forward)
@@ -236,7 +157,7 @@ def _search_in_g1(first: list[Forward], second: list[Forward]) -> Finding | None
     others = [f for f in first if not f.adversarial]
     if any(f.adversarial for f in second):
         return None
-    return next((_searched(f) for f in searches if f.flows["g1"].samples <= _samples(others)), None)
+    return next((_searched(f) for f in searches if f.flows["g1"].samples <= seen_in(others)), None)
 
 
 def _searched(forward: Forward) -> Finding:
@@ -265,7 +186,7 @@ def fixed_targets(update: Update) -> Verdict:
             what = "a forward pass at the perturbed parameters that no gradient goes through: for targets?"
             fix = "make targets once, at theta, before the first pass. (A pass to log something: move it out, too.)"
             return _of_forward("targets", forward, what, fix)
-    return None if _silent(update) else "no forward pass for targets at theta*"
+    return None if silent_samples(update) else "no forward pass for targets at theta*"
 
 
 def own_graphs(update: Update) -> Verdict:
@@ -284,9 +205,7 @@ def same_mode(update: Update) -> Verdict:
         modes = [f.training for f in first if f.part == forward.part]
         if modes and forward.training not in modes:
             names = sorted(forward.training ^ modes[0])
-            what = (
-                f"training mode was on in one pass and off in the other ({_shown(names)}): g2 is of another function."
-            )
+            what = f"training mode was on in one pass and off in the other ({shown(names)}): g2 is of another function."
             fix = "call model.train() or model.eval() before the first pass, and neither between the two."
             return _of_forward("mode", forward, what, fix)
     return None
@@ -296,7 +215,7 @@ def running_statistics(update: Update) -> Verdict:
     """Batch norm's stay as they are in the perturbed pass."""
     for forward in update.at_theta_star():
         if names := [name for name in forward.moved if is_statistic(name)]:
-            what = f"the perturbed pass moves running statistics of batch norm ({_shown(names)})."
+            what = f"the perturbed pass moves running statistics of batch norm ({shown(names)})."
             fix = "give the model: perturbed(model); or wrap the pass in `with gap_torch.frozen_running_stats(model):`."
             return _of_forward("statistics", forward, what, fix)
     if update.has_statistics and update.at_theta_star():
@@ -313,50 +232,3 @@ def _of_forward(kind: str, forward: Forward, what: str, fix: str, where: str = "
     """At its last backward, which is more often a line of the loop itself; else where the model was called."""
     where = where or [forward.where, *(flow.where for flow in forward.flows.values())][-1]
     return Finding(kind, where, what + (f" (Forward pass: {forward.where}.)" if where != forward.where else ""), fix)
-
-
-def _samples(forwards: list[Forward]) -> set[int]:
-    return {sample for forward in forwards for sample in forward.samples}
-
-
-def _counted(forwards: list[Forward], adds_to: Pass) -> set[int]:
-    """Samples that got a gradient."""
-    return {sample for forward in forwards if adds_to in forward.flows for sample in forward.flows[adds_to].samples}
-
-
-def _silent(update: Update) -> set[int]:
-    """Samples that went through the model together with those of g2, and got no gradient in any pass."""
-    silent = _samples(update.went_through("g2"))
-    for adds_to in get_args(Pass):
-        silent = silent - _counted(update.forwards, adds_to)
-    return silent if _counted(update.forwards, "g2") else set()
-
-
-def _on_data(update: Update, adds_to: Pass) -> list[Forward]:
-    """The forward passes of a pass, but for those of parts that got features."""
-    parts = _on_features(update)
-    return [forward for forward in update.went_through(adds_to) if forward.part not in parts]
-
-
-def _on_features(update: Update) -> set[str]:
-    """Parts of the model that saw none of their inputs in both passes, where another did: features of it, detached.
-
-    Of detached features nothing tells where they come from. At theta* they are others.
-    """
-    first, second = _by_part(update.went_through("g1")), _by_part(update.went_through("g2"))
-    common = {part: first[part] & second[part] for part in first.keys() & second.keys()}
-    return {part for part, samples in common.items() if part and not samples} if any(common.values()) else set()
-
-
-def _of_part(part: str, forwards: list[Forward]) -> list[Forward]:
-    """Of the same module; of all, if it was not called."""
-    return [forward for forward in forwards if forward.part == part] or forwards
-
-
-def _by_part(forwards: list[Forward]) -> dict[str, set[int]]:
-    parts = {forward.part for forward in forwards if forward.samples}
-    return {part: _samples([f for f in forwards if f.part == part]) for part in parts}
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -108,7 +108,8 @@ def loss_of(tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> float
     """What torch.autograd.backward was called on, with these arguments, as a number; None if it is none."""
     roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     weights = [grad_tensors] if grad_tensors is None or isinstance(grad_tensors, Tensor) else list(grad_tensors)
-    if any(w is not None for w in weights) or any(is_sharded(t) or t.numel() != 1 for t in roots):
+    numbers = all(isinstance(t, Tensor) and not is_sharded(t) and t.numel() == 1 for t in roots)
+    if not numbers or any(w is not None for w in weights):
         return None
     return sum(t.detach().item() for t in roots)
 
