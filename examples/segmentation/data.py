@@ -21,6 +21,16 @@ Label = npt.NDArray[np.uint8]
 _NAME = re.compile(r"\w[\w.-]*")
 
 
+_MEND_OR_MOVE = "add it, or list this case behind the labelled ones of the training list"
+# What to do about a dataset that is missing.
+_REMEDIES = {
+    "image": "convert this case again",
+    "label": f"unlabelled training cases alone need none: {_MEND_OR_MOVE}",
+}
+NO_FOREGROUND = f"if zeros stand there for a label that is missing: {_MEND_OR_MOVE}"
+"""What to do about a label that is background alone."""
+
+
 @dataclass(frozen=True)
 class Volume:
     """One case in its own size: image float32, label uint8, one class index a voxel, both 3D."""
@@ -60,19 +70,25 @@ def write_list(path: Path, names: Sequence[str]) -> None:
     path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
+def read_image(path: str | Path) -> Image:
+    """One h5 file's image as float32, of any number of dimensions; nothing else in the file is looked at.
+
+    Raises InputError where the file is missing or damaged, lacks `image`, or holds an empty one, NaN or infinity.
+    """
+    (image,) = _read_datasets(Path(path), "image")
+    return _checked(Path(path), image)
+
+
 def read_case(path: str | Path, num_classes: int) -> tuple[Image, Label]:
     """One h5 file's image as float32 and label as uint8, of one shape and any number of dimensions.
 
-    Raises InputError where the file is missing or damaged, lacks `image` or `label`, or holds values that
-    would spoil a training run in silence: NaN, infinity, labels that are not whole numbers in
-    0 ... num_classes - 1.
+    Raises InputError as `read_image`, and where the file lacks `label` or its values would spoil a training run in
+    silence: labels that are not whole numbers in 0 ... num_classes - 1.
     """
-    image, label = _read_datasets(Path(path))
-    image = image.astype(np.float32, copy=False)
-    if image.shape != label.shape or image.size == 0:
-        raise InputError(f"{path}: image {image.shape} and label {label.shape} must be of one shape, not empty")
-    if not np.isfinite(image).all():
-        raise InputError(f"{path}: the image holds NaN or infinite values; convert this case again")
+    image, label = _read_datasets(Path(path), "image", "label")
+    if image.shape != label.shape:
+        raise InputError(f"{path}: image {image.shape} and label {label.shape} must be of one shape")
+    image = _checked(Path(path), image)
     if not np.isin(label, np.arange(num_classes)).all():
         raise InputError(
             f"{path}: labels run from {label.min()} to {label.max()}; "
@@ -81,13 +97,17 @@ def read_case(path: str | Path, num_classes: int) -> tuple[Image, Label]:
     return image, label.astype(np.uint8, copy=False)
 
 
-def write_case(path: Path, image: Image, label: Label) -> None:
-    """Write what `read_case` reads; the file appears under its name only once it is whole."""
+def write_case(path: Path, image: Image, label: Label | None) -> None:
+    """Write what `read_case` reads, or without a label what `read_image` reads.
+
+    The file appears under its name only once it is whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with h5py.File(part, "w") as file:
         file.create_dataset("image", data=image, compression="lzf")
-        file.create_dataset("label", data=label, compression="lzf")
+        if label is not None:
+            file.create_dataset("label", data=label, compression="lzf")
     part.replace(path)
 
 
@@ -148,14 +168,23 @@ def require_dimensions(path: Path, image: Image, axes: str) -> None:
         raise InputError(f"{path}: shape {image.shape} where {axes} was expected; is it in the right folder?")
 
 
-def _read_datasets(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _checked(path: Path, image: np.ndarray) -> Image:
+    image = image.astype(np.float32, copy=False)
+    if image.size == 0:
+        raise InputError(f"{path}: the image is empty, of shape {image.shape}; convert this case again")
+    if not np.isfinite(image).all():
+        raise InputError(f"{path}: the image holds NaN or infinite values; convert this case again")
+    return image
+
+
+def _read_datasets(path: Path, *keys: str) -> list[np.ndarray]:
     try:
         with h5py.File(path, "r") as file:
-            return _read_numbers(file, "image"), _read_numbers(file, "label")
+            return [_read_numbers(file, key) for key in keys]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; unpack or convert the data set first") from None
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: {error.args[0]}; convert this case again") from None
+        raise InputError(f"{path}: {error.args[0]}") from None
     except (OSError, RuntimeError, ValueError) as error:  # what h5py raises for damage, by its place
         raise InputError(f"{path}: not a readable h5 file ({error}); unpack it again") from None
 
@@ -163,7 +192,7 @@ def _read_datasets(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _read_numbers(file: h5py.File, key: str) -> np.ndarray:
     dataset = file.get(key)
     if not isinstance(dataset, h5py.Dataset):
-        raise KeyError(f"has no dataset `{key}`")
+        raise KeyError(f"has no dataset `{key}`; {_REMEDIES[key]}")
     if dataset.dtype.kind not in "iuf":
-        raise TypeError(f"`{key}` holds {dataset.dtype}, not numbers")
+        raise TypeError(f"`{key}` holds {dataset.dtype}, not numbers; convert this case again")
     return dataset[()]

@@ -100,7 +100,8 @@ def run(job: Job) -> list[Row]:
     print(f"reading {job.data}", flush=True)
     labelled, unlabelled = ranks.together(
         lambda: [
-            task.read_training(job.data, part, recipe).to(job.device) for part in (labelled_names, unlabelled_names)
+            task.read_labelled(job.data, labelled_names, recipe).to(job.device),
+            task.read_unlabelled(job.data, unlabelled_names, recipe).to(job.device),
         ]
     )
     scored = None if job.goal == "training" else task.test_list

@@ -12,16 +12,38 @@ from segmentation.data import (
     check_patients,
     patients_for_share,
     read_case,
+    read_image,
     read_list,
     split_by_patients,
     write_case,
     write_list,
 )
 from segmentation.errors import InputError
-from segmentation.slices import load_slices, load_volumes, resize_nearest, slice_path, volume_path, write_slices
+from segmentation.slices import (
+    load_slices,
+    load_unlabelled,
+    load_volumes,
+    resize_nearest,
+    slice_path,
+    volume_path,
+    write_slices,
+)
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 SLICE = (5, 7)
+
+
+# What people put under `label` where they have none: all of it is accepted of an unlabelled case.
+FILLERS = {
+    "nothing": None,
+    "zeros": lambda image: np.zeros(image.shape, np.uint8),
+    "255": lambda image: np.full(image.shape, 255, np.uint8),
+    "-1": lambda image: np.full(image.shape, -1, np.int16),
+    "the image": lambda image: image,
+    "another shape": lambda image: np.zeros((1, 2), np.uint8),
+    "text": lambda image: "none",
+    "NaN": lambda image: np.full(image.shape, np.nan),
+}
 
 
 def write_h5(path: Path, **datasets: object) -> Path:
@@ -123,12 +145,12 @@ def spoiled(value: float) -> np.ndarray:
     ("datasets", "message"),
     [
         ({"label": spoiled(0)}, "no dataset `image`"),
-        ({"image": spoiled(0)}, "no dataset `label`"),
+        ({"image": spoiled(0)}, "no dataset `label`; unlabelled training cases alone need none: add it, or list this"),
         (
             {"image": spoiled(0), "label": spoiled(0)[:, :-1]},
             r"\(5, 7\) and label \(5, 6\) must be of one shape",
         ),
-        ({"image": np.empty((0, 3)), "label": np.empty((0, 3))}, "not empty"),
+        ({"image": np.empty((0, 3)), "label": np.empty((0, 3))}, "the image is empty"),
         ({"image": spoiled(np.nan), "label": spoiled(0)}, "NaN or infinite"),
         ({"image": spoiled(np.inf), "label": spoiled(0)}, "NaN or infinite"),
         ({"image": spoiled(1e300), "label": spoiled(0)}, "NaN or infinite"),
@@ -144,6 +166,49 @@ def test_a_bad_case_is_refused_by_name(tmp_path, datasets, message):
     path = write_h5(tmp_path / "bad.h5", **datasets)
     with pytest.raises(InputError, match=rf"bad\.h5.*{message}"):
         read_case(path, num_classes=4)
+
+
+@pytest.mark.parametrize("label", FILLERS.values(), ids=FILLERS)
+def test_an_image_is_read_whatever_lies_under_label(tmp_path, case, label):
+    path = write_h5(tmp_path / "a.h5", image=case[0], **({} if label is None else {"label": label(case[0])}))
+    image = read_image(path)
+    assert image.dtype == np.float32
+    np.testing.assert_array_equal(image, case[0])
+
+
+def test_an_image_is_read_beside_a_label_that_is_damaged(tmp_path, case):
+    path = tmp_path / "a.h5"
+    write_case(path, *case)
+    with h5py.File(path) as file:
+        offset, size = file["label"].id.get_chunk_info(0)[2:4]
+    content = bytearray(path.read_bytes())
+    content[offset : offset + size] = bytes(size)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.h5"):
+        read_case(path, num_classes=4)
+    np.testing.assert_array_equal(read_image(path), case[0])
+
+
+def test_a_case_without_a_label_is_written_and_read_back(tmp_path, case):
+    write_case(tmp_path / "a.h5", case[0], None)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.h5"), case[0])
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert list(file) == ["image"]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ({"label": spoiled(0)}, "no dataset `image`; convert this case again"),
+        ({"image": np.empty((0, 3))}, "the image is empty"),
+        ({"image": spoiled(np.nan)}, "NaN or infinite"),
+        ({"image": "text"}, "`image` holds object, not numbers"),
+    ],
+)
+def test_a_bad_image_is_refused_by_name(tmp_path, datasets, message):
+    path = write_h5(tmp_path / "bad.h5", **datasets)
+    with pytest.raises(InputError, match=rf"bad\.h5.*{message}"):
+        read_image(path)
 
 
 def test_a_group_in_place_of_a_dataset_is_refused(tmp_path):
@@ -188,6 +253,27 @@ def test_slices_are_resized_by_nearest_neighbour_alike(tmp_path, rng):
     assert (slices.images.shape, slices.images.dtype) == ((1, 1, 16, 16), torch.float32)
     assert (slices.labels.shape, slices.labels.dtype) == ((1, 16, 16), torch.uint8)
     torch.testing.assert_close(slices.images[:, 0] * 3, slices.labels.float())  # no value between two classes
+
+
+def test_unlabelled_slices_are_the_labelled_ones_images(tmp_path, case):
+    names = write_slices(tmp_path, "a", *case)
+    bare = write_slices(tmp_path, "b", case[0], None)
+    expected = load_slices(tmp_path, names, size=(8, 8))
+    for theirs in (names, bare):
+        unlabelled = load_unlabelled(tmp_path, theirs, size=(8, 8))
+        assert unlabelled.labels is None
+        assert unlabelled.names == theirs
+        assert torch.equal(unlabelled.images, expected.images)
+        assert torch.equal(unlabelled.image_batch(torch.tensor([2, 0])), expected.batch(torch.tensor([2, 0]))[0])
+
+
+def test_unlabelled_slices_are_checked_too(tmp_path, case):
+    write_case(slice_path(tmp_path, "a"), case[0], None)
+    with pytest.raises(InputError, match=r"a\.h5: shape \(3, 5, 7\) where \(H, W\)"):
+        load_unlabelled(tmp_path, ["a"], size=(8, 8))
+    write_case(slice_path(tmp_path, "a"), 2 * case[0][0] + 1, None)
+    with pytest.raises(InputError, match=r"a\.h5: the image runs from .* outside \[0, 1\]"):
+        load_unlabelled(tmp_path, ["a"], size=(8, 8))
 
 
 def test_slices_keep_the_order_of_their_names(tmp_path):

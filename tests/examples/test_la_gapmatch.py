@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,15 @@ from segmentation.recipe import METHODS, Recipe, run_name
 from segmentation.trainer import Trainer
 from segmentation.volumes import case_path
 from segmentation.volumewise import VolumeTask
+
+# What people put under `label` where they have none.
+FILLERS = {
+    "nothing": None,
+    "zeros": np.zeros_like,
+    "-1": lambda image: np.full_like(image, -1),
+    "the image": lambda image: image,
+    "another shape": lambda image: np.zeros((1, 2)),
+}
 
 TINY = {
     "size": (16, 16, 16),
@@ -145,14 +155,60 @@ def test_bad_options_are_one_line(
     assert error.count("\n") == 1
 
 
-def _rewrite(path: Path, image: np.ndarray, label: np.ndarray) -> None:
+def _rewrite(path: Path, image: np.ndarray, label: np.ndarray | None) -> None:
     with h5py.File(path, "w") as file:
-        file["image"], file["label"] = image, label
+        file["image"] = image
+        if label is not None:
+            file["label"] = label
+
+
+def _relabel(path: Path, label: Callable[[np.ndarray], np.ndarray] | None) -> None:
+    with h5py.File(path) as file:
+        image = file["image"][()]
+    _rewrite(path, image, None if label is None else label(image))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_atrium: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which the unlabelled cases have their labels."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(la_gapmatch.LA.presets, "cpu", TINY)
+        patch.setattr(VolumeTask, "draw", lambda *_: None)
+        assert _run(tiny_atrium, out, "--stride", "16", "16", "16") == 0
+    return out
+
+
+@pytest.mark.parametrize("label", FILLERS.values(), ids=FILLERS)
+def test_labels_of_unlabelled_cases_are_never_read(
+    data: Path, whole_run: Path, tmp_path: Path, label: Callable[[np.ndarray], np.ndarray] | None, monkeypatch
+) -> None:
+    monkeypatch.setattr(VolumeTask, "draw", lambda *_: None)
+    for name in read_list(data / "train.list")[1:]:
+        _relabel(case_path(data, name), label)
+    assert _run(data, tmp_path / "out", "--stride", "16", "16", "16") == 0
+    ours, theirs = (
+        torch.load(out / "gapmatch" / "best.pt", weights_only=True)["model"] for out in (tmp_path / "out", whole_run)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_case_that_needs_a_label_is_refused_without_one(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    name = read_list(data / f"{split}.list")[0]
+    _relabel(case_path(data, name), None)
+    assert _run(data, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{name}/mri_norm2.h5: has no dataset `label`; unlabelled training cases alone need none" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("fault", ["slice", "empty", "small", "raw", "missing"])
 def test_bad_files_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
-    name = read_list(data / "train.list")[1]
+    labelled, unlabelled, *_ = read_list(data / "train.list")
+    name = labelled if fault == "empty" else unlabelled
     path = case_path(data, name)
     rng = np.random.default_rng(0)
     image, label = rng.normal(size=(24, 24, 18)).astype(np.float32), np.ones((24, 24, 18), np.uint8)
@@ -185,7 +241,7 @@ def test_sizes_with_wrong_gradients_are_refused(data: Path, tmp_path: Path, caps
 def test_labelled_and_unlabelled_crops_lie_apart(tiny_atrium: Path) -> None:
     names = read_list(tiny_atrium / "train.list")
     recipe = Recipe(**{**TINY, "labelled_batch": 1, "unlabelled_batch": 1})
-    pool = la_gapmatch.LA.read_training(tiny_atrium, names[:1], recipe)
+    pool = la_gapmatch.LA.read_labelled(tiny_atrium, names[:1], recipe)
     trainer = Trainer(la_gapmatch.LA, recipe, pool, pool, torch.device("cpu"), None)
     same = [torch.equal(trainer.labelled_batch(t)[0], trainer.unlabelled_batch(t)) for t in range(20)]
     assert sum(same) < 3
