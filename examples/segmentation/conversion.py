@@ -7,6 +7,8 @@ from .errors import InputError
 
 NO_LABEL = "mend it, or take it away if this case is to train without a label"
 """What to do about a label file that can't be used."""
+BY_VOXEL = "pair image and label as they are stored, whatever their headers say"
+"""What `--by-voxel` does."""
 NAMED = 5
 """Cases without a label that `summary` names."""
 

@@ -21,13 +21,15 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from .conversion import NO_LABEL, require_labels, summary
+from .conversion import BY_VOXEL, NO_LABEL, require_labels, summary
 from .data import Image, Label, check_patients, read_list, write_case, write_list
 from .errors import InputError
+from .orientation import Scan, paired
 from .slices import volume_path, write_slices
 
 NUM_CLASSES = 4
@@ -39,13 +41,14 @@ _DAMAGE = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, 
 
 
 def convert(
-    official: Path, out: Path, lists: Path | None = None, seed: int = 0
+    official: Path, out: Path, lists: Path | None = None, seed: int = 0, by_voxel: bool = False
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Write `out` in the h5 layout, its four list files last; returns the cases of each split, and those unlabelled.
 
     official: the folder that holds patient001, ..., or its parent with a `training` folder.
     lists: a folder whose train.list, val.list and test.list name the cases of each split; without it the
     patients are split 70 / 10 / 20 % at random from `seed`; those who lack a label go to the end of the training list.
+    by_voxel: whether image and label are paired as they are stored, whatever their headers say.
     Raises InputError for a folder, file or name that is missing or does not fit, naming it.
     """
     patients = find_patients(official)
@@ -54,9 +57,9 @@ def convert(
     frames = {case: frame_path(patients, case) for case in cases}  # a missing one shows before the long work
     labels = {case: label_path(frame) for case, frame in frames.items()}
     require_labels(labels, splits["val"] + splits["test"])
-    slices = [name for case in splits["train"] for name in write_slices(out, case, *read_frame(frames[case]))]
+    slices = [name for case in splits["train"] for name in write_slices(out, case, *read_frame(frames[case], by_voxel))]
     for case in splits["val"] + splits["test"]:
-        write_case(volume_path(out, case), *read_frame(frames[case]))
+        write_case(volume_path(out, case), *read_frame(frames[case], by_voxel))
     for split in SPLITS:
         write_list(out / f"{split}.list", splits[split])
     write_list(out / "train_slices.list", slices)
@@ -134,38 +137,52 @@ def read_phase(info: Path, phase: str) -> int:
         raise InputError(f"{info}: gives no frame number for {phase}; unpack this patient again") from None
 
 
-def read_frame(path: Path) -> tuple[Image, Label | None]:
+def read_frame(path: Path, by_voxel: bool = False) -> tuple[Image, Label | None]:
     """One official frame: image (D, H, W) float32, min-max scaled to [0, 1], and its label, uint8, if it has one.
 
-    Raises InputError where the files are damaged, not 3D, of different shapes, constant, not finite or
+    by_voxel: as of `orientation.paired`.
+    Raises InputError where the files are damaged, not 3D, of different shapes or places, constant, not finite or
     labelled outside 0 ... 3.
     """
-    image = read_nifti(path)
+    scan = read_nifti(path)
+    image = scan.voxels
     if image.ndim != 3:
-        raise InputError(f"{path}: shape {image.shape} where (D, H, W) was expected; unpack this patient again")
+        raise InputError(f"{path}: shape {image.shape} where (X, Y, Z) was expected; unpack this patient again")
     low, high = image.min(), image.max()
     if not (np.isfinite(high - low) and high > low):
         raise InputError(f"{path}: intensities from {low} to {high} cannot be scaled; unpack this patient again")
-    label = read_label(label_path(path), image.shape) if label_path(path).is_file() else None
-    return ((image - low) / (high - low)).astype(np.float32), label
+    label = read_label(label_path(path), scan, by_voxel).T if label_path(path).is_file() else None
+    return ((image - low) / (high - low)).astype(np.float32).T, label
 
 
-def read_label(path: Path, shape: tuple[int, ...]) -> Label:
-    """An official segmentation, uint8 and of its image's shape. Raises InputError for labels outside 0 ... 3."""
-    label = read_nifti(path)
-    if label.shape != shape:
-        raise InputError(f"{path}: shape {label.shape} where the image has {shape}; {NO_LABEL}")
+def read_label(path: Path, image: Scan, by_voxel: bool) -> Label:
+    """An official segmentation, uint8, voxel by voxel that of `image`. Raises InputError for labels outside 0 ... 3."""
+    label = paired(image, read_nifti(path), by_voxel)
     if not np.isin(label, np.arange(NUM_CLASSES)).all():
         raise InputError(f"{path}: labels outside 0 ... {NUM_CLASSES - 1}; {NO_LABEL}")
     return label.astype(np.uint8)
 
 
-def read_nifti(path: Path) -> np.ndarray:
-    """A NIfTI file's array in float64, axes reversed: (X, Y, Z) becomes (D, H, W)."""
+def read_nifti(path: Path) -> Scan:
+    """A NIfTI file's voxels in float64. Raises InputError where it cannot be read."""
     try:
-        return nibabel.Nifti1Image.from_filename(path).get_fdata().T
+        image = nibabel.Nifti1Image.from_filename(path)
+        return Scan(path, image.get_fdata(), _affines(image))
     except _DAMAGE as error:  # by type: nibabel's texts run over several lines
         raise InputError(f"{path}: not a readable NIfTI file ({type(error).__name__}); unpack it again") from None
+
+
+def _affines(image: nibabel.Nifti1Image) -> Sequence[np.ndarray]:
+    """The header's affine, and another one with the same axes and the lengths of `pixdim`; none if it states neither.
+
+    In ACDC the two differ: the lengths of the sform's axes are 1, those of `pixdim` are the spacing.
+    """
+    if not image.header["sform_code"] and not image.header["qform_code"]:
+        return ()
+    scaled, spacing = image.affine.copy(), image.header["pixdim"][1:4]
+    if (spacing > 0).all() and voxel_sizes(scaled).all():
+        scaled[:3, :3] *= spacing / voxel_sizes(scaled)
+    return image.affine, scaled
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -175,9 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="where to write the h5 layout")
     parser.add_argument("--lists", type=Path, help="a folder with train.list, val.list and test.list")
     parser.add_argument("--seed", type=int, default=0, help="of the random split used without --lists")
+    parser.add_argument("--by-voxel", action="store_true", help=BY_VOXEL)
     options = parser.parse_args(arguments)
     try:
-        splits, unlabelled = convert(options.official, options.out, options.lists, options.seed)
+        splits, unlabelled = convert(options.official, options.out, options.lists, options.seed, options.by_voxel)
     except InputError as error:
         sys.exit(f"error: {error}")
     print(f"{options.out}: {summary(splits, unlabelled)}")

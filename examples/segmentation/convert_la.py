@@ -16,17 +16,19 @@ A training case without a label is written with its image alone, whole.
 import argparse
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nrrd
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from .conversion import NO_LABEL, require_labels, summary
+from .conversion import BY_VOXEL, NO_LABEL, require_labels, summary
 from .data import Image, Label, check_patients, read_list, write_case, write_list
 from .errors import InputError
+from .orientation import Scan, paired
 from .volumes import case_path
 
 IMAGE, LABEL = "lgemri.nrrd", "laendo.nrrd"
@@ -34,13 +36,23 @@ LABEL_VALUES = (0, 1, 255)  # the challenge writes 255, some tools 1
 MARGIN = 25  # voxels around the label in X and Y
 CROP = 112  # the field's crop in X and Y, which the cut leaves room for
 TRAIN_SHARE = 0.8
+# NRRD's names of the axes of space, and their signs as seen from right, anterior and superior
+SPACES = {
+    **dict.fromkeys(("right-anterior-superior", "ras"), (1, 1, 1)),
+    **dict.fromkeys(("left-anterior-superior", "las"), (-1, 1, 1)),
+    **dict.fromkeys(("left-posterior-superior", "lps"), (-1, -1, 1)),
+}
 
 # What pynrrd and the decompressors raise for a damaged file, by the place of the damage.
 _DAMAGE = (nrrd.NRRDError, OSError, EOFError, StopIteration, LookupError, ValueError, TypeError, zlib.error)
 
 
 def convert(
-    source: Path, out: Path, lists: tuple[Path, Path] | None = None, margin: int = MARGIN
+    source: Path,
+    out: Path,
+    lists: tuple[Path, Path] | None = None,
+    margin: int = MARGIN,
+    by_voxel: bool = False,
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Write `out` in the h5 layout, its two list files last; returns the cases of each split, and those unlabelled.
 
@@ -48,6 +60,7 @@ def convert(
     lists: files that name the training and the test cases; without them the cases are split in order of name, and
     those without a label go to the end of the training list.
     margin: voxels to keep around the label in X and Y.
+    by_voxel: whether image and label are paired as they are stored, whatever their headers say.
     An interrupted run is repeated: every file is written under its name only once it is whole.
     Raises InputError for a folder, file or name that is missing or does not fit, naming it.
     """
@@ -61,7 +74,7 @@ def convert(
     labels = {case: folders[case] / LABEL for case in cases}
     require_labels(labels, splits["test"])
     for case in track(cases, "Converting", console=Console(stderr=True), transient=True):
-        image, label = read_scan(folders[case])
+        image, label = read_scan(folders[case], by_voxel)
         write_case(case_path(out, case), *((image, None) if label is None else cut(image, label, margin)))
     for split, names in splits.items():
         write_list(out / f"{split}.list", names)
@@ -111,28 +124,31 @@ def check_case(folders: dict[str, Path], case: str) -> None:
         raise InputError(f"{folders[case] / IMAGE}: no such file; unpack this case again")
 
 
-def read_scan(folder: Path) -> tuple[Image, Label | None]:
+def read_scan(folder: Path, by_voxel: bool = False) -> tuple[Image, Label | None]:
     """A whole scan: image (X, Y, Z) float32 of zero mean and unit variance, and its label uint8 in {0, 1}, if any.
 
-    Raises InputError where the files are damaged, not 3D, of different shapes, constant or not finite, or where the
-    label is empty or no label.
+    by_voxel: as of `orientation.paired`.
+    Raises InputError where the files are damaged, not 3D, of different shapes or places, constant or not finite, or
+    where the label is empty or no label.
     """
-    image = read_nrrd(folder / IMAGE)
+    scan = read_nrrd(folder / IMAGE)
+    image = scan.voxels
     if image.ndim != 3:
         raise InputError(f"{folder / IMAGE}: shape {image.shape} where (X, Y, Z) was expected; unpack this case again")
     low, high = float(image.min()), float(image.max())
     if not (np.isfinite(high - low) and high > low):
         raise InputError(f"{folder / IMAGE}: intensities from {low} to {high} cannot be scaled; unpack this case again")
-    label = read_label(folder / LABEL, image.shape) if (folder / LABEL).is_file() else None
+    label = read_label(folder / LABEL, scan, by_voxel) if (folder / LABEL).is_file() else None
     image = (image - image.mean(dtype=np.float64)) / image.std(dtype=np.float64)
     return image.astype(np.float32), label
 
 
-def read_label(path: Path, shape: tuple[int, ...]) -> Label:
-    """The challenge's label as uint8 in {0, 1}, of its image's shape. Raises InputError if it is empty, or no label."""
-    label = read_nrrd(path)
-    if label.shape != shape:
-        raise InputError(f"{path}: shape {label.shape} where the image has {shape}; {NO_LABEL}")
+def read_label(path: Path, image: Scan, by_voxel: bool) -> Label:
+    """The challenge's label as uint8 in {0, 1}, voxel by voxel that of `image`.
+
+    Raises InputError if it is empty, or no label.
+    """
+    label = paired(image, read_nrrd(path), by_voxel)
     if not np.isin(label, LABEL_VALUES).all():
         raise InputError(f"{path}: labels other than {LABEL_VALUES}; {NO_LABEL}")
     if not label.any():
@@ -140,15 +156,28 @@ def read_label(path: Path, shape: tuple[int, ...]) -> Label:
     return (label > 0).astype(np.uint8)
 
 
-def read_nrrd(path: Path) -> np.ndarray:
-    """An NRRD file's array with its axes in the file's order. Raises InputError where it cannot be read."""
+def read_nrrd(path: Path) -> Scan:
+    """An NRRD file's voxels with their axes in the file's order. Raises InputError where it cannot be read."""
     try:
-        array, _ = nrrd.read(str(path))
+        array, header = nrrd.read(str(path))
+        affines, space = _affines(header), str(header.get("space", "")).lower()
     except _DAMAGE as error:  # by type: the texts of pynrrd and zlib say little about the file
         raise InputError(f"{path}: not a readable NRRD file ({type(error).__name__}); unpack it again") from None
     if array.dtype.kind not in "iuf":
         raise InputError(f"{path}: holds {array.dtype}, not numbers; unpack it again")
-    return array
+    return Scan(path, array, affines, "RAS" if space in SPACES else space)
+
+
+def _affines(header: Mapping[str, Any]) -> Sequence[np.ndarray]:
+    """Of the header: towards right, anterior and superior if it names its space; none if it states no directions."""
+    directions = header.get("space directions")  # an axis a row
+    if directions is None or np.shape(directions) != (3, 3):
+        return ()
+    affine = np.eye(4)
+    affine[:3, :3] = np.transpose(directions)
+    affine[:3, 3] = header.get("space origin", np.zeros(3))
+    signs = SPACES.get(str(header.get("space", "")).lower(), (1, 1, 1))
+    return [np.diag([*signs, 1]) @ affine]
 
 
 def cut(image: Image, label: Label, margin: int) -> tuple[Image, Label]:
@@ -176,12 +205,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--margin", type=int, default=MARGIN, help=f"voxels around the label in X and Y (default: {MARGIN})"
     )
+    parser.add_argument("--by-voxel", action="store_true", help=BY_VOXEL)
     options = parser.parse_args(arguments)
     if (options.train is None) != (options.test is None):
         parser.error("--train and --test go together: give both lists, or neither for a split of 80 / 20 %")
     lists = (options.train, options.test) if options.train else None
     try:
-        splits, unlabelled = convert(options.source, options.out, lists, options.margin)
+        splits, unlabelled = convert(options.source, options.out, lists, options.margin, options.by_voxel)
     except InputError as error:
         sys.exit(f"error: {error}")
     print(f"{options.out}: {summary(splits, unlabelled)}")

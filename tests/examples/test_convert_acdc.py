@@ -225,9 +225,9 @@ def test_a_damaged_nifti_is_refused(official, lists, frame, damage):
 
 def test_shapes_that_differ_or_are_not_3d_are_refused(official, lists, frame):
     write_nifti(label_of(frame), np.zeros((6, 5, 4), np.uint8))
-    refused(official, lists, r"patient002_frame12_gt\.nii\.gz: shape \(4, 5, 6\) where the image has \(3, 5, 6\)")
+    refused(official, lists, r"frame12_gt\.nii\.gz: shape \(6, 5, 4\) where .*frame12\.nii\.gz has \(6, 5, 3\)")
     write_nifti(frame, np.zeros(SHAPE[:2], np.int16))
-    refused(official, lists, r"patient002_frame12\.nii\.gz: shape \(5, 6\) where \(D, H, W\) was expected")
+    refused(official, lists, r"patient002_frame12\.nii\.gz: shape \(6, 5\) where \(X, Y, Z\) was expected")
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
@@ -249,6 +249,17 @@ def test_the_command_line(official, lists, tmp_path, capsys):
     expected = "4 train, 2 val and 2 test cases; 1 of them without a label, as images alone: patient001_frame02"
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: {expected}\n"
     assert read_list(tmp_path / "out" / "val.list") == ["patient002_frame01", "patient002_frame02"]
+
+
+def test_the_command_line_pairs_by_voxel_where_it_is_asked_to(official, lists, frame, tmp_path):
+    label = nibabel.load(label_of(frame)).get_fdata().astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(label, np.diag([2.0, 1, 1, 1])), label_of(frame))
+    arguments = [str(official), str(tmp_path / "out"), "--lists", str(lists)]
+    with pytest.raises(SystemExit, match=r"patient002_frame12_gt\.nii\.gz: by their headers voxels are .* --by-voxel"):
+        main(arguments)
+    main([*arguments, "--by-voxel"])
+    (volume,) = load_volumes(tmp_path / "out", ["patient002_frame02"])
+    np.testing.assert_array_equal(volume.label, label.T)
 
 
 def test_the_command_line_ends_bad_input_with_one_line(tmp_path):
