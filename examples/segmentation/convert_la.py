@@ -94,7 +94,7 @@ def read_splits(lists: tuple[Path, Path]) -> dict[str, list[str]]:
     """The cases of each split from list files. Raises InputError for a case that is in both of them."""
     splits = {split: read_list(path) for split, path in zip(("train", "test"), lists, strict=True)}
     try:
-        check_patients(splits)
+        check_patients(splits, patient=str)  # a folder is a case; the task knows more of its patients
     except InputError as error:
         raise InputError(f"{lists[0]} and {lists[1]}: {error}") from None
     return splits

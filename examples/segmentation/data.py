@@ -4,7 +4,7 @@ Layout and lists are those of SSL4MIS (https://github.com/HiLab-git/SSL4MIS), on
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ _REMEDIES = {
     "image": "convert this case again",
     "label": f"unlabelled training cases alone need none: {_MEND_OR_MOVE}",
 }
+RULE = "or say how names tell patients apart: the field `patient` of the task (docs/data_sets.md)"
+"""What to do about cases that are taken for one patient's and are not."""
 NO_FOREGROUND = f"if zeros stand there for a label that is missing: {_MEND_OR_MOVE}"
 """What to do about a label that is background alone."""
 
@@ -118,14 +120,25 @@ def check_files(paths: Iterable[Path]) -> None:
             raise InputError(f"{path}: no such file; unpack or convert the data set first")
 
 
-def check_patients(splits: Mapping[str, Sequence[str]]) -> None:
-    """Raise InputError for the first patient that is in two of `splits`: a test on it would be no test."""
-    seen: dict[str, str] = {}
+def patient_of(name: str) -> str:
+    """The patient to whom a case or slice belongs, as ACDC names them: its name up to the first `_`."""
+    return name.split("_")[0]
+
+
+def check_patients(splits: Mapping[str, Sequence[str]], patient: Callable[[str], str] = patient_of) -> None:
+    """Raise InputError for the first patient that is in two of `splits`: a test on it would be no test.
+
+    patient: whose a case is, by its name.
+    """
+    seen: dict[str, tuple[str, str]] = {}
     for split, names in splits.items():
-        for patient in dict.fromkeys(map(patient_of, names)):
-            if patient in seen:
-                raise InputError(f"{patient} is in {seen[patient]}.list and {split}.list; keep it in one of them")
-            seen[patient] = split
+        for name in names:
+            other, case = seen.setdefault(patient(name), (split, name))
+            if other != split:
+                raise InputError(
+                    f"{case} in {other}.list and {name} in {split}.list are of one patient, {patient(name)}: "
+                    f"keep a patient in one list, {RULE}"
+                )
 
 
 def patients_for_share(percent: float, patients: int) -> int:
@@ -139,27 +152,26 @@ def patients_for_share(percent: float, patients: int) -> int:
     return max(1, int(patients * percent / 100))
 
 
-def split_by_patients(names: Sequence[str], patients: int) -> tuple[list[str], list[str]]:
+def split_by_patients(
+    names: Sequence[str], patients: int, patient: Callable[[str], str] = patient_of
+) -> tuple[list[str], list[str]]:
     """The slices of the first `patients` patients in list order (labelled), and all others (unlabelled).
 
-    No patient is ever on both sides (`patient_of`).
+    No patient is ever on both sides; `patient` says whose a slice is, by its name.
     Raises InputError where either side would be empty.
     """
-    order = list(dict.fromkeys(map(patient_of, names)))
+    order = list(dict.fromkeys(map(patient, names)))
+    if len(order) == 1:
+        raise InputError(f"all {len(names)} training cases are of one patient, {order[0]}: list more, {RULE}")
     if not 0 < patients < len(order):
         raise InputError(
             f"{patients} labelled of {len(order)} patients leaves nothing labelled or nothing unlabelled; "
             f"choose 1 to {len(order) - 1}"
         )
     chosen = set(order[:patients])
-    labelled = [name for name in names if patient_of(name) in chosen]
-    unlabelled = [name for name in names if patient_of(name) not in chosen]
+    labelled = [name for name in names if patient(name) in chosen]
+    unlabelled = [name for name in names if patient(name) not in chosen]
     return labelled, unlabelled
-
-
-def patient_of(name: str) -> str:
-    """The patient to whom a case or slice belongs: its name up to the first `_`."""
-    return name.split("_")[0]
 
 
 def require_dimensions(path: Path, image: Image, axes: str) -> None:

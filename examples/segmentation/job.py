@@ -13,7 +13,7 @@ from torch import nn
 
 from . import ranks
 from .components import largest_component
-from .data import Volume, check_files, check_patients, patient_of, read_list, split_by_patients
+from .data import Volume, check_files, check_patients, read_list, split_by_patients
 from .errors import InputError
 from .evaluate import Evaluation, evaluate
 from .figures import Case, RunLog, save_curves
@@ -93,7 +93,7 @@ def run(job: Job) -> list[Row]:
     _require_even_shares(recipe)
     refuse_wrong_gradients(recipe, job.device, job.amp)
     names = ranks.together(lambda: read_lists(task, job.data))
-    labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients)
+    labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients, task.patient)
     folders = [job.folder(r) for r in job.recipes]
     ranks.on_main(lambda: _prepare_folders(folders, job))
 
@@ -114,7 +114,7 @@ def run(job: Job) -> list[Row]:
     )
 
     torch.backends.cudnn.benchmark = job.device.type == "cuda"  # every batch has the same shape
-    patients = list(dict.fromkeys(map(patient_of, labelled_names)))
+    patients = list(dict.fromkeys(map(task.patient, labelled_names)))
     identities = [identity(task.name, r, patients, job.amp, names, job.compiled) for r in job.recipes]
     trainers = [Trainer(task, r, labelled, unlabelled, job.device, job.amp, job.compiled) for r in job.recipes]
     found = ranks.together(
@@ -153,7 +153,7 @@ def read_lists(task: Task, root: Path) -> dict[str, list[str]]:
     if root.is_file():
         raise InputError(f"{root}: is a file; give the folder that holds the lists and the data.")
     names = {split: read_list(root / f"{split}.list") for split in task.lists}
-    check_patients(names)
+    check_patients(names, task.patient)
     for split in task.lists:
         path = task.training_path if split == task.training_list else task.volume_path
         check_files(path(root, name) for name in names[split])

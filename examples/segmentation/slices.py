@@ -6,7 +6,7 @@
 The nearest-neighbour resize is that of SSL4MIS.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,16 +106,18 @@ def load_unlabelled(
     return Slices(list(names), images, None)
 
 
-def require_foreground(root: str | Path, labelled: Slices) -> None:
-    """Raise InputError for the first patient all of whose labelled slices are background alone."""
+def require_foreground(root: str | Path, labelled: Slices, patient: Callable[[str], str] = patient_of) -> None:
+    """Raise InputError for the first patient all of whose labelled slices are background alone.
+
+    patient: whose a slice is, by its name.
+    """
     assert labelled.labels is not None
     found: dict[str, bool] = {}
     for name, label in zip(labelled.names, labelled.labels, strict=True):
-        patient = patient_of(name)
-        found[patient] = found.get(patient, False) or bool(label.any())
-    for patient, foreground in found.items():
+        found[patient(name)] = found.get(patient(name), False) or bool(label.any())
+    for whose, foreground in found.items():
         if not foreground:
-            raise InputError(f"{root}: the labels of {patient} are empty, background alone; {NO_FOREGROUND}")
+            raise InputError(f"{root}: the labels of {whose} are empty, background alone; {NO_FOREGROUND}")
 
 
 def load_volumes(

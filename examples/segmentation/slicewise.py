@@ -38,7 +38,7 @@ class SliceTask(Task):
 
     def read_labelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Slices:
         labelled = slices.load_slices(root, names, _plane(recipe), self.num_classes)
-        slices.require_foreground(root, labelled)
+        slices.require_foreground(root, labelled, self.patient)
         return labelled
 
     def read_unlabelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Slices:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gap_torch.consistency.method import Auxiliary
 
-from .data import Volume
+from .data import Volume, patient_of
 from .figures import Case
 from .recipe import Recipe
 
@@ -69,6 +69,8 @@ class Task(ABC):
         training_patients: how many there are, for labelled shares in percent.
         published: scores of the paper: labelled share in percent -> method -> scores.
         write_phantom: writes a small data set in the same layout, to try everything without data.
+        patient: whose a case or slice is, by its name. A patient is in one list alone, and the labelled share is one of
+            patients.
         stride: of the sliding window by which volumes are predicted, in voxels; None where there is no window.
     """
 
@@ -81,6 +83,7 @@ class Task(ABC):
     training_patients: int
     published: Mapping[int, Mapping[str, Scores]]
     write_phantom: Callable[[Path], None]
+    patient: Callable[[str], str] = patient_of
     stride: tuple[int, ...] | None = None
 
     @property

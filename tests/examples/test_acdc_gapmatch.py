@@ -230,7 +230,7 @@ SPOILT = {
     ),
     "a test patient in training": (
         lambda d: (d / "test.list").write_text("patient001_frame01\n"),
-        "patient001 is in train_slices.list and test.list",
+        "patient001_frame01_slice_1 in train_slices.list and patient001_frame01 in test.list are of one patient",
     ),
     "NaN": (
         lambda d: _rewrite(_first_slice(d), image=np.full((4, 4), np.nan, "f4"), label=np.zeros((4, 4), "u1")),

@@ -144,7 +144,7 @@ def test_a_patient_in_two_lists_is_refused(official, lists, case):
     train = read_list(lists / "train.list")
     write_list(lists / "train.list", [name for name in train if name != case] or train)
     write_list(lists / "test.list", [case])
-    refused(official, lists, r"patient001 is in train\.list and test\.list")
+    refused(official, lists, r"lists: patient001_frame0. in train\.list and patient001_frame0. in test\.list")
 
 
 def test_a_missing_list_is_refused(official, lists):

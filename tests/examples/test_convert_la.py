@@ -182,7 +182,15 @@ def test_a_listed_case_that_does_not_exist_is_refused(source, lists):
 
 def test_a_case_in_both_lists_is_refused(source, lists):
     write_list(lists[1], ["A1"])
-    refused(source, r"test\.list: A1 is in train\.list and test\.list", lists)
+    refused(source, r"test\.list: A1 in train\.list and A1 in test\.list are of one patient", lists)
+
+
+def test_cases_of_one_data_set_are_not_one_patient(source, lists, tmp_path):
+    for case in ("la_003", "la_004"):
+        write_scan(source / case, *scan_of(case))
+    write_list(lists[0], ["la_003"])
+    write_list(lists[1], ["la_004"])
+    assert convert(source, tmp_path / "out", lists)[0] == {"train": ["la_003"], "test": ["la_004"]}
 
 
 def test_a_missing_list_is_refused(source, lists):

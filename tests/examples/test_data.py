@@ -10,6 +10,7 @@ import torch
 from segmentation.data import (
     check_files,
     check_patients,
+    patient_of,
     patients_for_share,
     read_case,
     read_image,
@@ -372,8 +373,39 @@ def test_the_first_patients_in_list_order_are_labelled():
 
 def test_a_patient_in_two_lists_is_refused_by_name():
     check_patients({"train": ["p1_f1", "p1_f2"], "val": ["p2_f1"]})
-    with pytest.raises(InputError, match=r"p1 is in train\.list and test\.list"):
+    complaint = r"p1_f1 in train\.list and p1_f2 in test\.list are of one patient, p1: .*`patient` of the task"
+    with pytest.raises(InputError, match=complaint):
         check_patients({"train": ["p1_f1"], "val": ["p2_f1"], "test": ["p3_f1", "p1_f2"]})
+
+
+# The names of other data sets: a rule that fits in one line, the names of one patient, and those of another one.
+SCHEMES = {
+    "ACDC": (patient_of, ("patient001_frame01", "patient001_frame02_slice_3"), "patient002_frame01"),
+    "BraTS2019": (str, ("BraTS19_CBICA_AAP_1",), "BraTS19_2013_16_1"),
+    "prostate": (str, ("prostate_01",), "prostate_02"),
+    "LA of the decathlon": (str, ("la_003",), "la_004"),
+    "FLARE22": (str, ("FLARE22_Tr_0001",), "FLARE22_Tr_0002"),
+    "KiTS": (str, ("case_00001",), "case_00002"),
+    "slices": (
+        lambda name: name.split("_slice")[0],
+        ("case_00001_slice_1", "case_00001_slice_2"),
+        "case_00002_slice_1",
+    ),
+    "another separator": (lambda name: name.split("-")[0], ("p1-ED", "p1-ES"), "p2-ED"),
+}
+
+
+@pytest.mark.parametrize(("patient", "one", "other"), SCHEMES.values(), ids=SCHEMES)
+def test_a_rule_tells_patients_apart(patient, one, other):
+    check_patients({"train": one, "test": [other]}, patient)
+    assert split_by_patients([*one, other], 1, patient) == ([*one], [other])
+    with pytest.raises(InputError, match=f"{one[0]} in train.list and {one[-1]} in test.list are of one patient"):
+        check_patients({"train": [one[0], other], "test": [one[-1]]}, patient)
+
+
+def test_cases_of_one_patient_alone_are_refused():
+    with pytest.raises(InputError, match=r"all 2 training cases are of one patient, la: .*`patient` of the task"):
+        split_by_patients(["la_003", "la_004"], 1)
 
 
 @pytest.mark.parametrize("patients", [-1, 0, 2, 3])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from segmentation import cli
 from segmentation.atrium import write_atrium
-from segmentation.data import read_list
+from segmentation.data import read_list, write_list
 from segmentation.recipe import METHODS, Recipe, run_name
 from segmentation.trainer import Trainer
 from segmentation.volumes import case_path
@@ -226,6 +226,44 @@ def test_bad_files_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureF
     error = capsys.readouterr().err
     assert name in error
     assert error.count("\n") == 1
+
+
+def _rename(data: Path, names: dict[str, str]) -> None:
+    for old, new in names.items():
+        case_path(data, old).parent.rename(case_path(data, new).parent)
+    for split in ("train", "test"):
+        write_list(data / f"{split}.list", [names[name] for name in read_list(data / f"{split}.list")])
+
+
+def test_a_task_says_whose_a_case_is(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VolumeTask, "draw", lambda *_: None)
+    _rename(data, {f"case00{n}": f"la_00{n}" for n in range(1, 6)})
+    arguments = ["--data", str(data), "--patients", "1", "--preset", "cpu", "--device", "cpu", "--amp", "off"]
+    arguments += ["--stride", "16", "16", "16", "--method", "supervised", "--out", str(tmp_path / "out")]
+    assert cli.main(la_gapmatch.LA, "", arguments) == 2
+    error = capsys.readouterr().err
+    assert "la_001 in train.list and la_004 in test.list are of one patient, la: " in error
+    task = replace(la_gapmatch.LA, patient=str)
+    assert cli.main(task, "", arguments) == 0
+    last = torch.load(tmp_path / "out" / "supervised" / "last.pt", weights_only=True)
+    assert last["identity"]["labelled patients"] == ["la_001"]
+
+
+def test_two_scans_of_a_patient_are_kept_together(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VolumeTask, "draw", lambda *_: None)
+    _rename(data, dict(zip(map("case00{}".format, range(1, 6)), ("p1-a", "p1-b", "p2-a", "p2-b", "p3-a"), strict=True)))
+    task = replace(la_gapmatch.LA, patient=lambda name: name.split("-")[0])
+    arguments = ["--data", str(data), "--patients", "1", "--preset", "cpu", "--device", "cpu", "--amp", "off"]
+    arguments += ["--stride", "16", "16", "16", "--method", "supervised", "--out", str(tmp_path / "out")]
+    assert cli.main(task, "", arguments) == 2
+    assert "p2-a in train.list and p2-b in test.list are of one patient, p2: " in capsys.readouterr().err
+    write_list(data / "test.list", ["p3-a"])
+    assert cli.main(task, "", arguments) == 0
+    assert "2 labelled samples of 1 patient(s), 1 unlabelled" in capsys.readouterr().out
 
 
 def test_acdc_s_files_are_refused(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
