@@ -27,7 +27,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from .conversion import BY_VOXEL, NO_LABEL, require_labels, summary
-from .data import Image, Label, check_patients, read_list, write_case, write_list
+from .data import Image, Label, check_patients, class_indices, read_list, write_case, write_list
 from .errors import InputError
 from .orientation import Scan, paired
 from .slices import volume_path, write_slices
@@ -157,10 +157,7 @@ def read_frame(path: Path, by_voxel: bool = False) -> tuple[Image, Label | None]
 
 def read_label(path: Path, image: Scan, by_voxel: bool) -> Label:
     """An official segmentation, uint8, voxel by voxel that of `image`. Raises InputError for labels outside 0 ... 3."""
-    label = paired(image, read_nifti(path), by_voxel)
-    if not np.isin(label, np.arange(NUM_CLASSES)).all():
-        raise InputError(f"{path}: labels outside 0 ... {NUM_CLASSES - 1}; {NO_LABEL}")
-    return label.astype(np.uint8)
+    return class_indices(path, paired(image, read_nifti(path), by_voxel), range(NUM_CLASSES), NO_LABEL)
 
 
 def read_nifti(path: Path) -> Scan:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .conversion import BY_VOXEL, NO_LABEL, require_labels, summary
-from .data import Image, Label, check_patients, read_list, write_case, write_list
+from .data import Image, Label, check_patients, class_indices, read_list, write_case, write_list
 from .errors import InputError
 from .orientation import Scan, paired
 from .volumes import case_path
@@ -148,9 +148,7 @@ def read_label(path: Path, image: Scan, by_voxel: bool) -> Label:
 
     Raises InputError if it is empty, or no label.
     """
-    label = paired(image, read_nrrd(path), by_voxel)
-    if not np.isin(label, LABEL_VALUES).all():
-        raise InputError(f"{path}: labels other than {LABEL_VALUES}; {NO_LABEL}")
+    label = class_indices(path, paired(image, read_nrrd(path), by_voxel), LABEL_VALUES, NO_LABEL)
     if not label.any():
         raise InputError(f"{path}: the label is empty, so there is nothing to cut to; {NO_LABEL}")
     return (label > 0).astype(np.uint8)

@@ -21,16 +21,17 @@ Label = npt.NDArray[np.uint8]
 _NAME = re.compile(r"\w[\w.-]*")
 
 
-_MEND_OR_MOVE = "add it, or list this case behind the labelled ones of the training list"
-# What to do about a dataset that is missing.
-_REMEDIES = {
-    "image": "convert this case again",
-    "label": f"unlabelled training cases alone need none: {_MEND_OR_MOVE}",
-}
+LABEL_TOLERANCE = 1e-3
+
+_MOVE = "or list this case behind the labelled ones of the training list"
+BAD_LABEL = f"mend the label, {_MOVE}"
+"""What to do about a label that can't be used."""
 RULE = "or say how names tell patients apart: the field `patient` of the task (docs/data_sets.md)"
 """What to do about cases that are taken for one patient's and are not."""
-NO_FOREGROUND = f"if zeros stand there for a label that is missing: {_MEND_OR_MOVE}"
-"""What to do about a label that is background alone."""
+_MISSING = {
+    "image": "convert this case again",
+    "label": f"unlabelled training cases alone need none: add it, {_MOVE}",
+}
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,30 @@ def read_image(path: str | Path) -> Image:
 def read_case(path: str | Path, num_classes: int) -> tuple[Image, Label]:
     """One h5 file's image as float32 and label as uint8, of one shape and any number of dimensions.
 
-    Raises InputError as `read_image`, and where the file lacks `label` or its values would spoil a training run in
-    silence: labels that are not whole numbers in 0 ... num_classes - 1.
+    Raises InputError as `read_image`, where the file lacks `label`, and as `class_indices` for labels outside
+    0 ... num_classes - 1.
     """
     image, label = _read_datasets(Path(path), "image", "label")
     if image.shape != label.shape:
         raise InputError(f"{path}: image {image.shape} and label {label.shape} must be of one shape")
-    image = _checked(Path(path), image)
-    if not np.isin(label, np.arange(num_classes)).all():
-        raise InputError(
-            f"{path}: labels run from {label.min()} to {label.max()}; "
-            f"{num_classes} classes need whole numbers in 0 ... {num_classes - 1}"
-        )
-    return image, label.astype(np.uint8, copy=False)
+    return _checked(Path(path), image), class_indices(Path(path), label, range(num_classes), BAD_LABEL)
+
+
+def class_indices(path: Path, label: np.ndarray, classes: Sequence[int], remedy: str) -> Label:
+    """`label` as uint8. A number within 1e-3 of a whole one is that one, as scaled files need it; bool is 0 and 1.
+
+    Raises InputError, with `remedy`, for the first number that is none of `classes`.
+    """
+    whole = label.astype(np.uint8) if label.dtype.kind == "b" else label
+    if label.dtype.kind == "f":
+        nearest = np.rint(label)
+        with np.errstate(invalid="ignore"):  # infinity
+            whole = np.where(abs(label - nearest) <= LABEL_TOLERANCE, nearest, label)
+    wrong = ~np.isin(whole, classes)
+    if wrong.any():
+        allowed = ", ".join(map(str, classes))
+        raise InputError(f"{path}: holds the label {label[wrong][0]}; each has to be one of {allowed}: {remedy}")
+    return whole.astype(np.uint8, copy=False)
 
 
 def write_case(path: Path, image: Image, label: Label | None) -> None:
@@ -204,7 +216,7 @@ def _read_datasets(path: Path, *keys: str) -> list[np.ndarray]:
 def _read_numbers(file: h5py.File, key: str) -> np.ndarray:
     dataset = file.get(key)
     if not isinstance(dataset, h5py.Dataset):
-        raise KeyError(f"has no dataset `{key}`; {_REMEDIES[key]}")
-    if dataset.dtype.kind not in "iuf":
+        raise KeyError(f"has no dataset `{key}`; {_MISSING[key]}")
+    if dataset.dtype.kind not in ("iufb" if key == "label" else "iuf"):
         raise TypeError(f"`{key}` holds {dataset.dtype}, not numbers; convert this case again")
     return dataset[()]

@@ -15,7 +15,7 @@ import torch
 from scipy import ndimage
 
 from .data import (
-    NO_FOREGROUND,
+    BAD_LABEL,
     Image,
     Label,
     Volume,
@@ -117,7 +117,7 @@ def require_foreground(root: str | Path, labelled: Slices, patient: Callable[[st
         found[patient(name)] = found.get(patient(name), False) or bool(label.any())
     for whose, foreground in found.items():
         if not foreground:
-            raise InputError(f"{root}: the labels of {whose} are empty, background alone; {NO_FOREGROUND}")
+            raise InputError(f"{root}: the labels of {whose} are empty, background alone; {BAD_LABEL}")
 
 
 def load_volumes(

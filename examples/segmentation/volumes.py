@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import NO_FOREGROUND, Image, Volume, read_case, read_image
+from .data import BAD_LABEL, Image, Volume, read_case, read_image
 from .errors import InputError
 
 Size = tuple[int, int, int]
@@ -117,7 +117,7 @@ def load_cases(
         image, label = read_case(path, num_classes)
         _require_volume(path, image)
         if not label.any():
-            raise InputError(f"{path}: the label is empty, background alone; {NO_FOREGROUND}")
+            raise InputError(f"{path}: the label is empty, background alone; {BAD_LABEL}")
         volumes.append(Volume(name, image, label))
     return volumes
 

@@ -222,7 +222,7 @@ SPOILT = {
     ),
     "labels": (
         lambda d: _rewrite(_first_slice(d), image=np.zeros((4, 4), "f4"), label=np.full((4, 4), 9, "u1")),
-        "labels",
+        "holds the label 9; each has to be one of 0, 1, 2, 3",
     ),
     "intensities": (
         lambda d: _rewrite(_first_slice(d), image=np.full((4, 4), 255, "f4"), label=np.zeros((4, 4), "u1")),

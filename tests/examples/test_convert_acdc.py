@@ -240,7 +240,24 @@ def test_an_image_that_cannot_be_scaled_is_refused(official, lists, frame, value
 
 def test_labels_out_of_range_are_refused(official, lists, frame):
     write_nifti(label_of(frame), np.full(SHAPE, 4, np.uint8))
-    refused(official, lists, r"patient002_frame12_gt\.nii\.gz: labels outside 0 \.\.\. 3")
+    refused(official, lists, r"_frame12_gt\.nii\.gz: holds the label 4\.0; each has to be one of 0, 1, 2, 3: mend")
+
+
+def test_labels_that_nibabel_has_scaled_are_whole_numbers(official, lists, frame, tmp_path):
+    label = np.zeros(SHAPE)
+    label[0, 0], label[1, 1] = 3, 1
+    image = nibabel.Nifti1Image(label, np.eye(4))
+    image.header.set_data_dtype(np.uint8)
+    nibabel.save(image, label_of(frame))
+    assert (nibabel.load(label_of(frame)).get_fdata() % 1).any()  # 2.9999... for a 3
+    convert(official, tmp_path / "out", lists)
+    (volume,) = load_volumes(tmp_path / "out", ["patient002_frame02"])
+    np.testing.assert_array_equal(volume.label, label.T)
+
+
+def test_labels_between_whole_numbers_are_refused(official, lists, frame):
+    write_nifti(label_of(frame), np.full(SHAPE, 0.5))
+    refused(official, lists, r"patient002_frame12_gt\.nii\.gz: holds the label 0\.5;")
 
 
 def test_the_command_line(official, lists, tmp_path, capsys):

@@ -233,12 +233,20 @@ def test_shapes_that_differ_or_are_not_3d_are_refused(source):
     refused(source, r"A1.lgemri\.nrrd: shape \(200, 190\) where \(X, Y, Z\) was expected")
 
 
-@pytest.mark.parametrize("value", [2, 254])
+@pytest.mark.parametrize("value", [2, 254, 0.5, 254.99])
 def test_other_labels_are_refused(source, value):
     image, label = scan_of("A1")
+    label = label.astype(np.float64)
     label[0, 0, 0] = value
     write_scan(source / "A1", image, label)
-    refused(source, r"A1.laendo\.nrrd: labels other than")
+    refused(source, rf"A1.laendo\.nrrd: holds the label {value}.*; each has to be one of 0, 1, 255")
+
+
+@pytest.mark.parametrize("value", [254.99998, 255.0005, 0.9995])
+def test_labels_next_to_whole_numbers_are_those(source, value):
+    image, label = scan_of("A1")
+    write_scan(source / "A1", image, np.where(label > 0, np.float32(value), np.float32(1e-5)))
+    np.testing.assert_array_equal(read_scan(source / "A1")[1], label > 0)
 
 
 def test_an_empty_label_is_refused(source):

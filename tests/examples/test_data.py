@@ -155,10 +155,16 @@ def spoiled(value: float) -> np.ndarray:
         ({"image": spoiled(np.nan), "label": spoiled(0)}, "NaN or infinite"),
         ({"image": spoiled(np.inf), "label": spoiled(0)}, "NaN or infinite"),
         ({"image": spoiled(1e300), "label": spoiled(0)}, "NaN or infinite"),
-        ({"image": spoiled(0), "label": spoiled(4)}, r"labels run from 0.0 to 4.0; 4 classes need"),
-        ({"image": spoiled(0), "label": spoiled(-1)}, "labels run from -1.0"),
-        ({"image": spoiled(0), "label": spoiled(0.5)}, "whole numbers"),
-        ({"image": spoiled(0), "label": spoiled(np.nan)}, "whole numbers"),
+        ({"image": spoiled(0), "label": spoiled(4)}, r"holds the label 4\.0; each has to be one of 0, 1, 2, 3"),
+        ({"image": spoiled(0), "label": spoiled(4).astype(np.uint8)}, "holds the label 4;"),
+        ({"image": spoiled(0), "label": spoiled(-1)}, r"holds the label -1\.0;"),
+        ({"image": spoiled(0), "label": spoiled(0.5)}, r"holds the label 0\.5;"),
+        ({"image": spoiled(0), "label": spoiled(0.998)}, r"holds the label 0\.998;"),
+        ({"image": spoiled(0), "label": spoiled(3.9999)}, r"holds the label 3\.9999;"),
+        ({"image": spoiled(0), "label": spoiled(np.nan)}, "holds the label nan;"),
+        ({"image": spoiled(0), "label": spoiled(np.inf)}, "holds the label inf;"),
+        ({"image": spoiled(0) > 0, "label": spoiled(0)}, "`image` holds bool, not numbers"),
+        ({"image": spoiled(0), "label": "text"}, "`label` holds object, not numbers"),
         ({"image": "text", "label": spoiled(0)}, "`image` holds object, not numbers"),
     ],
 )
@@ -212,6 +218,20 @@ def test_a_bad_image_is_refused_by_name(tmp_path, datasets, message):
         read_image(path)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_labels_next_to_whole_numbers_are_those(tmp_path, dtype):
+    label = np.array([[0.0, 1e-4, -9e-4], [0.9995, 1.0005, 2.9995]]).astype(dtype)
+    path = write_h5(tmp_path / "a.h5", image=np.zeros((2, 3)), label=label)
+    assert read_case(path, num_classes=4)[1].tolist() == [[0, 0, 0], [1, 1, 3]]
+
+
+def test_bool_labels_are_0_and_1(tmp_path):
+    path = write_h5(tmp_path / "a.h5", image=spoiled(0), label=spoiled(1) > 0)
+    label = read_case(path, num_classes=2)[1]
+    assert label.dtype == np.uint8
+    np.testing.assert_array_equal(label, spoiled(1))
+
+
 def test_a_group_in_place_of_a_dataset_is_refused(tmp_path):
     path = write_h5(tmp_path / "bad.h5", label=spoiled(0))
     with h5py.File(path, "a") as file:
@@ -223,7 +243,7 @@ def test_a_group_in_place_of_a_dataset_is_refused(tmp_path):
 def test_num_classes_bounds_the_labels(tmp_path):
     path = write_h5(tmp_path / "a.h5", image=spoiled(0), label=spoiled(2))
     read_case(path, num_classes=3)
-    with pytest.raises(InputError, match="2 classes need"):
+    with pytest.raises(InputError, match=r"label 2\.0; each has to be one of 0, 1:"):
         read_case(path, num_classes=2)
 
 
@@ -345,9 +365,9 @@ def test_rounding_at_the_ends_of_the_range_is_accepted(tmp_path, case):
 def test_num_classes_reaches_the_files(tmp_path, case):
     write_case(volume_path(tmp_path, "a"), *case)
     write_slices(tmp_path, "a", *case)
-    with pytest.raises(InputError, match="2 classes"):
+    with pytest.raises(InputError, match="has to be one of 0, 1:"):
         load_volumes(tmp_path, ["a"], num_classes=2)
-    with pytest.raises(InputError, match="2 classes"):
+    with pytest.raises(InputError, match="has to be one of 0, 1:"):
         load_slices(tmp_path, ["a_slice_1"], size=(8, 8), num_classes=2)
 
 

@@ -45,7 +45,7 @@ def test_where_la_keeps_a_case(tmp_path):
     [
         (lambda image, label: (image[0], label[0]), r"shape \(7, 5\) where a volume \(X, Y, Z\) was expected"),
         (lambda image, label: (image, label * 0), "the label is empty"),
-        (lambda image, label: (image, label * 2), "2 classes need whole numbers"),
+        (lambda image, label: (image, label * 2), "has to be one of 0, 1:"),
         (lambda image, label: (image[1:], label), "must be of one shape"),
         (lambda image, label: (abs(image), label), "not normalised"),
         (lambda image, label: (100 * image, label), "not normalised"),
