@@ -30,6 +30,7 @@ from .conversion import BY_VOXEL, NO_LABEL, require_labels, summary
 from .data import Image, Label, check_patients, class_indices, read_list, write_case, write_list
 from .errors import InputError
 from .orientation import Scan, paired
+from .printing import show_every_character
 from .slices import volume_path, write_slices
 
 NUM_CLASSES = 4
@@ -131,7 +132,8 @@ def label_path(image: Path) -> Path:
 def read_phase(info: Path, phase: str) -> int:
     """The frame number of a phase (`ED` or `ES`) in Info.cfg. Raises InputError where it says none."""
     try:
-        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        lines = info.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
         return int(fields[phase])
     except (OSError, KeyError, ValueError):
         raise InputError(f"{info}: gives no frame number for {phase}; unpack this patient again") from None
@@ -161,12 +163,16 @@ def read_label(path: Path, image: Scan, by_voxel: bool) -> Label:
 
 
 def read_nifti(path: Path) -> Scan:
-    """A NIfTI file's voxels in float64. Raises InputError where it cannot be read."""
+    """The voxels of a NIfTI file, of version 1 or 2, in float64. Raises InputError where it cannot be read."""
     try:
-        image = nibabel.Nifti1Image.from_filename(path)
-        return Scan(path, image.get_fdata(), _affines(image))
+        image = nibabel.load(path)
+        assert isinstance(image, nibabel.Nifti1Image)  # by the file's name; version 2 is a subclass
+        numbers = image.get_data_dtype()
+        if numbers.kind in "iuf":
+            return Scan(path, image.get_fdata(), _affines(image))
     except _DAMAGE as error:  # by type: nibabel's texts run over several lines
         raise InputError(f"{path}: not a readable NIfTI file ({type(error).__name__}); unpack it again") from None
+    raise InputError(f"{path}: holds {numbers}, not real numbers; save it as integers or floats")
 
 
 def _affines(image: nibabel.Nifti1Image) -> Sequence[np.ndarray]:
@@ -184,6 +190,7 @@ def _affines(image: nibabel.Nifti1Image) -> Sequence[np.ndarray]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; bad input ends it with one line on standard error and exit status 1."""
+    show_every_character()
     parser = argparse.ArgumentParser(description="Convert the official ACDC folders to the h5 layout.")
     parser.add_argument("official", type=Path, help="the folder with patient001, ..., or its parent")
     parser.add_argument("out", type=Path, help="where to write the h5 layout")

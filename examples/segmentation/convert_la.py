@@ -29,6 +29,7 @@ from .conversion import BY_VOXEL, NO_LABEL, require_labels, summary
 from .data import Image, Label, check_patients, class_indices, read_list, write_case, write_list
 from .errors import InputError
 from .orientation import Scan, paired
+from .printing import show_every_character
 from .volumes import case_path
 
 IMAGE, LABEL = "lgemri.nrrd", "laendo.nrrd"
@@ -162,7 +163,7 @@ def read_nrrd(path: Path) -> Scan:
     except _DAMAGE as error:  # by type: the texts of pynrrd and zlib say little about the file
         raise InputError(f"{path}: not a readable NRRD file ({type(error).__name__}); unpack it again") from None
     if array.dtype.kind not in "iuf":
-        raise InputError(f"{path}: holds {array.dtype}, not numbers; unpack it again")
+        raise InputError(f"{path}: holds {array.dtype}, not real numbers; save it as integers or floats")
     return Scan(path, array, affines, "RAS" if space in SPACES else space)
 
 
@@ -195,6 +196,7 @@ def cut(image: Image, label: Label, margin: int) -> tuple[Image, Label]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; bad input ends it with one line on standard error and exit status 1."""
+    show_every_character()
     parser = argparse.ArgumentParser(description="Convert the 2018 atrial challenge's folders to the h5 layout of LA.")
     parser.add_argument("source", type=Path, help=f"the folder with CASE/{IMAGE} and CASE/{LABEL}")
     parser.add_argument("out", type=Path, help="where to write the h5 layout")

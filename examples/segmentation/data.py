@@ -20,7 +20,6 @@ Label = npt.NDArray[np.uint8]
 # No whitespace, no path separator, no leading dot: a name is a file name and nothing else.
 _NAME = re.compile(r"\w[\w.-]*")
 
-
 LABEL_TOLERANCE = 1e-3
 
 _MOVE = "or list this case behind the labelled ones of the training list"
@@ -49,7 +48,7 @@ def read_list(path: str | Path) -> list[str]:
     Raises InputError where the file is missing, not text or empty, or a name is malformed or repeated.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a byte-order mark
     except FileNotFoundError:
         raise InputError(f"{path}: no such list; unpack or convert the data set first") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -199,6 +199,13 @@ def test_without_lists_patients_without_labels_train_behind_the_others(official,
     }
 
 
+def test_an_info_with_a_byte_order_mark_and_a_name_in_latin_1_is_read(official, lists, frame, tmp_path):
+    info = frame.with_name("Info.cfg")
+    info.write_bytes(b"\xef\xbb\xbf" + info.read_bytes() + b"Physician: M\xfcller\n")
+    convert(official, tmp_path / "out", lists)
+    assert volume_path(tmp_path / "out", "patient002_frame01").is_file()
+
+
 @pytest.mark.parametrize("content", [None, "", "ED: 1\n", "ED: 1\nES: soon\n"])
 def test_an_info_without_the_frame_number_is_refused(official, lists, frame, content):
     info = frame.with_name("Info.cfg")
@@ -221,6 +228,25 @@ def test_an_info_without_the_frame_number_is_refused(official, lists, frame, con
 def test_a_damaged_nifti_is_refused(official, lists, frame, damage):
     frame.write_bytes(damage(frame.read_bytes()))
     refused(official, lists, r"patient002_frame12\.nii\.gz: not a readable NIfTI")
+
+
+def test_nifti_2_is_read(official, lists, frame, tmp_path):
+    convert(official, tmp_path / "one", lists)
+    for path in (frame, label_of(frame)):
+        one = nibabel.load(path)
+        nibabel.save(nibabel.Nifti2Image(np.asarray(one.dataobj), one.affine), path)
+    assert nibabel.load(frame).header["sizeof_hdr"] == 540
+    convert(official, tmp_path / "two", lists)
+    (one,), (two,) = (load_volumes(tmp_path / out, ["patient002_frame02"]) for out in ("one", "two"))
+    np.testing.assert_array_equal(one.image, two.image)
+    np.testing.assert_array_equal(one.label, two.label)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), np.dtype(np.complex64)])
+@pytest.mark.parametrize("name", ["patient002_frame12.nii.gz", "patient002_frame12_gt.nii.gz"])
+def test_colours_and_complex_numbers_are_refused(official, lists, frame, name, dtype):
+    write_nifti(frame.with_name(name), np.zeros(SHAPE, dtype))
+    refused(official, lists, rf"{name}: holds .*, not real numbers")
 
 
 def test_shapes_that_differ_or_are_not_3d_are_refused(official, lists, frame):

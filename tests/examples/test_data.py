@@ -74,6 +74,11 @@ def test_a_list_is_read_in_order_without_suffix_and_blank_end(tmp_path):
     assert read_list(path) == ["patient099_frame01", "patient001_frame02", "LA-case.1"]
 
 
+def test_a_list_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "train.list").write_bytes(b"\xef\xbb\xbfpatient001_frame01\r\npatient001_frame02\r\n")
+    assert read_list(tmp_path / "train.list") == ["patient001_frame01", "patient001_frame02"]
+
+
 def test_a_written_list_is_read_back(tmp_path):
     write_list(tmp_path / "new" / "a.list", ["b", "a"])
     assert read_list(tmp_path / "new" / "a.list") == ["b", "a"]
