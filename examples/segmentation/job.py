@@ -1,6 +1,7 @@
 """A whole job on a data set: load, train one run a method, score on the test volumes, table and pictures."""
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,8 @@ def run(job: Job) -> list[Row]:
     task, recipe = job.task, job.recipes[0]
     _require_even_shares(recipe)
     refuse_wrong_gradients(recipe, job.device, job.amp)
+    if ranks.is_main():
+        _warn_of_slow_convolutions(recipe, job.device, job.amp)
     names = ranks.together(lambda: read_lists(task, job.data))
     labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients, task.patient)
     folders = [job.folder(r) for r in job.recipes]
@@ -136,6 +139,18 @@ def run(job: Job) -> list[Row]:
     if job.goal == "pictures" and ranks.is_main():
         _report(job, rows, models, test, folders)
     return rows
+
+
+def _warn_of_slow_convolutions(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> None:
+    """In 3D, on a GPU, in the versions of torch that nnU-Net excludes for it (pytorch/pytorch issue 166122)."""
+    slow = torch.__version__.startswith("2.9.") and device.type == "cuda"
+    if slow and len(recipe.size) == 3 and amp is not None:
+        print(
+            f"warning: torch {torch.__version__} takes several times as long as 2.8 or 2.10 for 3D convolutions under "
+            "autocast on a GPU; another version will train faster.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _require_even_shares(recipe: Recipe) -> None:

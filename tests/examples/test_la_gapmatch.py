@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import acdc_gapmatch
 import h5py
 import la_gapmatch
 import numpy as np
@@ -274,6 +275,45 @@ def test_acdc_s_files_are_refused(tiny_data: Path, tmp_path: Path, capsys: pytes
 def test_sizes_with_wrong_gradients_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(data, tmp_path / "out", "--amp", "bfloat16") == 2
     assert "--amp off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "amp", "warned"),
+    [
+        ("2.9.1+cu128", "cuda", "bfloat16", True),
+        ("2.9.0", "cuda:0", "float16", True),
+        ("2.9.1", "cuda", "off", False),
+        ("2.9.1", "cpu", "bfloat16", False),
+        ("2.8.0", "cuda", "bfloat16", False),
+        ("2.10.0", "cuda", "bfloat16", False),
+    ],
+)
+def test_a_torch_with_slow_3d_convolutions_is_warned_of(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    device: str,
+    amp: str,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(cli.ranks, "usable_device", lambda _: torch.device(device))
+    monkeypatch.setitem(la_gapmatch.LA.presets, "cpu", {**TINY, "size": (48, 48, 48)})
+    assert _run(tmp_path, tmp_path / "out", "--amp", amp) == 2  # it says so before anything is read
+    error = capsys.readouterr().err
+    assert error.endswith("train.list: no such list; unpack or convert the data set first\n")
+    assert (f"warning: torch {version} takes several times as long" in error) == warned
+    assert error.count("\n") == 1 + warned
+
+
+def test_slices_are_not_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    monkeypatch.setattr(cli.ranks, "usable_device", lambda _: torch.device("cuda"))
+    assert acdc_gapmatch.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_labelled_and_unlabelled_crops_lie_apart(tiny_atrium: Path) -> None:
