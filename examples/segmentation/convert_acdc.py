@@ -38,7 +38,7 @@ SPLITS = ("train", "val", "test")
 FRAMES = ("frame01", "frame02")
 
 # What nibabel and gzip raise for a damaged file, by the place of the damage.
-_DAMAGE = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, ValueError, zlib.error)
+_DAMAGE = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, ValueError, TypeError, zlib.error)
 
 
 def convert(
@@ -166,7 +166,8 @@ def read_nifti(path: Path) -> Scan:
     """The voxels of a NIfTI file, of version 1 or 2, in float64. Raises InputError where it cannot be read."""
     try:
         image = nibabel.load(path)
-        assert isinstance(image, nibabel.Nifti1Image)  # by the file's name; version 2 is a subclass
+        if not isinstance(image, nibabel.Nifti1Image):  # of which version 2 is a subclass
+            raise ImageFileError
         numbers = image.get_data_dtype()
         if numbers.kind in "iuf":
             return Scan(path, image.get_fdata(), _affines(image))
