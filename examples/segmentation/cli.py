@@ -13,6 +13,7 @@ from .data import patients_for_share
 from .errors import InputError, UserError
 from .job import Job, OldRuns, run
 from .methods import TABLE
+from .printing import show_every_character
 from .recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Method, Recipe, method_of
 from .task import Task
 
@@ -36,6 +37,7 @@ COMPILE_PAYS: frozenset[str] = frozenset()
 
 def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
+    show_every_character()
     with ranks.joined():
         try:
             run(job(task, parse(task, description, argv)))
