@@ -17,7 +17,7 @@ import torch
 from common import environment
 from grid import TASKS, Cell
 from lab_records import Record, Records
-from segmentation.data import patient_of, patients_for_share, split_by_patients
+from segmentation.data import patients_for_share, split_by_patients
 from segmentation.errors import InputError, OldRunError, RunError, UserError
 from segmentation.identity import digests
 from segmentation.job import Job, read_lists, run
@@ -86,7 +86,7 @@ class Lab:
             "cell": {"name": cell.name, **asdict(cell), "changes": dict(cell.changes)},
             "kind": self.device.type,
             **environment(str(self.device)),
-            "labelled_names": _patients(split_by_patients(names[job.task.training_list], job.patients)[0]),
+            "labelled_names": _labelled_patients(job, names[job.task.training_list]),
             "lists": digests(names),
             "recipe": cell.recipe.to_dict(),
         }
@@ -190,8 +190,9 @@ def interrupted_after(seconds: float | None = None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _patients(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(map(patient_of, names)))
+def _labelled_patients(job: Job, names: Sequence[str]) -> list[str]:
+    labelled, _ = split_by_patients(names, job.patients, job.task.patient)
+    return list(dict.fromkeys(map(job.task.patient, labelled)))
 
 
 def _result(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from classification.networks import cifar_network, small_network
 from classification.report import Point, save_curves, save_logs, show_table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from segmentation.errors import InputError
+from segmentation.printing import show_every_character
 from segmentation.ranks import usable_device
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -179,6 +180,7 @@ def checked(settings: Settings, data: Data) -> Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    show_every_character()
     try:
         run(parse(argv))
     except (ValueError, OSError) as error:  # ours and the library's name the culprit

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from segmentation.errors import InputError
+from segmentation.printing import show_every_character
 from torch import Tensor, nn
 from toy.margin import Score, probability_over_window, score
 from toy.moons import Data, two_moons
@@ -181,6 +182,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    show_every_character()
     torch.set_num_threads(1)  # more only get into each other's way at this size
     try:
         run(parse(argv))

@@ -1,7 +1,7 @@
-"""For all tests: two gloo processes, and the number of threads."""
+"""For all tests: packages that may be missing, two gloo processes, and the number of threads."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,46 @@ import torch.distributed as dist
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers with several threads each wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
+
+
+# What a full installation has beyond torch, NumPy, pytest and hypothesis, by the names to import.
+OF_EXTRAS = {
+    "PIL",
+    "accelerate",
+    "h5py",
+    "ignite",
+    "lightning",
+    "matplotlib",
+    "medpy",
+    "monai",
+    "nibabel",
+    "nrrd",
+    "pytorch_optimizer",
+    "rich",
+    "scipy",
+    "skimage",
+    "tensorboard",
+    "torchvision",
+    "yaml",
+}
+
+
+class _Module(pytest.Module):
+    """A test module that is skipped where a package of an extra is missing, instead of ending the collection."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            cause = error.__cause__
+            missing = (cause.name or "").split(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
+            if missing not in OF_EXTRAS:
+                raise
+            pytest.skip(f"{self.path.name} needs {missing}, of an extra in pyproject.toml", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return _Module.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gap_torch
 from gap_torch import GAPWrapper, consistency
-from gap_torch.consistency import FixedThreshold, FixMatch, Method, Threshold
+from gap_torch.consistency import Batch, FixedThreshold, FixMatch, Method, Threshold
 from gap_torch.losses import ce_dice_loss
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def names() -> dict:
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
     method = FixMatch(lambda x: x, lambda x: 0.9 * x, tau=0.2)
     x, y, unlabelled = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8)), torch.rand(2, 1, 8, 8)
-    views = method.prepare(model, unlabelled)
+    views = method.prepare(model, Batch(unlabelled))
     return {
         "torch": torch,
         "gap_torch": gap_torch,
@@ -79,6 +79,7 @@ def names() -> dict:
         "optimizer": GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), eps=0.1, alpha=0.5),
         "scaler": torch.amp.GradScaler("cpu"),
         "method": method,
+        "Batch": Batch,
         "weak": method.weak,
         "strong": method.strong,
         "unlabelled": unlabelled,

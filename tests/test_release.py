@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
 
 import gap_torch
 
@@ -48,3 +49,9 @@ def test_the_citation_names_the_paper() -> None:
     assert [author["family-names"] for author in paper["authors"]] == ["Huang", "Zhang", "Wang", "Wang"]
     assert paper["year"] == 2025
     assert paper["title"].startswith("GapMatch")
+
+
+def test_no_extra_takes_the_malicious_releases_of_lightning() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    (requirement,) = map(Requirement, re.findall(r'"(lightning\b[^"]*)"', text))
+    assert list(requirement.specifier.filter(["2.6.1", "2.6.2", "2.6.3", "2.6.6"])) == ["2.6.1", "2.6.6"]

@@ -14,6 +14,7 @@ from .data import patients_for_share
 from .errors import InputError, UserError
 from .job import Job, OldRuns, run
 from .methods import TABLE, parsed
+from .printing import show_every_character
 from .recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Recipe, Run, method_of
 from .task import Task
 
@@ -37,6 +38,7 @@ COMPILE_PAYS: frozenset[str] = frozenset()
 
 def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
+    show_every_character()
     with ranks.joined():
         try:
             run(job(task, parse(task, description, argv)))

@@ -1,6 +1,7 @@
 """A whole job on a data set: load, train one run a method, score on the test volumes, table and pictures."""
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from . import ranks
 from .components import largest_component
-from .data import Volume, check_files, check_patients, patient_of, read_list, split_by_patients
+from .data import Volume, check_files, check_patients, read_list, split_by_patients
 from .errors import InputError
 from .evaluate import Evaluation, evaluate
 from .figures import Case, RunLog, save_curves
@@ -91,15 +92,18 @@ def run(job: Job) -> list[Row]:
     task, recipe = job.task, job.recipes[0]
     _require_even_shares(recipe)
     refuse_wrong_gradients(recipe, job.device, job.amp)
+    if ranks.is_main():
+        _warn_of_slow_convolutions(recipe, job.device, job.amp)
     names = ranks.together(lambda: read_lists(task, job.data))
-    labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients)
+    labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients, task.patient)
     folders = [job.folder(r) for r in job.recipes]
     ranks.on_main(lambda: _prepare_folders(folders, job))
 
     print(f"reading {job.data}", flush=True)
     labelled, unlabelled = ranks.together(
         lambda: [
-            task.read_training(job.data, part, recipe).to(job.device) for part in (labelled_names, unlabelled_names)
+            task.read_labelled(job.data, labelled_names, recipe).to(job.device),
+            task.read_unlabelled(job.data, unlabelled_names, recipe).to(job.device),
         ]
     )
     scored = None if job.goal == "training" else task.test_list
@@ -112,7 +116,7 @@ def run(job: Job) -> list[Row]:
     )
 
     torch.backends.cudnn.benchmark = job.device.type == "cuda"  # every batch has the same shape
-    patients = list(dict.fromkeys(map(patient_of, labelled_names)))
+    patients = list(dict.fromkeys(map(task.patient, labelled_names)))
     identities = [identity(task.name, r, patients, job.amp, names, job.compiled) for r in job.recipes]
     trainers = [Trainer(task, r, labelled, unlabelled, job.device, job.amp, job.compiled) for r in job.recipes]
     found = ranks.together(
@@ -136,6 +140,18 @@ def run(job: Job) -> list[Row]:
     return rows
 
 
+def _warn_of_slow_convolutions(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> None:
+    """In 3D, on a GPU, in the versions of torch that nnU-Net excludes for it (pytorch/pytorch issue 166122)."""
+    slow = torch.__version__.startswith("2.9.") and device.type == "cuda"
+    if slow and len(recipe.size) == 3 and amp is not None:
+        print(
+            f"warning: torch {torch.__version__} takes several times as long as 2.8 or 2.10 for 3D convolutions under "
+            "autocast on a GPU; another version will train faster.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def _require_even_shares(recipe: Recipe) -> None:
     for name in ("labelled_batch", "unlabelled_batch"):
         batch = getattr(recipe, name)
@@ -151,7 +167,7 @@ def read_lists(task: Task, root: Path) -> dict[str, list[str]]:
     if root.is_file():
         raise InputError(f"{root}: is a file; give the folder that holds the lists and the data.")
     names = {split: read_list(root / f"{split}.list") for split in task.lists}
-    check_patients(names)
+    check_patients(names, task.patient)
     for split in task.lists:
         path = task.training_path if split == task.training_list else task.volume_path
         check_files(path(root, name) for name in names[split])

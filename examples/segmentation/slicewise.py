@@ -35,8 +35,13 @@ class SliceTask(Task):
     def volume_path(self, root: Path, name: str) -> Path:
         return slices.volume_path(root, name)
 
-    def read_training(self, root: Path, names: Sequence[str], recipe: Recipe) -> Slices:
-        return slices.load_slices(root, names, _plane(recipe), self.num_classes)
+    def read_labelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Slices:
+        labelled = slices.load_slices(root, names, _plane(recipe), self.num_classes)
+        slices.require_foreground(root, labelled, self.patient)
+        return labelled
+
+    def read_unlabelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Slices:
+        return slices.load_unlabelled(root, names, _plane(recipe))
 
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
         return slices.load_volumes(root, names, self.num_classes)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .attachments import Attach
-from .data import Volume
+from .data import Volume, patient_of
 from .figures import Case
 from .recipe import Recipe
 
@@ -31,13 +31,16 @@ class Pool(Protocol):
     def to(self, device: torch.device) -> "Pool":
         """The same samples on `device`."""
 
-    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images (B, C, *size) float32 and labels (B, *size) of the samples at `indices`, on their device.
+    def image_batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Images (B, C, *size) float32 of the samples at `indices`, on their device.
 
         Args:
             indices: int64 (B,), on the CPU.
             generator: of the CPU, for what is chosen at random (where to crop).
         """
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The same images and their labels (B, *size); of labelled samples alone."""
 
 
 class Augmentation(Protocol):
@@ -65,6 +68,8 @@ class Task(ABC):
         training_patients: how many there are, for labelled shares in percent.
         published: scores of the paper: labelled share in percent -> method -> scores.
         write_phantom: writes a small data set in the same layout, to try everything without data.
+        patient: whose a case or slice is, by its name. A patient is in one list alone, and the labelled share is one of
+            patients.
         stride: of the sliding window by which volumes are predicted, in voxels; None where there is no window.
     """
 
@@ -77,6 +82,7 @@ class Task(ABC):
     training_patients: int
     published: Mapping[int, Mapping[str, Scores]]
     write_phantom: Callable[[Path], None]
+    patient: Callable[[str], str] = patient_of
     stride: tuple[int, ...] | None = None
 
     @property
@@ -99,12 +105,18 @@ class Task(ABC):
         """Where the layout keeps a volume."""
 
     @abstractmethod
-    def read_training(self, root: Path, names: Sequence[str], recipe: Recipe) -> Pool:
-        """The named training samples. Raises InputError for a bad file."""
+    def read_labelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Pool:
+        """The named training samples and their labels. Raises InputError for a bad file, and where nothing but
+        background is labelled.
+        """
+
+    @abstractmethod
+    def read_unlabelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Pool:
+        """The named training samples' images; labels are not read. Raises InputError for a bad file."""
 
     @abstractmethod
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
-        """The named volumes. Raises InputError for a bad file."""
+        """The named volumes and their labels, to be scored. Raises InputError for a bad file."""
 
     @abstractmethod
     def network(self, recipe: Recipe, attachment: Attach | None) -> nn.Module:

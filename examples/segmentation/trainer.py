@@ -61,7 +61,7 @@ class Trainer:
         task: the data set.
         recipe: what to run.
         labelled: samples with labels to learn from.
-        unlabelled: samples whose labels are never looked at.
+        unlabelled: samples of which nothing but the images is looked at.
         device: where to train.
         amp: autocast dtype (bfloat16 or float16), or None for float32.
         compiled: whether `torch.compile` makes the training passes. One process alone; scoring stays eager, since
@@ -185,7 +185,7 @@ class Trainer:
     def unlabelled_batch(self, iteration: int) -> Tensor:
         """Images of `iteration`, cut elsewhere than the labelled ones."""
         generator = torch.Generator().manual_seed(mix(self.recipe.seed + 1, iteration))
-        return self.unlabelled.batch(self.unlabelled_stream[iteration], generator)[0]
+        return self.unlabelled.image_batch(self.unlabelled_stream[iteration], generator)
 
     def to_host(self, values: dict[str, Tensor]) -> dict[str, float]:
         """What `step` returned as numbers, and its learning rate; one copy, which waits for the device."""
@@ -213,7 +213,7 @@ class Trainer:
         """An image of both pools, the labelled ones first, as a batch of one."""
         unlabelled = index - len(self.labelled)
         pool, index = (self.labelled, index) if unlabelled < 0 else (self.unlabelled, unlabelled)
-        return pool.batch(torch.tensor([index]), generator)[0]
+        return pool.image_batch(torch.tensor([index]), generator)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next iteration depends on."""

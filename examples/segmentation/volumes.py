@@ -3,6 +3,8 @@
     root/train.list, root/test.list                      one case a line
     root/2018LA_Seg_Training Set/CASE/mri_norm2.h5       `image` (X, Y, Z), `label` (X, Y, Z)
 
+A training case behind the labelled ones needs no `label`.
+
 The layout is that in which UA-MT (https://github.com/yulequan/UA-MT) shares LA. There a scan was normalised to zero
 mean and unit variance first and cut to the surroundings of the atrium afterwards, so that a file's own mean is between
 0.05 and 1.9 and its standard deviation between 0.3 and 1.7.
@@ -16,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Image, Volume, read_case
+from .data import BAD_LABEL, Image, Volume, read_case, read_image
 from .errors import InputError
 
 Size = tuple[int, int, int]
+Cut = tuple[int, tuple[slice, ...]]
+"""A volume's index, and a box in it."""
 
 FOLDER = "2018LA_Seg_Training Set"
 FILE = "mri_norm2.h5"
@@ -35,19 +39,21 @@ class Crops:
     Args:
         names: N names, for messages.
         images: N times (X, Y, Z) float32.
-        labels: N times (X, Y, Z) uint8, one class index a voxel.
+        labels: N times (X, Y, Z) uint8, one class index a voxel; None of unlabelled volumes.
         size: X, Y and Z of a crop.
 
     Raises:
         InputError: a volume does not fill half of the crop along an axis.
     """
 
-    def __init__(self, names: Sequence[str], images: Sequence[Tensor], labels: Sequence[Tensor], size: Size) -> None:
+    def __init__(
+        self, names: Sequence[str], images: Sequence[Tensor], labels: Sequence[Tensor] | None, size: Size
+    ) -> None:
         for name, image in zip(names, images, strict=True):
             _require_half(name, tuple(image.shape), size)
         self.names, self.size = list(names), size
         self.images = [_padded(image, size) for image in images]
-        self.labels = [_padded(label, size) for label in labels]
+        self.labels = None if labels is None else [_padded(label, size) for label in labels]
 
     @classmethod
     def of(cls, volumes: Sequence[Volume], size: Size) -> "Crops":
@@ -61,20 +67,27 @@ class Crops:
 
     def to(self, device: torch.device) -> "Crops":
         """The same volumes on `device`."""
-        images, labels = ([volume.to(device) for volume in volumes] for volumes in (self.images, self.labels))
+        images = [image.to(device) for image in self.images]
+        labels = None if self.labels is None else [label.to(device) for label in self.labels]
         return Crops(self.names, images, labels, self.size)
 
+    def image_batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """The images (B, 1, X, Y, Z) of `batch`, cut at the places that it would cut at."""
+        return _crops(self.images, self._cuts(indices, generator)).unsqueeze(1)
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random crop of each volume in `indices`: images (B, 1, X, Y, Z) and labels (B, X, Y, Z).
+        """A random crop of each labelled volume in `indices`: images (B, 1, X, Y, Z) and labels (B, X, Y, Z).
 
         Args:
             indices: which volumes, int64 (B,); one may occur several times and is cropped anew each time.
             generator: of the CPU, so that nothing waits for a GPU; every place of a crop is equally likely.
         """
-        cuts = [(index, self._cut(index, generator)) for index in indices.tolist()]
-        images = torch.stack([self.images[index][cut] for index, cut in cuts])
-        labels = torch.stack([self.labels[index][cut] for index, cut in cuts])
-        return images.unsqueeze(1), labels
+        assert self.labels is not None, "unlabelled volumes have an image_batch alone"
+        cuts = self._cuts(indices, generator)
+        return _crops(self.images, cuts).unsqueeze(1), _crops(self.labels, cuts)
+
+    def _cuts(self, indices: Tensor, generator: torch.Generator) -> list[Cut]:
+        return [(index, self._cut(index, generator)) for index in indices.tolist()]
 
     def _cut(self, index: int, generator: torch.Generator) -> tuple[slice, ...]:
         sides = zip(self.images[index].shape, self.size, strict=True)
@@ -102,15 +115,31 @@ def load_cases(
     for name in names:
         path = path_of(Path(root), name)
         image, label = read_case(path, num_classes)
-        if image.ndim != 3:
-            raise InputError(
-                f"{path}: shape {image.shape} where a volume (X, Y, Z) was expected; acdc_gapmatch.py trains on slices"
-            )
+        _require_volume(path, image)
         if not label.any():
-            raise InputError(f"{path}: the label is empty, background alone; mend it or take it off the list")
-        _require_normalised(path, image)
+            raise InputError(f"{path}: the label is empty, background alone; {BAD_LABEL}")
         volumes.append(Volume(name, image, label))
     return volumes
+
+
+def load_images(
+    root: str | Path, names: Sequence[str], path_of: Callable[[Path, str], Path] = case_path
+) -> list[Image]:
+    """The images of the named cases; labels are not read, and need not be there.
+
+    Raises InputError as `read_image`, or if one is not 3D or cannot come from normalisation to zero mean and unit
+    variance.
+    """
+    images = []
+    for name in names:
+        path = path_of(Path(root), name)
+        images.append(read_image(path))
+        _require_volume(path, images[-1])
+    return images
+
+
+def _crops(volumes: Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:
+    return torch.stack([volumes[index][cut] for index, cut in cuts])
 
 
 def _padded(volume: Tensor, size: Size) -> Tensor:
@@ -127,8 +156,12 @@ def _require_half(name: str, shape: tuple[int, ...], size: Size) -> None:
         )
 
 
-def _require_normalised(path: Path, image: Image) -> None:
-    """Refuse raw intensities and those in [0, 1]; a finer sieve would refuse LA's own files."""
+def _require_volume(path: Path, image: Image) -> None:
+    """Refuse other dimensions, raw intensities and those in [0, 1]; a finer sieve would refuse LA's own files."""
+    if image.ndim != 3:
+        raise InputError(
+            f"{path}: shape {image.shape} where a volume (X, Y, Z) was expected; acdc_gapmatch.py trains on slices"
+        )
     lowest, std = image.min(), image.std(dtype=np.float64)
     least, greatest = NORMALISED_STD
     if lowest >= 0 or not least <= std <= greatest:

@@ -39,8 +39,12 @@ class VolumeTask(Task):
     def volume_path(self, root: Path, name: str) -> Path:
         return self.path(root, name)
 
-    def read_training(self, root: Path, names: Sequence[str], recipe: Recipe) -> Crops:
+    def read_labelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Crops:
         return Crops.of(self.read_volumes(root, names), _box(recipe))
+
+    def read_unlabelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Crops:
+        images = volumes.load_images(root, names, self.path)
+        return Crops(names, [torch.from_numpy(image) for image in images], None, _box(recipe))
 
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
         return volumes.load_cases(root, names, self.num_classes, self.path)

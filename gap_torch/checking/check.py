@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..sharding import reshard
 from ..wrapper import GAPWrapper
 from . import rules
+from .notes import notes
 from .places import from_library, raised
 from .report import Finding, Report, print_once
 from .update import Update
@@ -103,7 +104,7 @@ class Check:
         Check.running = None
         atexit.unregister(self._end_of_program)
         self._watch.stop()
-        if not self.report.updates and not self.report.stopped and not self.report.problems:
+        if not self.report.timeline and not self.report.stopped and not self.report.problems:
             self.report.stopped = f"{by}, before any update was complete"
         if self._show is not None:
             self._show(self.report)
@@ -125,7 +126,7 @@ class Check:
         verdicts = [verdict for verdict in rules.verdicts(update, has_wrapper) if verdict]
         self._add(update, [v for v in verdicts if isinstance(v, Finding)], [v for v in verdicts if isinstance(v, str)])
         if update.where("step") and (update.due or not has_wrapper):
-            self.report.updates += not update.hidden
+            self.report.updates += not (update.hidden or update.stood_still)
             self._to_watch -= 1
 
     def _begun(self, update: Update) -> None:
@@ -136,7 +137,8 @@ class Check:
 
     def _add(self, update: Update, problems: Iterable[Finding], right: Iterable[str] = ()) -> None:
         self.report.timeline = update.timeline
-        self.report.add([*update.seen, *problems], rules.notes(update), right)
+        self.report.losses, self.report.norms = update.told_losses(), dict(update.norms)
+        self.report.add([*update.seen, *problems], notes(update), right)
 
     # ------------------------------------------------------------------ ends before the step
 
@@ -155,7 +157,7 @@ class Check:
         problems = []
         if from_library(trace) and not update.seen:
             problems = [Finding("refused", where, str(error), "as it says.")]
-        elif any(words in str(error) for words in STALE) and update.where("first_step"):
+        elif any(words in str(error) for words in STALE) and (update.where("first_step") or update.at_theta_star()):
             what = "the backward of a loss that was computed before the parameters moved (or moved back)."
             problems = [Finding("stale graph", where, what, rules.ANEW)]
         self._add(update, problems)

@@ -21,6 +21,10 @@ class Finding(NamedTuple):
     """How to mend it."""
 
 
+RESERVES = {"not told", "features", "no gradient", "no g_l"}
+"""Kinds of notes that leave open whether all is right."""
+
+
 @dataclass
 class Report:
     """What is right, what is wrong, where, and what to do about it.
@@ -29,7 +33,7 @@ class Report:
     """
 
     updates: int = 0
-    """How many were watched to their end."""
+    """How many were watched to their end, without those in which nothing moved."""
     problems: list[Finding] = field(default_factory=list)
     """What is wrong."""
     notes: list[Finding] = field(default_factory=list)
@@ -38,12 +42,18 @@ class Report:
     """What has been verified, a sentence each."""
     timeline: list[tuple[str, str]] = field(default_factory=list)
     """What was called in the last update that was watched, and where ("file:line")."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Of the passes of "g1", "g2" and "g_l" in the last update: the sums of what backward was called on, as far as that
+    can be told. In a GradScaler's units if one is used."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """L2 norms of the gradients g1, g2 and g_l (with what was set aside) in the last update, each over all parameters,
+    in float64. In a GradScaler's units if one is used; none where parameters are spread over processes."""
     stopped: str = ""
     """The exception of the user's own code, or whatever else has ended the check before its time."""
 
     @property
     def ok(self) -> bool:
-        """Whether an update was watched to its end, and nothing was wrong with it."""
+        """Whether an update was watched to its end, the parameters moved in it, and nothing was wrong."""
         return self.updates > 0 and not self.problems
 
     def add(self, problems: Iterable[Finding], notes: Iterable[Finding] = (), right: Iterable[str] = ()) -> None:
@@ -53,7 +63,8 @@ class Report:
         self.right = list(dict.fromkeys([*self.right, *right]))
 
     def __str__(self) -> str:
-        return "\n".join([f"gap_torch.check: {self._verdict()}", *self._calls(), *self._lines()])
+        lines = [*self._calls(), *self._passes(), *self._lines()]
+        return "\n".join([f"gap_torch.check: {self._verdict()}", *lines])
 
     def _verdict(self) -> str:
         stopped = f" (Stopped by {self.stopped}.)" if self.stopped else ""
@@ -61,16 +72,23 @@ class Report:
         if self.problems:
             count = len(self.problems)
             return f"{count} thing{'s are' if count > 1 else ' is'} WRONG in {watched}.{stopped}"
+        kinds = {note.kind for note in self.notes}
+        if not self.updates and "no move" in kinds:
+            return f"nothing moved in this update, so GAP was not checked: check again later.{stopped}"
         if not self.updates:
             return f"no update was watched to its end, so nothing is known.{stopped}"
-        kinds = {note.kind for note in self.notes}
-        reserve = ", as far as can be told" if kinds - {"no move"} else ", and nothing moved" if kinds else ""
+        reserve = ", as far as can be told" if kinds & RESERVES else ""
         return f"GAP ran as Algorithm 1 in {watched}{reserve}.{stopped}"
 
     def _calls(self) -> Iterable[str]:
         for (name, where), run in groupby(self.timeline):
             times = len(list(run))
             yield f"    {name:<12} {where}" + (f"  x {times}" if times > 1 else "")
+
+    def _passes(self) -> Iterable[str]:
+        for name, numbers in (("loss", self.losses), ("norm", self.norms)):
+            if numbers:
+                yield f"    {name:<12} " + ", ".join(f"{key} {number:.4g}" for key, number in sorted(numbers.items()))
 
     def _lines(self) -> Iterable[str]:
         for problem in self.problems:
@@ -87,3 +105,8 @@ def print_once(report: Report) -> None:
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if not several or dist.get_rank() == 0 or not report.ok:
         print((f"rank {dist.get_rank()}: " if several else "") + str(report))
+
+
+def shown(names: list[str]) -> str:
+    """The first few of them."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

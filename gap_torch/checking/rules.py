@@ -5,7 +5,9 @@ A rule looks at the record of an update and says what is wrong (a Finding), what
 
 from collections.abc import Iterator
 
-from .report import Finding
+from .buffers import is_statistic
+from .passes import counted_in, of_part, on_data, seen_in, silent_samples
+from .report import Finding, shown
 from .update import Forward, Update
 
 Verdict = Finding | str | None
@@ -17,12 +19,14 @@ ANEW = (
     "`with optimizer.set_aside():`, before the first pass."
 )
 
+LABELLED_ELSEWHERE = "run the labelled backward after second_step(), or first under `with optimizer.set_aside():`;"
+
 
 def verdicts(update: Update, has_wrapper: bool) -> Iterator[Verdict]:
     """Of all rules that apply to `update`, which has come to its end."""
     if not has_wrapper:
         yield _no_wrapper(update)
-        yield g2_is_used(update)
+        yield from (rule(update) for rule in BY_HAND)
     elif not update.due:
         yield "an update without GAP (interval)"
     elif update.where("first_step"):
@@ -30,34 +34,7 @@ def verdicts(update: Update, has_wrapper: bool) -> Iterator[Verdict]:
             yield rule(update)
     elif not update.hidden:
         yield _no_perturbed_pass(update)
-        yield g2_is_used(update)
-
-
-def notes(update: Update) -> Iterator[Finding]:
-    """What is worth knowing."""
-    first, second = update.where("first_step"), update.where("second_step")
-    if update.hidden:
-        what = "first_step() ran where it can't be watched, as in a compiled step, so nothing is known of this update."
-        yield Finding("not told", update.where("step"), what, "Check it without torch.compile.")
-    if not first or not second:
-        return
-    if update.move is None:
-        yield Finding("not told", first, "the radius can't be told: the parameters are spread over processes.")
-    elif update.move.wanted == 0:
-        what = "theta* is theta: eps is 0, or ||g1|| was zero or not finite."
-        fix = "Common early in FixMatch, when no pixel is confident, and with a GradScaler: check again later."
-        yield Finding("no move", first, what, fix)
-    if not _samples(update.went_through("g1")) or not _samples(update.went_through("g2")):
-        what = "whether both passes saw the same samples can't be told: the inputs of the model were not seen."
-        yield Finding("not told", first, what)
-    if silent := _silent(update):
-        what = f"{len(silent)} of the samples at theta* got no gradient."
-        fix = "Fine if no pixel of theirs is confident; if targets are made from them, make those once, at theta."
-        yield Finding("no gradient", update.where("g2"), what, fix)
-    if update.where("step") and not update.where("g_l") and not update.where("aside"):
-        what = "no backward came after second_step(), and none was set aside."
-        fix = "If the labelled loss is part of both passes, it steers the direction as well: move it behind them."
-        yield Finding("no g_l", second, what, fix)
+        yield from (rule(update) for rule in BY_HAND)
 
 
 # ---------------------------------------------------------------------- without a perturbed pass
@@ -65,6 +42,8 @@ def notes(update: Update) -> Iterator[Finding]:
 
 def _no_wrapper(update: Update) -> Finding:
     step = "may be right or wrong" if update.at_theta_star() else "is that of the plain method"
+    if any(isinstance(rule(update), Finding) for rule in BY_HAND):
+        step = "is wrong"
     what = f"the optimizer is no GAPWrapper, and its step {step}.{_by_hand(update)}"
     fix = f"wrap it, optimizer = GAPWrapper(optimizer, eps=0.1), and {USE_PERTURBED}"
     return Finding("no wrapper", update.where("step"), what, fix)
@@ -129,28 +108,62 @@ def restored(update: Update) -> Verdict:
 
 
 def same_samples(update: Update) -> Verdict:
-    """What contributes to one of g1 and g2 was part of the pass of the other."""
-    first, second = update.went_through("g1"), update.went_through("g2")
-    seen1, seen2 = _samples(first), _samples(second)
-    if not seen1 or not seen2:
+    """What contributes to one of g1 and g2 is part of the pass of the other, and contributes there as well."""
+    first, second = on_data(update, "g1"), on_data(update, "g2")
+    if not seen_in(first) or not seen_in(second):
         return None
+    alone = _alone_in_g2(first, second) or _alone_in_g1(first, second) or _search_in_g1(first, second)
+    return alone or f"both passes saw the same {len(seen_in(second))} samples"
+
+
+def _alone_in_g2(first: list[Forward], second: list[Forward]) -> Finding | None:
+    seen = seen_in(first)
     for forward in second:
-        if forward.flows["g2"].samples - seen1:
+        flow, counted = forward.flows["g2"], counted_in(of_part(forward.part, first), "g1")
+        if flow.samples - seen:
             what = "the perturbed pass takes gradients of samples that the pass of g1 has not seen."
             fix = (
                 "use the same batch and the same augmented views in both (draw them once, before the first pass), and "
                 "run the labelled loss after second_step()."
             )
             return _of_forward("other batch", forward, what, fix)
+        if counted and (alone := flow.clearly - counted):
+            what = f"g2 holds gradients of {len(alone)} samples whose loss is not in g1 (the labelled loss?)."
+            fix = "use the same loss in both passes, and masks made once, at theta; run the labelled one after them."
+            return _of_forward("other batch", forward, what, fix)
+    return None
+
+
+def _alone_in_g1(first: list[Forward], second: list[Forward]) -> Finding | None:
+    seen = seen_in(second)
     for forward in first:
-        if forward.flows["g1"].samples - seen2:
+        flow, counted = forward.flows["g1"], counted_in(of_part(forward.part, second), "g2")
+        if flow.samples - seen:
+            if forward.adversarial:
+                return _searched(forward)
             what = "g1 holds gradients of samples that the perturbed pass does not see (the labelled loss?)."
-            fix = (
-                "run the labelled backward after second_step(), or first under `with optimizer.set_aside():`; "
-                "micro-batches belong into both passes."
+            return _of_forward(
+                "mixed g1", forward, what, f"{LABELLED_ELSEWHERE} micro-batches belong into both passes."
             )
-            return _of_forward("mixed g1", forward, what, fix)
-    return f"both passes saw the same {len(seen2)} samples"
+        if alone := flow.clearly - counted:
+            what = f"g1 holds gradients of {len(alone)} samples whose loss is not in g2 (the labelled loss?)."
+            return _of_forward("mixed g1", forward, what, f"{LABELLED_ELSEWHERE} make masks once, at theta.")
+    return None
+
+
+def _search_in_g1(first: list[Forward], second: list[Forward]) -> Finding | None:
+    """An adversarial search that begins at samples which are in both passes anyway."""
+    searches = [f for f in first if f.adversarial and f.flows["g1"].samples]
+    others = [f for f in first if not f.adversarial]
+    if any(f.adversarial for f in second):
+        return None
+    return next((_searched(f) for f in searches if f.flows["g1"].samples <= seen_in(others)), None)
+
+
+def _searched(forward: Forward) -> Finding:
+    what = "g1 holds the gradient of a pass whose input wants one itself: of a search for an adversarial example?"
+    fix = "search by torch.autograd.grad(loss, inputs), or call model.zero_grad() after the search."
+    return _of_forward("mixed g1", forward, what, fix)
 
 
 def g2_is_used(update: Update) -> Verdict:
@@ -173,24 +186,36 @@ def fixed_targets(update: Update) -> Verdict:
             what = "a forward pass at the perturbed parameters that no gradient goes through: for targets?"
             fix = "make targets once, at theta, before the first pass. (A pass to log something: move it out, too.)"
             return _of_forward("targets", forward, what, fix)
-    return None if _silent(update) else "no forward pass for targets at theta*"
+    return None if silent_samples(update) else "no forward pass for targets at theta*"
 
 
 def own_graphs(update: Update) -> Verdict:
     """A backward runs where its forward did."""
     for forward in update.forwards:
-        if forward.stale:
+        if where := forward.stale_at:
             what = "a loss was computed before the parameters moved and its backward ran after, or the reverse."
-            return _of_forward("stale graph", forward, what, ANEW)
+            return _of_forward("stale graph", forward, what, ANEW, where)
+    return None
+
+
+def same_mode(update: Update) -> Verdict:
+    """Modules are in training mode, or not, in both passes."""
+    first = update.went_through("g1")
+    for forward in update.went_through("g2"):
+        modes = [f.training for f in first if f.part == forward.part]
+        if modes and forward.training not in modes:
+            names = sorted(forward.training ^ modes[0])
+            what = f"training mode was on in one pass and off in the other ({shown(names)}): g2 is of another function."
+            fix = "call model.train() or model.eval() before the first pass, and neither between the two."
+            return _of_forward("mode", forward, what, fix)
     return None
 
 
 def running_statistics(update: Update) -> Verdict:
     """Batch norm's stay as they are in the perturbed pass."""
     for forward in update.at_theta_star():
-        if names := forward.moved:
-            shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-            what = f"the perturbed pass moves running statistics of batch norm ({shown})."
+        if names := [name for name in forward.moved if is_statistic(name)]:
+            what = f"the perturbed pass moves running statistics of batch norm ({shown(names)})."
             fix = "give the model: perturbed(model); or wrap the pass in `with gap_torch.frozen_running_stats(model):`."
             return _of_forward("statistics", forward, what, fix)
     if update.has_statistics and update.at_theta_star():
@@ -198,21 +223,12 @@ def running_statistics(update: Update) -> Verdict:
     return None
 
 
-RULES = (order, radius, restored, same_samples, g2_is_used, fixed_targets, own_graphs, running_statistics)
+RULES = (order, radius, restored, same_samples, same_mode, g2_is_used, fixed_targets, own_graphs, running_statistics)
+BY_HAND = (g2_is_used, own_graphs)
+"""The rules for updates without a wrapper's perturbed pass: GAP written by hand, if the parameters move at all."""
 
 
-def _of_forward(kind: str, forward: Forward, what: str, fix: str) -> Finding:
+def _of_forward(kind: str, forward: Forward, what: str, fix: str, where: str = "") -> Finding:
     """At its last backward, which is more often a line of the loop itself; else where the model was called."""
-    where = [forward.where, *(flow.where for flow in forward.flows.values())][-1]
+    where = where or [forward.where, *(flow.where for flow in forward.flows.values())][-1]
     return Finding(kind, where, what + (f" (Forward pass: {forward.where}.)" if where != forward.where else ""), fix)
-
-
-def _samples(forwards: list[Forward]) -> set[int]:
-    return {sample for forward in forwards for sample in forward.samples}
-
-
-def _silent(update: Update) -> set[int]:
-    """Samples that went through the model together with those of g2, and got no gradient themselves."""
-    second = update.went_through("g2")
-    counted = {sample for forward in second for sample in forward.flows["g2"].samples}
-    return _samples(second) - counted if counted else set()

@@ -1,7 +1,8 @@
 """What was seen during one update: the record that the rules are about."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from .report import Finding
 from .values import Copies, Move
@@ -10,13 +11,18 @@ Pass = Literal["g1", "aside", "g2", "g_l"]
 """What a backward call adds to: the direction, what is set aside, the perturbed gradient, the labelled one."""
 
 
-class Flow(NamedTuple):
+@dataclass
+class Flow:
     """What the backward calls of a pass brought to the outputs of a forward pass."""
 
     where: str
     """The first of them."""
-    samples: set[int]
+    samples: set[int] = field(default_factory=set)
     """Those that got a gradient other than zero."""
+    clearly: set[int] = field(default_factory=set)
+    """Those of them whose gradient is not small beside others."""
+    by_hand: dict[bool, str] = field(default_factory=dict)
+    """Whether the parameters had been moved by something else than `first_step` -> the first of them that saw that."""
 
 
 @dataclass
@@ -24,6 +30,8 @@ class Forward:
     """A call of the model, or of a part of it that is called by itself."""
 
     where: str
+    part: str
+    """The name of the module in the model; empty for the model itself."""
     at: Pass
     """What a backward call would have added to by then."""
     by_hand: bool
@@ -32,24 +40,37 @@ class Forward:
     """Whether autograd was on."""
     samples: list[int]
     """A fingerprint of each; none where they can't be told."""
+    adversarial: bool
+    """Whether its input is one that wants a gradient, as in the search of an adversarial example."""
+    training: frozenset[str] = frozenset()
+    """The names of the modules that were in training mode."""
+    batch_norm: bool = False
+    """Whether something in it normalised by the batch."""
     flows: dict[Pass, Flow] = field(default_factory=dict)
     """By the pass that they were part of."""
     tracked: bool = False
     """Whether it returned tensors that a gradient can reach."""
     reached: bool = False
     """Whether any backward did, that of torch.autograd.grad included."""
+    fed: bool = False
+    """Whether another forward pass took its output as input, detached perhaps."""
     moved: list[str] = field(default_factory=list)
-    """Running statistics that it has moved, and should not have."""
+    """Buffers that it has moved at theta*."""
 
     @property
     def for_nothing(self) -> bool:
         """Whether no gradient has come through it, though it might have, or was not meant to."""
-        return not self.reached and (self.tracked or not self.with_grad)
+        return not (self.reached or self.fed) and (self.tracked or not self.with_grad)
 
     @property
-    def stale(self) -> bool:
-        """Whether the parameters were elsewhere by the time of a backward."""
-        return any((self.at == "g2") != (flow == "g2") for flow in self.flows)
+    def stale_at(self) -> str:
+        """The line of a backward at which the parameters were elsewhere; empty if there was none."""
+        for adds_to, flow in self.flows.items():
+            if (self.at == "g2") != (adds_to == "g2"):
+                return flow.where
+            if elsewhere := flow.by_hand.get(not self.by_hand):
+                return elsewhere
+        return ""
 
 
 @dataclass
@@ -76,11 +97,23 @@ class Update:
     overwritten: bool = False
     """Whether the parameters were changed while they were perturbed."""
     restored: bool = False
+    grad_norm: float = 0.0
+    """The wrapper's ||g1||."""
+    losses: dict[Pass, float | None] = field(default_factory=dict)
+    """What the backward calls of a pass were called on, summed up; None where one was no number."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """Of g1, g2 and g_l (with what was set aside); none of sharded parameters."""
     # ------------------------------------------------ copies, while they are needed
     theta: Copies = field(default_factory=dict)
     theta_star: Copies = field(default_factory=dict)
     last: Copies = field(default_factory=dict)
     """`.grad` as it was left by the last call that may change it at theta*."""
+    before_g2: Copies = field(default_factory=dict)
+    """`.grad` as first_step() left it."""
+    before_g_l: Copies = field(default_factory=dict)
+    """`.grad` as second_step() left it, with what was set aside."""
+    aside: Copies = field(default_factory=dict)
+    """What was set aside."""
 
     def call(self, name: str, where: str) -> None:
         """Add a line to the timeline."""
@@ -89,6 +122,26 @@ class Update:
     def where(self, name: str) -> str:
         """The line of the last such call; empty if there was none."""
         return next((line for call, line in reversed(self.timeline) if call == name), "")
+
+    def add_loss(self, adds_to: Pass, loss: float | None) -> None:
+        """Of a backward call."""
+        so_far = self.losses.get(adds_to, 0.0)
+        self.losses[adds_to] = None if loss is None or so_far is None else so_far + loss
+
+    def told_losses(self) -> dict[str, float]:
+        """Of the passes of g1, g2 and g_l, whatever is known."""
+        if not self.where("first_step"):
+            return {}
+        parts: dict[str, list[Pass]] = {"g1": ["g1"], "g2": ["g2"], "g_l": ["aside", "g_l"]}
+        found = {name: [self.losses[part] for part in of if part in self.losses] for name, of in parts.items()}
+        return {name: sum(losses) for name, losses in found.items() if losses and None not in losses}  # type: ignore[arg-type]
+
+    @property
+    def stood_still(self) -> bool:
+        """Whether there was a perturbed pass and theta* was theta in it."""
+        if not self.where("first_step"):
+            return False
+        return self.move.wanted == 0 if self.move else not 0 < self.grad_norm < math.inf
 
     def at_theta_star(self) -> list[Forward]:
         """Forward passes with moved parameters."""
@@ -104,4 +157,6 @@ class Update:
         for forward in self.forwards:
             forward.flows.clear()
         self.timeline.clear()
+        self.losses.clear()
+        self.norms.clear()
         self.seen.clear()

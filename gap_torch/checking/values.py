@@ -1,11 +1,10 @@
-"""The arithmetic of the self-check: copies on the CPU, sums in float64, fingerprints of samples."""
+"""The arithmetic of the self-check: copies on the CPU, sums in float64."""
 
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..sharding import is_sharded, local
 
@@ -41,7 +40,14 @@ def any_gradient(params: list[Tensor]) -> bool:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equality that tells -0 from 0 and takes NaN for NaN."""
-    return a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+    return a.shape == b.shape and a.dtype is b.dtype and torch.equal(bits(a), bits(b))
+
+
+def bits(tensor: Tensor, rows: int = 1) -> Tensor:
+    """The bits of a tensor as integers of the same size, (rows, -1)."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.reshape(-1).view(integers).view(rows, -1)
 
 
 def unchanged(before: Copies) -> bool:
@@ -85,20 +91,38 @@ def measure(theta: Copies, theta_star: Copies, g1: Copies, eps: dict[Tensor, flo
     return Move(math.sqrt(distance), math.sqrt(wanted), exact)
 
 
-def samples(inputs: Any) -> list[int]:
-    """A fingerprint of each sample of a batch: equal bits, equal number, whatever else is in the batch.
+def norm_of(copies: Copies, less: Copies | None = None, more: Copies | None = None) -> float:
+    """L2 norm of `copies` - `less` + `more`, in float64; where one has no entry, it is zero."""
+    total = 0.0
+    for p, copy in copies.items():
+        wide = _wide(copy)
+        if less is not None and p in less:
+            wide = wide - _wide(less[p])
+        if more is not None and p in more:
+            wide = wide + _wide(more[p])
+        total += _squares(wide)
+    return math.sqrt(total)
 
-    Args:
-        inputs: what a model is called with. Its samples lie along the first dimension of the largest tensor that needs
-            no gradient (those that do have come out of a network). Without such a tensor there are none.
-    """
-    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and _is_plain(t)]
-    size = len(max(tensors, key=Tensor.numel)) if tensors else 0
-    try:
-        batch = [_row_sums(_bits(t.detach(), size)) for t in tensors if len(t) == size]
-    except RuntimeError:  # tensors without values of their own: in torch.func's transforms, on the device "meta"
-        return []
-    return [hash(numbers) for numbers in zip(*batch, strict=True)]
+
+def loss_of(tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> float | None:
+    """What torch.autograd.backward was called on, with these arguments, as a number; None if it is none."""
+    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    weights = [grad_tensors] if grad_tensors is None or isinstance(grad_tensors, Tensor) else list(grad_tensors)
+    numbers = all(isinstance(t, Tensor) and not is_sharded(t) and t.numel() == 1 for t in roots)
+    if not numbers or any(w is not None for w in weights):
+        return None
+    return sum(t.detach().item() for t in roots)
+
+
+CLEAR = 0.1
+"""A sample's gradient is clear if it is no smaller than this, beside the largest of its batch."""
+
+
+def with_gradient(gradient: Tensor) -> tuple[list[bool], list[bool]]:
+    """Of each row, whether it has numbers other than zero, and whether that is clear. (Small ones may be rounded to
+    zero in another pass.)"""
+    sizes = gradient.detach().reshape(len(gradient), -1).abs().amax(1).tolist()
+    return [size != 0 for size in sizes], [size > 0 and size >= CLEAR * max(sizes) for size in sizes]
 
 
 def sharded(params: list[Tensor]) -> bool:
@@ -112,21 +136,3 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _squares(tensor: Tensor) -> float:
     return float(tensor.abs().square().sum())
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    whole = tensor.layout == torch.strided and not is_sharded(tensor)
-    return whole and bool(tensor.ndim and tensor.numel()) and not tensor.requires_grad
-
-
-def _bits(tensor: Tensor, rows: int = 1) -> Tensor:
-    """As integers of the same size, (rows, -1)."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.reshape(-1).view(integers).view(rows, -1)
-
-
-def _row_sums(bits: Tensor) -> list[int]:
-    """Integers, whose sum doesn't depend on its order, unlike that of floating-point numbers."""
-    odd = torch.arange(bits.shape[1], device=bits.device) * 0x1E3779B97F4A7C15 | 1
-    return [int(total) for total in (bits.to(torch.int64) * odd).sum(1).tolist()]

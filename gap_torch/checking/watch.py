@@ -3,17 +3,21 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import compress
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ..wrapper import GAPWrapper
-from . import values
+from . import fingerprints, values
+from .buffers import Buffers
 from .patches import Patches
 from .places import here
 from .report import Finding
@@ -38,10 +42,12 @@ class Watch:
         self.model, self.done, self.begun = model, done, begun
         # frozen parts and teachers may run at theta* as they like
         ours = {p for p in self.params if p.requires_grad}
-        self.parts = {module for module in model.modules() if not ours.isdisjoint(module.parameters())}
+        self.parts = {m: name for name, m in model.named_modules() if not ours.isdisjoint(m.parameters())}
+        # DDP gives every rank the buffers of the first before it calls the model itself
+        self.parts = {m: name for m, name in self.parts.items() if not isinstance(m, DistributedDataParallel)}
         self.within_forward, self.within_aside, self.separate = False, False, False
-        self.touched = False
-        """Whether the backward call that is under way has come to something of ours."""
+        self.touched: list[tuple[Forward, Flow]] = []
+        """What the backward call that is under way has come to."""
         self.backward_at = ""
         """Its line."""
         self.zeroed_at = ""
@@ -50,8 +56,9 @@ class Watch:
         """A GradScaler's unscale_() in this update, and whether a loss has been scaled since."""
         self.grad_norm: Tensor | None = None
         """The last that is accounted for."""
-        self.statistics: dict[str, Tensor] = {}
-        """The buffers of layers that track any. (While they are frozen, some layers have others.)"""
+        self.buffers = Buffers(model)
+        self.outputs: dict[StorageWeakRef, Forward] = {}
+        """What the forward passes of this update have made, by its memory."""
         self.thread = get_ident()
         self.patches = Patches()
         self._begin_update()
@@ -92,6 +99,7 @@ class Watch:
     def _begin_update(self) -> None:
         self.update, self.filled = Update(), False
         self.unscaled_at, self.scaled_again = "", False
+        self.outputs = {}
         self.grad_norm = self.wrapper.grad_norm if self.wrapper else None
 
     def _finish_update(self) -> None:
@@ -113,11 +121,10 @@ class Watch:
         self.filled, self.unscaled_at, self.scaled_again = False, "", False
 
     def _copy_theta(self) -> None:
-        layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, _NormBase)]
-        tracking = [(name, layer) for name, layer in layers if layer.track_running_stats]
-        self.statistics = {f"{name}.{key}": b for name, layer in tracking for key, b in layer.named_buffers("", False)}
-        self.update.has_statistics = bool(self.statistics)
         self.update.theta = {p: values.copy_of(p) for p in self.params}
+
+    def _moved_by_hand(self) -> bool:
+        return bool(self.update.theta) and not self.perturbed and values.moved(self.update.theta)
 
     # ------------------------------------------------------------------ forward
 
@@ -126,26 +133,56 @@ class Watch:
             return original(module, *args, **kwargs)
         if self.within_forward or self._elsewhere():  # a part of the model, or checkpointing's second forward
             return original(module, *args, **kwargs)
-        forward = self._before_forward(values.samples((args, kwargs)))
-        must_stay = self.statistics if forward.at == "g2" or forward.by_hand else {}
-        before = {name: values.copy_of(buffer) for name, buffer in must_stay.items()}
+        forward, memory = self._before_forward(module, (args, kwargs)), _memory((args, kwargs))
+        at_theta_star = forward.at == "g2" or forward.by_hand
+        moved = self.buffers.moved_since() if at_theta_star else list
         self.within_forward = True
         try:
             output = original(module, *args, **kwargs)
         finally:
             self.within_forward = False
         self._listen(forward, output)
-        forward.moved = [n for n, old in before.items() if not values.same_bits(old, values.copy_of(must_stay[n]))]
+        self.outputs |= dict.fromkeys(_memory(output) - memory, forward)
+        forward.training = frozenset(self._training(module))
+        forward.batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in module.modules())
+        forward.moved = moved()
+        if forward.tracked and not at_theta_star:
+            self.buffers.look()
+            self.update.has_statistics = self.buffers.statistics()
         return output
 
-    def _before_forward(self, samples: list[int]) -> Forward:
+    def _before_forward(self, module: nn.Module, inputs: Any) -> Forward:
         self._forget_what_is_gone()
         update, with_grad = self.update, torch.is_grad_enabled()
         if with_grad and not update.theta:
             self._copy_theta()
-        by_hand = bool(update.theta) and not self.perturbed and values.moved(update.theta)
-        update.forwards.append(Forward(here(), self._adds_to(), by_hand, with_grad, samples))
-        return update.forwards[-1]
+        samples = fingerprints.samples(inputs, self._is_data)
+        tensors = fingerprints.tensors_in(inputs)
+        for tensor, source in zip(tensors, map(self._source, tensors), strict=True):
+            if source is not None:
+                source.fed = True
+                samples = samples or (source.samples if len(tensor) == len(source.samples) else [])
+        adversarial = any(t.requires_grad and self._is_data(t) for t in tensors)
+        by_hand = self._moved_by_hand()
+        forward = Forward(here(), self.parts[module], self._adds_to(), by_hand, with_grad, samples, adversarial)
+        update.forwards.append(forward)
+        return forward
+
+    def _is_data(self, tensor: Tensor) -> bool:
+        """Whether an input is no feature of a network, by way of autograd or detached."""
+        return self._source(tensor) is None and not fingerprints.from_network(tensor)
+
+    def _source(self, tensor: Tensor) -> Forward | None:
+        """The forward pass whose output this is, detached perhaps, or a view of it."""
+        return next((self.outputs[memory] for memory in _memory(tensor) if memory in self.outputs), None)
+
+    def _training(self, module: nn.Module, name: str = "") -> Iterator[str]:
+        """The names of modules in training mode; without parts that another optimizer trains, or none, as a teacher."""
+        if module.training:
+            yield name or type(module).__name__
+        for child_name, child in module.named_children():
+            if child in self.parts or next(child.parameters(), None) is None:
+                yield from self._training(child, f"{name}.{child_name}" if name else child_name)
 
     def _listen(self, forward: Forward, output: Any) -> None:
         """Hear of the gradients that come to what the model has made (a leaf was there before, and will be after)."""
@@ -161,13 +198,14 @@ class Watch:
         forward.reached = True
         if not self.backward_at:
             return  # torch.autograd.grad
-        self.touched = True
-        flow = forward.flows.setdefault(self._adds_to(), Flow(self.backward_at, set()))
-        if gradient.ndim and len(gradient) == len(forward.samples):
-            counts = gradient.reshape(len(gradient), -1).ne(0).any(1).tolist()
-            flow.samples.update(sample for sample, counted in zip(forward.samples, counts, strict=True) if counted)
+        flow = Flow(self.backward_at)
+        if gradient.ndim and gradient.numel() and len(gradient) == len(forward.samples):
+            some, clear = values.with_gradient(gradient)
+            flow.samples.update(compress(forward.samples, some))
+            flow.clearly.update(compress(forward.samples, clear))
         elif gradient.any():
             flow.samples.update(forward.samples)
+        self.touched.append((forward, flow))
 
     # ------------------------------------------------------------------ backward
 
@@ -182,27 +220,34 @@ class Watch:
         if torch.compiler.is_compiling() or self._elsewhere():
             return original(*args, **kwargs)
         self._forget_what_is_gone()
-        where, before = here(), self._versions()
+        where, before, by_hand = here(), self._versions(), self._moved_by_hand()
         leftover = values.any_gradient(self.params)
         if not self.update.theta:
             self._copy_theta()
         if self.perturbed:
             self._look_at_gradients(where)
-        self.touched, self.backward_at = False, where
+        self.touched, self.backward_at = [], where
         try:
             original(*args, **kwargs)
         finally:
             self.backward_at = ""
-        if self.touched or before != self._versions():  # else it was another model's
-            self._after_backward(where, leftover)
+        # else it was another model's, or one for inputs alone, as of a search with the parameters frozen
+        if before != self._versions() or (self.touched and values.sharded(self.params)):
+            self._after_backward(where, leftover, by_hand, values.loss_of(*args, **kwargs))
+        self.touched = []
 
-    def _after_backward(self, where: str, leftover: bool) -> None:
+    def _after_backward(self, where: str, leftover: bool, by_hand: bool, loss: float | None) -> None:
         update, adds_to = self.update, self._adds_to()
         first = adds_to == "g1" and not update.where("g1")
         update.call(adds_to, where)
+        update.add_loss(adds_to, loss)
+        self._take_up_flows(adds_to, by_hand)
         self.zeroed_at = ""
         if adds_to == "g2":
             update.last = values.gradients(self.params)
+        if adds_to == "g_l" and not values.sharded(self.params):
+            now = values.gradients(self.params)
+            update.norms["g_l"] = values.norm_of(now, less=update.before_g_l, more=update.aside)
         if adds_to != "aside":
             self.filled = values.any_gradient(self.params)
         if self.scaled_again:
@@ -212,6 +257,13 @@ class Watch:
             update.seen.append(_leftover(where))
         elif first:  # else it may still be zeroed, as after VAT's search for its direction
             self.begun(update)
+
+    def _take_up_flows(self, adds_to: Pass, by_hand: bool) -> None:
+        for forward, new in self.touched:
+            flow = forward.flows.setdefault(adds_to, Flow(new.where))
+            flow.samples |= new.samples
+            flow.clearly |= new.clearly
+            flow.by_hand.setdefault(by_hand, new.where)
 
     def _versions(self) -> list[tuple[int, int]]:
         """Something that changes when anything is added to a `.grad`."""
@@ -246,8 +298,10 @@ class Watch:
         update.call("first_step", here())
         self.grad_norm = wrapper.grad_norm
         update.theta, update.theta_star = theta, {p: values.copy_of(p) for p in theta}
-        update.last = values.gradients(self.params)
+        update.last = update.before_g2 = values.gradients(self.params)
+        update.grad_norm = float(wrapper.grad_norm)  # type: ignore[arg-type]
         if not values.sharded(self.params):
+            update.norms["g1"] = values.norm_of(g1)
             eps = {p: float(group["gap_eps"]) for group in self.base.param_groups for p in group["params"]}
             update.move = values.measure(theta, update.theta_star, g1, eps, wrapper.adaptive)
         self.begun(update)
@@ -259,20 +313,33 @@ class Watch:
         if self.perturbed:
             self._look_at_gradients(where)
             update.overwritten = not values.unchanged(update.theta_star)
+            self._measure_g2(wrapper)
         original(wrapper)
         update.call("second_step", where)
         update.restored = values.unchanged(update.theta)
-        update.theta_star, update.last = {}, {}
+        update.theta_star, update.last, update.before_g2 = {}, {}, {}
+        update.before_g_l = values.gradients(self.params)
         self.filled = values.any_gradient(self.params)
+
+    def _measure_g2(self, wrapper: GAPWrapper) -> None:
+        """Before .grad becomes the sum."""
+        update = self.update
+        if values.sharded(self.params):
+            return
+        update.norms["g2"] = values.norm_of(update.last, less=update.before_g2)
+        update.aside = {p: values.copy_of(g) for p, g in wrapper._aside.items()}
+        if update.aside:
+            update.norms["g_l"] = values.norm_of(update.aside)
 
     @contextmanager
     def _set_aside(self, original: Callable[..., Any], wrapper: GAPWrapper) -> Iterator[None]:
+        before = self.within_aside
         with original(wrapper):
-            self.within_aside = wrapper.base_optimizer is self.base
+            self.within_aside = before or wrapper.base_optimizer is self.base  # another network's may be within ours
             try:
                 yield
             finally:
-                self.within_aside = False
+                self.within_aside = before
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs before a step of the base optimizer. A closure makes the gradients within it."""
@@ -320,6 +387,14 @@ class Watch:
     def _elsewhere(self) -> bool:
         """In another thread, or within a backward call."""
         return get_ident() != self.thread or torch._C._current_graph_task_id() != -1
+
+
+def _memory(inputs: Any) -> set[StorageWeakRef]:
+    """Of the tensors among `inputs`. (As a weak reference, for a number might come to name other memory.)"""
+    try:
+        return {StorageWeakRef(t.untyped_storage()) for t in fingerprints.tensors_in(inputs)}
+    except RuntimeError:  # tensors without memory of their own, as in torch.func's transforms
+        return set()
 
 
 def _leftover(where: str) -> Finding:

@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+for package in ("h5py", "matplotlib", "monai", "rich", "scipy", "skimage"):
+    pytest.importorskip(package, reason="pip install 'gap-torch[examples]'")
+
 ROOT = Path(__file__).parents[2]
 TINY = {
     "size": (32, 32),
@@ -33,8 +36,6 @@ TINY = {
 @pytest.fixture(autouse=True)
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The lab's modules, with study runs of four tiny iterations."""
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("h5py")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import grid
     import lab_plan

@@ -13,10 +13,21 @@ import numpy as np
 import pytest
 import torch
 from segmentation import cli, job
+from segmentation.data import patient_of, read_list
 from segmentation.errors import InputError
 from segmentation.evaluate import Evaluation
 from segmentation.metrics import ClassScore
 from segmentation.recipe import RUNS, Recipe
+from segmentation.slices import slice_path, volume_path
+
+# What people put under `label` where they have none.
+FILLERS = {
+    "nothing": None,
+    "zeros": np.zeros_like,
+    "255": lambda image: np.full(image.shape, 255, np.uint8),
+    "the image": lambda image: image,
+    "another shape": lambda image: np.zeros((1, 2)),
+}
 
 TINY = {
     "size": (32, 32),
@@ -130,10 +141,72 @@ def _first_slice(data: Path) -> Path:
     return data / "data" / "slices" / f"{(data / 'train_slices.list').read_text().split()[0]}.h5"
 
 
+def _relabel(path: Path, label) -> None:
+    with h5py.File(path) as file:
+        image = file["image"][()]
+    _rewrite(path, image=image, **({} if label is None else {"label": label(image)}))
+
+
 def _rewrite(path: Path, **datasets: np.ndarray) -> None:
     with h5py.File(path, "w") as file:
         for key, value in datasets.items():
             file[key] = value
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which the unlabelled slices have their labels."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(acdc_gapmatch.ACDC.presets, "cpu", TINY)
+        assert _run(tiny_data, out) == 0
+    return out
+
+
+@pytest.mark.parametrize("label", FILLERS.values(), ids=FILLERS)
+def test_labels_of_unlabelled_slices_are_never_read(data: Path, whole_run: Path, tmp_path: Path, label) -> None:
+    for name in read_list(data / "train_slices.list"):
+        if patient_of(name) != "patient001":
+            _relabel(slice_path(data, name), label)
+    assert _run(data, tmp_path / "out") == 0
+    ours, theirs = (
+        torch.load(out / "gapmatch" / "best.pt", weights_only=True)["model"] for out in (tmp_path / "out", whole_run)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_goes_on_where_labels_of_unlabelled_slices_are_gone(data: Path, tmp_path: Path) -> None:
+    assert _run(data, tmp_path / "out") == 0
+    for name in read_list(data / "train_slices.list"):
+        if patient_of(name) != "patient001":
+            _relabel(slice_path(data, name), None)
+    assert _run(data, tmp_path / "out", "--resume") == 0
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_volume_that_is_scored_needs_a_label(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    (name,) = read_list(data / f"{split}.list")[:1]
+    _relabel(volume_path(data, name), None)
+    assert _run(data, tmp_path / "out") == 2
+    _assert_one_line(capsys, f"{name}.h5: has no dataset `label`; unlabelled training cases alone need none")
+
+
+@pytest.mark.parametrize("patients", ["1", "2"])
+def test_a_labelled_patient_without_any_foreground_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], patients: str
+) -> None:
+    for name in read_list(data / "train_slices.list"):
+        if patient_of(name) == f"patient00{patients}":
+            _relabel(slice_path(data, name), np.zeros_like)
+    assert _run(data, tmp_path / "out", "--patients", patients) == 2
+    _assert_one_line(capsys, f"the labels of patient00{patients} are empty, background alone")
+
+
+def test_a_labelled_slice_may_be_background_alone(data: Path, tmp_path: Path) -> None:
+    _relabel(_first_slice(data), np.zeros_like)
+    assert _run(data, tmp_path / "out", "--method", "supervised", "--iterations", "1") == 0
 
 
 SPOILT = {
@@ -149,7 +222,7 @@ SPOILT = {
     ),
     "labels": (
         lambda d: _rewrite(_first_slice(d), image=np.zeros((4, 4), "f4"), label=np.full((4, 4), 9, "u1")),
-        "labels",
+        "holds the label 9; each has to be one of 0, 1, 2, 3",
     ),
     "intensities": (
         lambda d: _rewrite(_first_slice(d), image=np.full((4, 4), 255, "f4"), label=np.zeros((4, 4), "u1")),
@@ -157,7 +230,7 @@ SPOILT = {
     ),
     "a test patient in training": (
         lambda d: (d / "test.list").write_text("patient001_frame01\n"),
-        "patient001 is in train_slices.list and test.list",
+        "patient001_frame01_slice_1 in train_slices.list and patient001_frame01 in test.list are of one patient",
     ),
     "NaN": (
         lambda d: _rewrite(_first_slice(d), image=np.full((4, 4), np.nan, "f4"), label=np.zeros((4, 4), "u1")),

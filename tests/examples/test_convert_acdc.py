@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 from segmentation.convert_acdc import convert, main, read_frame, split_patients
-from segmentation.data import read_case, read_list, write_list
+from segmentation.data import read_case, read_image, read_list, write_list
 from segmentation.errors import InputError
 from segmentation.slices import load_slices, load_volumes, slice_path, volume_path
 
@@ -118,7 +118,7 @@ def test_the_split_of_a_hundred_is_70_10_20_and_seeded():
 
 
 def test_a_split_needs_three_patients():
-    with pytest.raises(InputError, match="2 patients cannot be split"):
+    with pytest.raises(InputError, match="2 labelled patients cannot be split"):
         split_patients(["patient001", "patient002"], seed=0)
 
 
@@ -144,7 +144,7 @@ def test_a_patient_in_two_lists_is_refused(official, lists, case):
     train = read_list(lists / "train.list")
     write_list(lists / "train.list", [name for name in train if name != case] or train)
     write_list(lists / "test.list", [case])
-    refused(official, lists, r"patient001 is in train\.list and test\.list")
+    refused(official, lists, r"lists: patient001_frame0. in train\.list and patient001_frame0. in test\.list")
 
 
 def test_a_missing_list_is_refused(official, lists):
@@ -152,10 +152,58 @@ def test_a_missing_list_is_refused(official, lists):
     refused(official, lists, r"val\.list: no such list")
 
 
-def test_a_missing_file_is_refused_before_anything_is_written(official, lists, frame):
-    label_of(frame).unlink()
-    refused(official, lists, r"patient002_frame12_gt\.nii\.gz: no such file")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("patient002_frame12.nii.gz", "no such file; unpack patient002 again"),
+        ("patient002_frame12_gt.nii.gz", "no such file; training cases alone need no label: unpack patient002_frame02"),
+    ],
+)
+def test_a_missing_file_is_refused_before_anything_is_written(official, lists, frame, name, message):
+    frame.with_name(name).unlink()
+    refused(official, lists, f"{name}: {message}")
     assert not (official.parent / "refused").exists()
+
+
+def without_label(official: Path, patient: str, frame: str) -> None:
+    (official / "training" / patient / f"{patient}_{frame}_gt.nii.gz").unlink()
+
+
+def test_a_training_case_without_a_label_is_written_as_an_image_alone(official, lists, tmp_path):
+    convert(official, tmp_path / "whole", lists)
+    without_label(official, "patient001", "frame12")
+    splits, unlabelled = convert(official, tmp_path / "out", lists)
+    assert unlabelled == ["patient001_frame02"]
+    assert splits["train"] == read_list(lists / "train.list")
+    slices = read_list(tmp_path / "out" / "train_slices.list")
+    assert slices == read_list(tmp_path / "whole" / "train_slices.list")
+    for name in slices:
+        ours, theirs = (slice_path(tmp_path / out, name) for out in ("out", "whole"))
+        np.testing.assert_array_equal(read_image(ours), read_image(theirs))
+        if name.startswith("patient001_frame02"):
+            with pytest.raises(InputError, match="no dataset `label`"):
+                read_case(ours, num_classes=4)
+        else:
+            np.testing.assert_array_equal(read_case(ours, 4)[1], read_case(theirs, 4)[1])
+
+
+def test_without_lists_patients_without_labels_train_behind_the_others(official, tmp_path):
+    write_patient(official / "training", "patient005")
+    without_label(official, "patient002", "frame12")
+    splits, unlabelled = convert(official, tmp_path / "out", seed=1)
+    assert unlabelled == ["patient002_frame02"]
+    assert splits["train"][-2:] == ["patient002_frame01", "patient002_frame02"]
+    assert splits == {
+        **(labelled := split_patients([f"patient00{n}" for n in (1, 3, 4, 5)], seed=1)),
+        "train": labelled["train"] + splits["train"][-2:],
+    }
+
+
+def test_an_info_with_a_byte_order_mark_and_a_name_in_latin_1_is_read(official, lists, frame, tmp_path):
+    info = frame.with_name("Info.cfg")
+    info.write_bytes(b"\xef\xbb\xbf" + info.read_bytes() + b"Physician: M\xfcller\n")
+    convert(official, tmp_path / "out", lists)
+    assert volume_path(tmp_path / "out", "patient002_frame01").is_file()
 
 
 @pytest.mark.parametrize("content", [None, "", "ED: 1\n", "ED: 1\nES: soon\n"])
@@ -182,12 +230,30 @@ def test_a_damaged_nifti_is_refused(official, lists, frame, damage):
     refused(official, lists, r"patient002_frame12\.nii\.gz: not a readable NIfTI")
 
 
+def test_nifti_2_is_read(official, lists, frame, tmp_path):
+    convert(official, tmp_path / "one", lists)
+    for path in (frame, label_of(frame)):
+        one = nibabel.load(path)
+        nibabel.save(nibabel.Nifti2Image(np.asarray(one.dataobj), one.affine), path)
+    assert nibabel.load(frame).header["sizeof_hdr"] == 540
+    convert(official, tmp_path / "two", lists)
+    (one,), (two,) = (load_volumes(tmp_path / out, ["patient002_frame02"]) for out in ("one", "two"))
+    np.testing.assert_array_equal(one.image, two.image)
+    np.testing.assert_array_equal(one.label, two.label)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), np.dtype(np.complex64)])
+@pytest.mark.parametrize("name", ["patient002_frame12.nii.gz", "patient002_frame12_gt.nii.gz"])
+def test_colours_and_complex_numbers_are_refused(official, lists, frame, name, dtype):
+    write_nifti(frame.with_name(name), np.zeros(SHAPE, dtype))
+    refused(official, lists, rf"{name}: holds .*, not real numbers")
+
+
 def test_shapes_that_differ_or_are_not_3d_are_refused(official, lists, frame):
-    write_nifti(frame, np.zeros((6, 5, 4), np.int16))
-    refused(official, lists, r"patient002_frame12\.nii\.gz: shapes \(4, 5, 6\) and \(3, 5, 6\)")
+    write_nifti(label_of(frame), np.zeros((6, 5, 4), np.uint8))
+    refused(official, lists, r"frame12_gt\.nii\.gz: shape \(6, 5, 4\) where .*frame12\.nii\.gz has \(6, 5, 3\)")
     write_nifti(frame, np.zeros(SHAPE[:2], np.int16))
-    write_nifti(label_of(frame), np.zeros(SHAPE[:2], np.uint8))
-    refused(official, lists, r"shapes \(5, 6\) and \(5, 6\)")
+    refused(official, lists, r"patient002_frame12\.nii\.gz: shape \(6, 5\) where \(X, Y, Z\) was expected")
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
@@ -200,12 +266,43 @@ def test_an_image_that_cannot_be_scaled_is_refused(official, lists, frame, value
 
 def test_labels_out_of_range_are_refused(official, lists, frame):
     write_nifti(label_of(frame), np.full(SHAPE, 4, np.uint8))
-    refused(official, lists, r"patient002_frame12_gt\.nii\.gz: labels outside 0 \.\.\. 3")
+    refused(official, lists, r"_frame12_gt\.nii\.gz: holds the label 4\.0; each has to be one of 0, 1, 2, 3: mend")
 
 
-def test_the_command_line(official, lists, tmp_path):
+def test_labels_that_nibabel_has_scaled_are_whole_numbers(official, lists, frame, tmp_path):
+    label = np.zeros(SHAPE)
+    label[0, 0], label[1, 1] = 3, 1
+    image = nibabel.Nifti1Image(label, np.eye(4))
+    image.header.set_data_dtype(np.uint8)
+    nibabel.save(image, label_of(frame))
+    assert (nibabel.load(label_of(frame)).get_fdata() % 1).any()  # 2.9999... for a 3
+    convert(official, tmp_path / "out", lists)
+    (volume,) = load_volumes(tmp_path / "out", ["patient002_frame02"])
+    np.testing.assert_array_equal(volume.label, label.T)
+
+
+def test_labels_between_whole_numbers_are_refused(official, lists, frame):
+    write_nifti(label_of(frame), np.full(SHAPE, 0.5))
+    refused(official, lists, r"patient002_frame12_gt\.nii\.gz: holds the label 0\.5;")
+
+
+def test_the_command_line(official, lists, tmp_path, capsys):
+    without_label(official, "patient001", "frame12")
     main([str(official), str(tmp_path / "out"), "--lists", str(lists)])
+    expected = "4 train, 2 val and 2 test cases; 1 of them without a label, as images alone: patient001_frame02"
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: {expected}\n"
     assert read_list(tmp_path / "out" / "val.list") == ["patient002_frame01", "patient002_frame02"]
+
+
+def test_the_command_line_pairs_by_voxel_where_it_is_asked_to(official, lists, frame, tmp_path):
+    label = nibabel.load(label_of(frame)).get_fdata().astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(label, np.diag([2.0, 1, 1, 1])), label_of(frame))
+    arguments = [str(official), str(tmp_path / "out"), "--lists", str(lists)]
+    with pytest.raises(SystemExit, match=r"patient002_frame12_gt\.nii\.gz: by their headers voxels are .* --by-voxel"):
+        main(arguments)
+    main([*arguments, "--by-voxel"])
+    (volume,) = load_volumes(tmp_path / "out", ["patient002_frame02"])
+    np.testing.assert_array_equal(volume.label, label.T)
 
 
 def test_the_command_line_ends_bad_input_with_one_line(tmp_path):

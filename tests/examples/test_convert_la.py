@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from segmentation.convert_la import CROP, MARGIN, convert, cut, main, read_scan, split_cases
-from segmentation.data import read_case, read_list, write_list
+from segmentation.data import read_case, read_image, read_list, write_list
 from segmentation.errors import InputError
 from segmentation.volumes import case_path, load_cases
 
@@ -46,7 +46,7 @@ def lists(tmp_path):
 
 def test_given_lists_decide_split_and_order(source, lists, tmp_path):
     out = tmp_path / "out"
-    assert convert(source, out, lists) == {"train": ["D4", "A1"], "test": ["C3"]}
+    assert convert(source, out, lists) == ({"train": ["D4", "A1"], "test": ["C3"]}, [])
     assert read_list(out / "train.list") == ["D4", "A1"]
     assert read_list(out / "test.list") == ["C3"]
     written = sorted(path for path in out.rglob("*") if path.is_file() and path.suffix != ".list")
@@ -144,14 +144,35 @@ def test_a_folder_without_cases_is_refused(tmp_path):
 
 def test_one_case_is_not_split(tmp_path):
     write_scan(tmp_path / "source" / "A1", *scan_of("A1"))
-    refused(tmp_path / "source", "1 case cannot be split")
+    refused(tmp_path / "source", "1 labelled case cannot be split")
 
 
 @pytest.mark.parametrize("name", ["lgemri.nrrd", "laendo.nrrd"])
-def test_a_missing_file_is_refused_before_anything_is_written(source, name):
-    (source / "E5" / name).unlink()
-    refused(source, rf"E5.{name}: no such file")
+def test_a_missing_file_is_refused_before_anything_is_written(source, lists, name):
+    (source / "C3" / name).unlink()  # a test case
+    refused(source, rf"C3.{name}: no such file", lists)
     assert not (source.parent / "refused").exists()
+
+
+def test_a_training_case_without_a_label_is_written_whole_as_an_image_alone(source, lists, tmp_path):
+    (source / "A1" / "laendo.nrrd").unlink()
+    splits, unlabelled = convert(source, tmp_path / "out", lists)
+    assert (splits["train"], unlabelled) == (["D4", "A1"], ["A1"])
+    raw = scan_of("A1")[0].astype(float)
+    np.testing.assert_allclose(
+        read_image(case_path(tmp_path / "out", "A1")), (raw - raw.mean()) / raw.std(), rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(InputError, match="no dataset `label`"):
+        read_case(case_path(tmp_path / "out", "A1"), num_classes=2)
+    assert len(load_cases(tmp_path / "out", ["D4", "C3"])) == 2
+
+
+def test_without_lists_cases_without_labels_train_behind_the_others(source, tmp_path):
+    for case in ("A1", "E5"):
+        (source / case / "laendo.nrrd").unlink()
+    splits, unlabelled = convert(source, tmp_path / "out")
+    assert splits == {"train": ["B2", "C3", "A1", "E5"], "test": ["D4"]}
+    assert unlabelled == ["A1", "E5"]
 
 
 def test_a_listed_case_that_does_not_exist_is_refused(source, lists):
@@ -161,7 +182,15 @@ def test_a_listed_case_that_does_not_exist_is_refused(source, lists):
 
 def test_a_case_in_both_lists_is_refused(source, lists):
     write_list(lists[1], ["A1"])
-    refused(source, r"test\.list: A1 is in train\.list and test\.list", lists)
+    refused(source, r"test\.list: A1 in train\.list and A1 in test\.list are of one patient", lists)
+
+
+def test_cases_of_one_data_set_are_not_one_patient(source, lists, tmp_path):
+    for case in ("la_003", "la_004"):
+        write_scan(source / case, *scan_of(case))
+    write_list(lists[0], ["la_003"])
+    write_list(lists[1], ["la_004"])
+    assert convert(source, tmp_path / "out", lists)[0] == {"train": ["la_003"], "test": ["la_004"]}
 
 
 def test_a_missing_list_is_refused(source, lists):
@@ -199,23 +228,31 @@ def test_a_damaged_nrrd_is_refused(source, name, damage):
 def test_shapes_that_differ_or_are_not_3d_are_refused(source):
     image, label = scan_of("A1")
     write_scan(source / "A1", image[..., :2], label)
-    refused(source, r"A1.lgemri\.nrrd: shapes \(200, 190, 2\) and \(200, 190, 3\)")
+    refused(source, r"A1.laendo\.nrrd: shape \(200, 190, 3\) where .*lgemri\.nrrd has \(200, 190, 2\)")
     write_scan(source / "A1", image[..., 1], label[..., 1])
-    refused(source, r"A1.lgemri\.nrrd: shapes \(200, 190\) and \(200, 190\)")
+    refused(source, r"A1.lgemri\.nrrd: shape \(200, 190\) where \(X, Y, Z\) was expected")
 
 
-@pytest.mark.parametrize("value", [2, 254])
+@pytest.mark.parametrize("value", [2, 254, 0.5, 254.99])
 def test_other_labels_are_refused(source, value):
     image, label = scan_of("A1")
+    label = label.astype(np.float64)
     label[0, 0, 0] = value
     write_scan(source / "A1", image, label)
-    refused(source, r"A1.laendo\.nrrd: labels other than")
+    refused(source, rf"A1.laendo\.nrrd: holds the label {value}.*; each has to be one of 0, 1, 255")
+
+
+@pytest.mark.parametrize("value", [254.99998, 255.0005, 0.9995])
+def test_labels_next_to_whole_numbers_are_those(source, value):
+    image, label = scan_of("A1")
+    write_scan(source / "A1", image, np.where(label > 0, np.float32(value), np.float32(1e-5)))
+    np.testing.assert_array_equal(read_scan(source / "A1")[1], label > 0)
 
 
 def test_an_empty_label_is_refused(source):
     image, label = scan_of("A1")
     write_scan(source / "A1", image, 0 * label)
-    refused(source, r"A1.laendo\.nrrd: the label is empty")
+    refused(source, r"A1.laendo\.nrrd: the label is empty, .*; mend it, or take it away if")
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
@@ -234,10 +271,31 @@ def test_the_command_line(source, lists, tmp_path, capsys):
 
 def test_the_command_line_says_that_its_own_split_is_not_the_field_s(source, tmp_path, capsys):
     main([str(source), str(tmp_path / "out"), "--margin", "50"])
-    assert "4 train and 1 test cases, split in order of name: not the field's split" in capsys.readouterr().out
+    assert "4 train and 1 test cases\nSplit in order of name: not the field's split" in capsys.readouterr().out
     image, _ = read_case(case_path(tmp_path / "out", "A1"), 2)
     label = scan_of("A1")[1]
     assert image.shape == cut(label.astype(np.float32), label, 50)[0].shape
+
+
+def test_the_command_line_says_who_has_no_label(source, tmp_path, capsys):
+    for case in "ABCDEF":
+        write_scan(source / f"{case}0", *scan_of(f"{case}0"))
+        (source / f"{case}0" / "laendo.nrrd").unlink()
+    main([str(source), str(tmp_path / "out")])
+    expected = "10 train and 1 test cases; 6 of them without a label, as images alone: A0, B0, C0, D0, E0, ...\n"
+    assert expected in capsys.readouterr().out
+
+
+def test_the_command_line_pairs_by_voxel_where_it_is_asked_to(source, lists, tmp_path):
+    image, label = scan_of("D4")
+    for name, array, spacing in (("lgemri.nrrd", image, 1.0), ("laendo.nrrd", label, 2.0)):
+        nrrd.write(str(source / "D4" / name), array, {"space": "RAS", "space directions": np.diag([1, 1, spacing])})
+    arguments = [str(source), str(tmp_path / "out"), "--train", str(lists[0]), "--test", str(lists[1])]
+    with pytest.raises(SystemExit, match=r"D4/laendo\.nrrd: by their headers voxels are .* --by-voxel"):
+        main(arguments)
+    main([*arguments, "--by-voxel"])
+    (volume,) = load_cases(tmp_path / "out", ["D4"])
+    assert volume.label.sum() == (label > 0).sum()
 
 
 def test_the_command_line_wants_both_lists_or_none(source, lists, tmp_path, capsys):

@@ -10,18 +10,41 @@ import torch
 from segmentation.data import (
     check_files,
     check_patients,
+    patient_of,
     patients_for_share,
     read_case,
+    read_image,
     read_list,
     split_by_patients,
     write_case,
     write_list,
 )
 from segmentation.errors import InputError
-from segmentation.slices import load_slices, load_volumes, resize_nearest, slice_path, volume_path, write_slices
+from segmentation.slices import (
+    load_slices,
+    load_unlabelled,
+    load_volumes,
+    resize_nearest,
+    slice_path,
+    volume_path,
+    write_slices,
+)
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 SLICE = (5, 7)
+
+
+# What people put under `label` where they have none: all of it is accepted of an unlabelled case.
+FILLERS = {
+    "nothing": None,
+    "zeros": lambda image: np.zeros(image.shape, np.uint8),
+    "255": lambda image: np.full(image.shape, 255, np.uint8),
+    "-1": lambda image: np.full(image.shape, -1, np.int16),
+    "the image": lambda image: image,
+    "another shape": lambda image: np.zeros((1, 2), np.uint8),
+    "text": lambda image: "none",
+    "NaN": lambda image: np.full(image.shape, np.nan),
+}
 
 
 def write_h5(path: Path, **datasets: object) -> Path:
@@ -49,6 +72,11 @@ def test_a_list_is_read_in_order_without_suffix_and_blank_end(tmp_path):
     path = tmp_path / "train.list"
     path.write_bytes(b"patient099_frame01\r\npatient001_frame02.h5\n LA-case.1\n\n  \n")
     assert read_list(path) == ["patient099_frame01", "patient001_frame02", "LA-case.1"]
+
+
+def test_a_list_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "train.list").write_bytes(b"\xef\xbb\xbfpatient001_frame01\r\npatient001_frame02\r\n")
+    assert read_list(tmp_path / "train.list") == ["patient001_frame01", "patient001_frame02"]
 
 
 def test_a_written_list_is_read_back(tmp_path):
@@ -123,19 +151,25 @@ def spoiled(value: float) -> np.ndarray:
     ("datasets", "message"),
     [
         ({"label": spoiled(0)}, "no dataset `image`"),
-        ({"image": spoiled(0)}, "no dataset `label`"),
+        ({"image": spoiled(0)}, "no dataset `label`; unlabelled training cases alone need none: add it, or list this"),
         (
             {"image": spoiled(0), "label": spoiled(0)[:, :-1]},
             r"\(5, 7\) and label \(5, 6\) must be of one shape",
         ),
-        ({"image": np.empty((0, 3)), "label": np.empty((0, 3))}, "not empty"),
+        ({"image": np.empty((0, 3)), "label": np.empty((0, 3))}, "the image is empty"),
         ({"image": spoiled(np.nan), "label": spoiled(0)}, "NaN or infinite"),
         ({"image": spoiled(np.inf), "label": spoiled(0)}, "NaN or infinite"),
         ({"image": spoiled(1e300), "label": spoiled(0)}, "NaN or infinite"),
-        ({"image": spoiled(0), "label": spoiled(4)}, r"labels run from 0.0 to 4.0; 4 classes need"),
-        ({"image": spoiled(0), "label": spoiled(-1)}, "labels run from -1.0"),
-        ({"image": spoiled(0), "label": spoiled(0.5)}, "whole numbers"),
-        ({"image": spoiled(0), "label": spoiled(np.nan)}, "whole numbers"),
+        ({"image": spoiled(0), "label": spoiled(4)}, r"holds the label 4\.0; each has to be one of 0, 1, 2, 3"),
+        ({"image": spoiled(0), "label": spoiled(4).astype(np.uint8)}, "holds the label 4;"),
+        ({"image": spoiled(0), "label": spoiled(-1)}, r"holds the label -1\.0;"),
+        ({"image": spoiled(0), "label": spoiled(0.5)}, r"holds the label 0\.5;"),
+        ({"image": spoiled(0), "label": spoiled(0.998)}, r"holds the label 0\.998;"),
+        ({"image": spoiled(0), "label": spoiled(3.9999)}, r"holds the label 3\.9999;"),
+        ({"image": spoiled(0), "label": spoiled(np.nan)}, "holds the label nan;"),
+        ({"image": spoiled(0), "label": spoiled(np.inf)}, "holds the label inf;"),
+        ({"image": spoiled(0) > 0, "label": spoiled(0)}, "`image` holds bool, not numbers"),
+        ({"image": spoiled(0), "label": "text"}, "`label` holds object, not numbers"),
         ({"image": "text", "label": spoiled(0)}, "`image` holds object, not numbers"),
     ],
 )
@@ -144,6 +178,63 @@ def test_a_bad_case_is_refused_by_name(tmp_path, datasets, message):
     path = write_h5(tmp_path / "bad.h5", **datasets)
     with pytest.raises(InputError, match=rf"bad\.h5.*{message}"):
         read_case(path, num_classes=4)
+
+
+@pytest.mark.parametrize("label", FILLERS.values(), ids=FILLERS)
+def test_an_image_is_read_whatever_lies_under_label(tmp_path, case, label):
+    path = write_h5(tmp_path / "a.h5", image=case[0], **({} if label is None else {"label": label(case[0])}))
+    image = read_image(path)
+    assert image.dtype == np.float32
+    np.testing.assert_array_equal(image, case[0])
+
+
+def test_an_image_is_read_beside_a_label_that_is_damaged(tmp_path, case):
+    path = tmp_path / "a.h5"
+    write_case(path, *case)
+    with h5py.File(path) as file:
+        offset, size = file["label"].id.get_chunk_info(0)[2:4]
+    content = bytearray(path.read_bytes())
+    content[offset : offset + size] = bytes(size)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.h5"):
+        read_case(path, num_classes=4)
+    np.testing.assert_array_equal(read_image(path), case[0])
+
+
+def test_a_case_without_a_label_is_written_and_read_back(tmp_path, case):
+    write_case(tmp_path / "a.h5", case[0], None)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.h5"), case[0])
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert list(file) == ["image"]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ({"label": spoiled(0)}, "no dataset `image`; convert this case again"),
+        ({"image": np.empty((0, 3))}, "the image is empty"),
+        ({"image": spoiled(np.nan)}, "NaN or infinite"),
+        ({"image": "text"}, "`image` holds object, not numbers"),
+    ],
+)
+def test_a_bad_image_is_refused_by_name(tmp_path, datasets, message):
+    path = write_h5(tmp_path / "bad.h5", **datasets)
+    with pytest.raises(InputError, match=rf"bad\.h5.*{message}"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_labels_next_to_whole_numbers_are_those(tmp_path, dtype):
+    label = np.array([[0.0, 1e-4, -9e-4], [0.9995, 1.0005, 2.9995]]).astype(dtype)
+    path = write_h5(tmp_path / "a.h5", image=np.zeros((2, 3)), label=label)
+    assert read_case(path, num_classes=4)[1].tolist() == [[0, 0, 0], [1, 1, 3]]
+
+
+def test_bool_labels_are_0_and_1(tmp_path):
+    path = write_h5(tmp_path / "a.h5", image=spoiled(0), label=spoiled(1) > 0)
+    label = read_case(path, num_classes=2)[1]
+    assert label.dtype == np.uint8
+    np.testing.assert_array_equal(label, spoiled(1))
 
 
 def test_a_group_in_place_of_a_dataset_is_refused(tmp_path):
@@ -157,7 +248,7 @@ def test_a_group_in_place_of_a_dataset_is_refused(tmp_path):
 def test_num_classes_bounds_the_labels(tmp_path):
     path = write_h5(tmp_path / "a.h5", image=spoiled(0), label=spoiled(2))
     read_case(path, num_classes=3)
-    with pytest.raises(InputError, match="2 classes need"):
+    with pytest.raises(InputError, match=r"label 2\.0; each has to be one of 0, 1:"):
         read_case(path, num_classes=2)
 
 
@@ -188,6 +279,27 @@ def test_slices_are_resized_by_nearest_neighbour_alike(tmp_path, rng):
     assert (slices.images.shape, slices.images.dtype) == ((1, 1, 16, 16), torch.float32)
     assert (slices.labels.shape, slices.labels.dtype) == ((1, 16, 16), torch.uint8)
     torch.testing.assert_close(slices.images[:, 0] * 3, slices.labels.float())  # no value between two classes
+
+
+def test_unlabelled_slices_are_the_labelled_ones_images(tmp_path, case):
+    names = write_slices(tmp_path, "a", *case)
+    bare = write_slices(tmp_path, "b", case[0], None)
+    expected = load_slices(tmp_path, names, size=(8, 8))
+    for theirs in (names, bare):
+        unlabelled = load_unlabelled(tmp_path, theirs, size=(8, 8))
+        assert unlabelled.labels is None
+        assert unlabelled.names == theirs
+        assert torch.equal(unlabelled.images, expected.images)
+        assert torch.equal(unlabelled.image_batch(torch.tensor([2, 0])), expected.batch(torch.tensor([2, 0]))[0])
+
+
+def test_unlabelled_slices_are_checked_too(tmp_path, case):
+    write_case(slice_path(tmp_path, "a"), case[0], None)
+    with pytest.raises(InputError, match=r"a\.h5: shape \(3, 5, 7\) where \(H, W\)"):
+        load_unlabelled(tmp_path, ["a"], size=(8, 8))
+    write_case(slice_path(tmp_path, "a"), 2 * case[0][0] + 1, None)
+    with pytest.raises(InputError, match=r"a\.h5: the image runs from .* outside \[0, 1\]"):
+        load_unlabelled(tmp_path, ["a"], size=(8, 8))
 
 
 def test_slices_keep_the_order_of_their_names(tmp_path):
@@ -258,9 +370,9 @@ def test_rounding_at_the_ends_of_the_range_is_accepted(tmp_path, case):
 def test_num_classes_reaches_the_files(tmp_path, case):
     write_case(volume_path(tmp_path, "a"), *case)
     write_slices(tmp_path, "a", *case)
-    with pytest.raises(InputError, match="2 classes"):
+    with pytest.raises(InputError, match="has to be one of 0, 1:"):
         load_volumes(tmp_path, ["a"], num_classes=2)
-    with pytest.raises(InputError, match="2 classes"):
+    with pytest.raises(InputError, match="has to be one of 0, 1:"):
         load_slices(tmp_path, ["a_slice_1"], size=(8, 8), num_classes=2)
 
 
@@ -286,8 +398,39 @@ def test_the_first_patients_in_list_order_are_labelled():
 
 def test_a_patient_in_two_lists_is_refused_by_name():
     check_patients({"train": ["p1_f1", "p1_f2"], "val": ["p2_f1"]})
-    with pytest.raises(InputError, match=r"p1 is in train\.list and test\.list"):
+    complaint = r"p1_f1 in train\.list and p1_f2 in test\.list are of one patient, p1: .*`patient` of the task"
+    with pytest.raises(InputError, match=complaint):
         check_patients({"train": ["p1_f1"], "val": ["p2_f1"], "test": ["p3_f1", "p1_f2"]})
+
+
+# The names of other data sets: a rule that fits in one line, the names of one patient, and those of another one.
+SCHEMES = {
+    "ACDC": (patient_of, ("patient001_frame01", "patient001_frame02_slice_3"), "patient002_frame01"),
+    "BraTS2019": (str, ("BraTS19_CBICA_AAP_1",), "BraTS19_2013_16_1"),
+    "prostate": (str, ("prostate_01",), "prostate_02"),
+    "LA of the decathlon": (str, ("la_003",), "la_004"),
+    "FLARE22": (str, ("FLARE22_Tr_0001",), "FLARE22_Tr_0002"),
+    "KiTS": (str, ("case_00001",), "case_00002"),
+    "slices": (
+        lambda name: name.split("_slice")[0],
+        ("case_00001_slice_1", "case_00001_slice_2"),
+        "case_00002_slice_1",
+    ),
+    "another separator": (lambda name: name.split("-")[0], ("p1-ED", "p1-ES"), "p2-ED"),
+}
+
+
+@pytest.mark.parametrize(("patient", "one", "other"), SCHEMES.values(), ids=SCHEMES)
+def test_a_rule_tells_patients_apart(patient, one, other):
+    check_patients({"train": one, "test": [other]}, patient)
+    assert split_by_patients([*one, other], 1, patient) == ([*one], [other])
+    with pytest.raises(InputError, match=f"{one[0]} in train.list and {one[-1]} in test.list are of one patient"):
+        check_patients({"train": [one[0], other], "test": [one[-1]]}, patient)
+
+
+def test_cases_of_one_patient_alone_are_refused():
+    with pytest.raises(InputError, match=r"all 2 training cases are of one patient, la: .*`patient` of the task"):
+        split_by_patients(["la_003", "la_004"], 1)
 
 
 @pytest.mark.parametrize("patients", [-1, 0, 2, 3])

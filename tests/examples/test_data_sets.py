@@ -8,6 +8,12 @@ from segmentation import cli
 PAGE = Path(__file__).parents[2] / "docs" / "data_sets.md"
 
 
+def test_the_page_s_rules_tell_its_names_apart() -> None:
+    rows = re.findall(r"^\| (`.*) \| `patient=(.*)` \|$", PAGE.read_text(), re.MULTILINE)
+    found = [[*map(eval(rule), re.findall(r"`(.*?)`", names))] for names, rule in rows]
+    assert found == [["prostate_01", "FLARE22_Tr_0001", "BraTS19_2013_16_1"], ["case_00001"], ["p1", "p1"]]
+
+
 def test_a_third_data_set_is_one_small_file(tmp_path: Path) -> None:
     (script,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names = {"__name__": "mnms_gapmatch"}

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import acdc_gapmatch
 import h5py
 import la_gapmatch
 import numpy as np
@@ -12,11 +14,20 @@ import pytest
 import torch
 from segmentation import cli
 from segmentation.atrium import write_atrium
-from segmentation.data import read_list
+from segmentation.data import read_list, write_list
 from segmentation.recipe import METHODS, Recipe, run_name
 from segmentation.trainer import Trainer
 from segmentation.volumes import case_path
 from segmentation.volumewise import VolumeTask
+
+# What people put under `label` where they have none.
+FILLERS = {
+    "nothing": None,
+    "zeros": np.zeros_like,
+    "-1": lambda image: np.full_like(image, -1),
+    "the image": lambda image: image,
+    "another shape": lambda image: np.zeros((1, 2)),
+}
 
 TINY = {
     "size": (16, 16, 16),
@@ -145,14 +156,60 @@ def test_bad_options_are_one_line(
     assert error.count("\n") == 1
 
 
-def _rewrite(path: Path, image: np.ndarray, label: np.ndarray) -> None:
+def _rewrite(path: Path, image: np.ndarray, label: np.ndarray | None) -> None:
     with h5py.File(path, "w") as file:
-        file["image"], file["label"] = image, label
+        file["image"] = image
+        if label is not None:
+            file["label"] = label
+
+
+def _relabel(path: Path, label: Callable[[np.ndarray], np.ndarray] | None) -> None:
+    with h5py.File(path) as file:
+        image = file["image"][()]
+    _rewrite(path, image, None if label is None else label(image))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_atrium: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which the unlabelled cases have their labels."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(la_gapmatch.LA.presets, "cpu", TINY)
+        patch.setattr(VolumeTask, "draw", lambda *_: None)
+        assert _run(tiny_atrium, out, "--stride", "16", "16", "16") == 0
+    return out
+
+
+@pytest.mark.parametrize("label", FILLERS.values(), ids=FILLERS)
+def test_labels_of_unlabelled_cases_are_never_read(
+    data: Path, whole_run: Path, tmp_path: Path, label: Callable[[np.ndarray], np.ndarray] | None, monkeypatch
+) -> None:
+    monkeypatch.setattr(VolumeTask, "draw", lambda *_: None)
+    for name in read_list(data / "train.list")[1:]:
+        _relabel(case_path(data, name), label)
+    assert _run(data, tmp_path / "out", "--stride", "16", "16", "16") == 0
+    ours, theirs = (
+        torch.load(out / "gapmatch" / "best.pt", weights_only=True)["model"] for out in (tmp_path / "out", whole_run)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_case_that_needs_a_label_is_refused_without_one(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    name = read_list(data / f"{split}.list")[0]
+    _relabel(case_path(data, name), None)
+    assert _run(data, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{name}/mri_norm2.h5: has no dataset `label`; unlabelled training cases alone need none" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("fault", ["slice", "empty", "small", "raw", "missing"])
 def test_bad_files_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
-    name = read_list(data / "train.list")[1]
+    labelled, unlabelled, *_ = read_list(data / "train.list")
+    name = labelled if fault == "empty" else unlabelled
     path = case_path(data, name)
     rng = np.random.default_rng(0)
     image, label = rng.normal(size=(24, 24, 18)).astype(np.float32), np.ones((24, 24, 18), np.uint8)
@@ -172,6 +229,44 @@ def test_bad_files_are_named(data: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert error.count("\n") == 1
 
 
+def _rename(data: Path, names: dict[str, str]) -> None:
+    for old, new in names.items():
+        case_path(data, old).parent.rename(case_path(data, new).parent)
+    for split in ("train", "test"):
+        write_list(data / f"{split}.list", [names[name] for name in read_list(data / f"{split}.list")])
+
+
+def test_a_task_says_whose_a_case_is(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VolumeTask, "draw", lambda *_: None)
+    _rename(data, {f"case00{n}": f"la_00{n}" for n in range(1, 6)})
+    arguments = ["--data", str(data), "--patients", "1", "--preset", "cpu", "--device", "cpu", "--amp", "off"]
+    arguments += ["--stride", "16", "16", "16", "--method", "supervised", "--out", str(tmp_path / "out")]
+    assert cli.main(la_gapmatch.LA, "", arguments) == 2
+    error = capsys.readouterr().err
+    assert "la_001 in train.list and la_004 in test.list are of one patient, la: " in error
+    task = replace(la_gapmatch.LA, patient=str)
+    assert cli.main(task, "", arguments) == 0
+    last = torch.load(tmp_path / "out" / "supervised" / "last.pt", weights_only=True)
+    assert last["identity"]["labelled patients"] == ["la_001"]
+
+
+def test_two_scans_of_a_patient_are_kept_together(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VolumeTask, "draw", lambda *_: None)
+    _rename(data, dict(zip(map("case00{}".format, range(1, 6)), ("p1-a", "p1-b", "p2-a", "p2-b", "p3-a"), strict=True)))
+    task = replace(la_gapmatch.LA, patient=lambda name: name.split("-")[0])
+    arguments = ["--data", str(data), "--patients", "1", "--preset", "cpu", "--device", "cpu", "--amp", "off"]
+    arguments += ["--stride", "16", "16", "16", "--method", "supervised", "--out", str(tmp_path / "out")]
+    assert cli.main(task, "", arguments) == 2
+    assert "p2-a in train.list and p2-b in test.list are of one patient, p2: " in capsys.readouterr().err
+    write_list(data / "test.list", ["p3-a"])
+    assert cli.main(task, "", arguments) == 0
+    assert "2 labelled samples of 1 patient(s), 1 unlabelled" in capsys.readouterr().out
+
+
 def test_acdc_s_files_are_refused(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(tiny_data, tmp_path / "out") == 2
     assert str(tiny_data) in capsys.readouterr().err
@@ -182,10 +277,49 @@ def test_sizes_with_wrong_gradients_are_refused(data: Path, tmp_path: Path, caps
     assert "--amp off" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("version", "device", "amp", "warned"),
+    [
+        ("2.9.1+cu128", "cuda", "bfloat16", True),
+        ("2.9.0", "cuda:0", "float16", True),
+        ("2.9.1", "cuda", "off", False),
+        ("2.9.1", "cpu", "bfloat16", False),
+        ("2.8.0", "cuda", "bfloat16", False),
+        ("2.10.0", "cuda", "bfloat16", False),
+    ],
+)
+def test_a_torch_with_slow_3d_convolutions_is_warned_of(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    device: str,
+    amp: str,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(cli.ranks, "usable_device", lambda _: torch.device(device))
+    monkeypatch.setitem(la_gapmatch.LA.presets, "cpu", {**TINY, "size": (48, 48, 48)})
+    assert _run(tmp_path, tmp_path / "out", "--amp", amp) == 2  # it says so before anything is read
+    error = capsys.readouterr().err
+    assert error.endswith("train.list: no such list; unpack or convert the data set first\n")
+    assert (f"warning: torch {version} takes several times as long" in error) == warned
+    assert error.count("\n") == 1 + warned
+
+
+def test_slices_are_not_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    monkeypatch.setattr(cli.ranks, "usable_device", lambda _: torch.device("cuda"))
+    assert acdc_gapmatch.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_labelled_and_unlabelled_crops_lie_apart(tiny_atrium: Path) -> None:
     names = read_list(tiny_atrium / "train.list")
     recipe = Recipe(**{**TINY, "labelled_batch": 1, "unlabelled_batch": 1})
-    pool = la_gapmatch.LA.read_training(tiny_atrium, names[:1], recipe)
+    pool = la_gapmatch.LA.read_labelled(tiny_atrium, names[:1], recipe)
     trainer = Trainer(la_gapmatch.LA, recipe, pool, pool, torch.device("cpu"), None)
     same = [torch.equal(trainer.labelled_batch(t)[0], trainer.unlabelled_batch(t)) for t in range(20)]
     assert sum(same) < 3

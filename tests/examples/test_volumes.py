@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from segmentation.data import Volume, patient_of, read_list, write_case
 from segmentation.errors import InputError
-from segmentation.volumes import Crops, case_path, load_cases
+from segmentation.volumes import Crops, case_path, load_cases, load_images
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -45,7 +45,7 @@ def test_where_la_keeps_a_case(tmp_path):
     [
         (lambda image, label: (image[0], label[0]), r"shape \(7, 5\) where a volume \(X, Y, Z\) was expected"),
         (lambda image, label: (image, label * 0), "the label is empty"),
-        (lambda image, label: (image, label * 2), "2 classes need whole numbers"),
+        (lambda image, label: (image, label * 2), "has to be one of 0, 1:"),
         (lambda image, label: (image[1:], label), "must be of one shape"),
         (lambda image, label: (abs(image), label), "not normalised"),
         (lambda image, label: (100 * image, label), "not normalised"),
@@ -58,6 +58,28 @@ def test_a_bad_case_is_refused_by_its_file(tmp_path, case, spoil, message):
     write_case(case_path(tmp_path, "bad"), *spoil(*case))
     with pytest.raises(InputError, match=rf"bad/mri_norm2\.h5: .*{message}"):
         load_cases(tmp_path, ["good", "bad"])
+
+
+def test_an_image_is_read_without_its_label(tmp_path, case):
+    write_case(case_path(tmp_path, "A1"), *case)
+    write_case(case_path(tmp_path, "B2"), -case[0], None)
+    one, two = load_images(tmp_path, ["A1", "B2"])
+    np.testing.assert_array_equal(one, case[0])
+    np.testing.assert_array_equal(two, -case[0])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda image: image[0], r"shape \(7, 5\) where a volume \(X, Y, Z\) was expected"),
+        (abs, "not normalised"),
+        (lambda image: image * np.nan, "NaN"),
+    ],
+)
+def test_a_bad_image_is_refused_by_its_file(tmp_path, case, spoil, message):
+    write_case(case_path(tmp_path, "bad"), spoil(case[0]), None)
+    with pytest.raises(InputError, match=rf"bad/mri_norm2\.h5: .*{message}"):
+        load_images(tmp_path, ["bad"])
 
 
 def test_a_missing_case_is_refused_by_its_file(tmp_path):
@@ -119,6 +141,8 @@ def test_a_crop_is_one_box_of_its_volume_and_as_much_of_it_as_fits(data, seed, s
     assert images.shape == (len(indices), 1, *size)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.uint8)
     assert torch.equal(labels, label_of(images.squeeze(1)))
+    unlabelled = Crops([""] * len(volumes), [numbered(shape)[0] for shape in volumes], None, size)
+    assert torch.equal(unlabelled.image_batch(torch.tensor(indices), seeded(seed)), images)
     for index, image in zip(indices, images.squeeze(1), strict=True):
         whole = numbered(volumes[index])[0]
         lacking = [max(0, side - n) for side, n in zip(size, whole.shape, strict=True)]
@@ -182,6 +206,8 @@ def test_batches_come_on_the_device_of_the_volumes():
     images, labels = moved.batch(torch.tensor([1, 0]), seeded())
     assert images.device.type == labels.device.type == "meta"
     assert images.shape == (2, 1, 4, 4, 4)
+    unlabelled = Crops(["a"], [torch.ones(4, 4, 4)], None, (4, 4, 4)).to(torch.device("meta"))
+    assert unlabelled.image_batch(torch.tensor([0]), seeded()).device.type == "meta"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

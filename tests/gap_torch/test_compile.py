@@ -17,6 +17,9 @@ needs_newer_dynamo = pytest.mark.skipif(
     not TRACES_STEPS, reason="torch.compile of the wrapper's steps was written for and tested on torch 2.15"
 )
 
+# On a CPU these two are `max-autotune` and `default`, from which they differ in CUDA graphs alone.
+MODES = sorted(list_mode_options().keys() - {"max-autotune-no-cudagraphs", "reduce-overhead"})
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
@@ -65,7 +68,7 @@ def _assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", sorted(list_mode_options()))
+@pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_model(mode: str) -> None:
     model = _model()
     _assert_same(_train(model, torch.compile(model, mode=mode)), _train(_model()))

@@ -1,5 +1,6 @@
 """The lines of docs/recipes/ssnet.md in a loop of SS-Net's structure, with the side effects of its VAT."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,9 +101,32 @@ class SSNet(Loop):
         return F.cross_entropy(outputs[:LABELLED], self.labels) + WEIGHT * 0.1 * of_labels
 
 
+class UnlabelledAlone(SSNet):
+    """In the perturbed pass: the loss asked for a second time."""
+
+    passes = 0
+
+    def unsupervised(self, twin: Any, optimizer: str) -> Tensor:
+        self.passes += 1
+        if self.passes == 1:
+            return super().unsupervised(twin, optimizer)
+        lds = F.mse_loss(twin(self.names["x_adv"])[0].softmax(1), self.names["pred"])
+        embedding = twin(self.images[LABELLED:])[1]
+        return WEIGHT * (lds + 0.1 * self.contrast(twin, embedding, self.names["pseudo_label"]))
+
+
 def test_the_step_is_that_of_gap(lines: Any, network: Any, updated_with: Any) -> None:
     wrap, call_of_vat, backward = lines("ssnet", "Change these lines")
     takes_the_step_of_gap(SSNet(network(), call_of_vat), wrap, backward, updated_with)
+
+
+def test_the_cheaper_line(lines: Any, network: Any, updated_with: Any) -> None:
+    wrap, call_of_vat, backward = lines("ssnet", "Change these lines")
+    cheaper = "model(volume_batch[args.labeled_bs :])[1]"
+    assert cheaper in (Path(__file__).parents[2] / "docs" / "recipes" / "ssnet.md").read_text()
+    changed = backward.replace("model(volume_batch)[1][args.labeled_bs :]", cheaper)
+    assert changed != backward
+    takes_the_step_of_gap(UnlabelledAlone(network(), call_of_vat), wrap, changed, updated_with)
 
 
 def test_a_search_inside_the_block_is_an_error_and_moves_the_statistics(lines: Any, network: Any) -> None:

@@ -1,6 +1,7 @@
 """The lines of docs/recipes/unimatch.md in a loop of the structure of UniMatch's medical part."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +96,18 @@ class UniMatch(Loop):
         return F.cross_entropy(twin(torch.cat((self.x, self.weak)), True)[0][:LABELLED], self.y) / 2
 
 
+class WeakViewsAlone(UniMatch):
+    """In the perturbed pass: the loss asked for a second time."""
+
+    passes = 0
+
+    def unsupervised(self, twin: Any, optimizer: str) -> Tensor:
+        self.passes += 1
+        if self.passes == 1:
+            return super().unsupervised(twin, optimizer)
+        return self.compared([twin(self.weak, True)[1], *twin(torch.cat(self.strong)).chunk(2)])
+
+
 def test_the_step_is_that_of_gap(lines: Any, network: Any, updated_with: Any) -> None:
     wrap, backward = lines("unimatch", "Change these lines")
     takes_the_step_of_gap(UniMatch(network(), dropout=0.0), wrap, backward, updated_with)
@@ -105,6 +118,15 @@ def test_with_rng_the_dropout_masks_are_those_of_g1(lines: Any, network: Any, up
     with_rng = backward.replace("perturbed(model)", "perturbed(model, rng=rng)")
     assert with_rng != backward
     takes_the_step_of_gap(UniMatch(network(), dropout=0.5), wrap, with_rng, updated_with)
+
+
+def test_the_cheaper_line(lines: Any, network: Any, updated_with: Any) -> None:
+    wrap, backward = lines("unimatch", "Change these lines")
+    cheaper = "star_fp = model(img_u_w, True)[1]"
+    assert cheaper in (Path(__file__).parents[2] / "docs" / "recipes" / "unimatch.md").read_text()
+    changed = backward.replace("star_fp = model(torch.cat((img_x, img_u_w)), True)[1][num_lb:]", cheaper)
+    assert changed != backward
+    takes_the_step_of_gap(WeakViewsAlone(network(), dropout=0.0), wrap, changed, updated_with)
 
 
 def test_without_the_lines_it_is_the_plain_loop(lines: Any, network: Any) -> None:

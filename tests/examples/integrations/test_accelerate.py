@@ -10,6 +10,7 @@ from tiny import BATCH, CLIP, EPS, LR, Discs, method, network, supervised
 from torch.utils.data import DataLoader
 
 from gap_torch import GAPWrapper
+from gap_torch.consistency import Batch
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -31,7 +32,7 @@ def _prepared(**options: Any) -> tuple[Any, Any, Any, Any]:
 
 def _epoch(accelerator: Any, model: Any, optimizer: Any, loader: Any) -> None:
     for batch in loader:
-        views = method.prepare(model, batch["unlabelled"])
+        views = method.prepare(model, Batch(batch["unlabelled"]))
         accelerator.backward(method.loss(model, views))
         with optimizer.optimizer.perturbed(model):
             accelerator.backward(method.loss(model, views))
@@ -50,7 +51,7 @@ def test_the_wrapper_is_inside_accelerates_optimizer() -> None:
 
 def test_accelerates_step_is_refused_while_perturbed() -> None:
     accelerator, model, optimizer, loader = _prepared()
-    loss = method.loss(model, method.prepare(model, next(iter(loader))["unlabelled"]))
+    loss = method.loss(model, method.prepare(model, Batch(next(iter(loader))["unlabelled"])))
     accelerator.backward(loss)
     with (
         pytest.raises(RuntimeError, match=r"step\(\) while the parameters are perturbed"),

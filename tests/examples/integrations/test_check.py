@@ -52,6 +52,7 @@ def test_no_finding_in_the_examples(name: str, checked_when_made: Callable[[Any,
     assert report.ok, str(report)
     assert list(dict.fromkeys(line for line, _ in report.timeline if line != "zero_grad")) == LINES
     assert all(f"{name}.py:" in where for line, where in report.timeline), str(report)
+    assert report.losses.keys() == report.norms.keys() == {"g1", "g2", "g_l"}, str(report)
 
 
 def test_accelerates_own_optimizer_will_do() -> None:
@@ -68,7 +69,7 @@ def test_accelerates_own_optimizer_will_do() -> None:
 
 def test_around_lightnings_fit() -> None:
     """With an optimizer that is made outside; `with` works around a whole run, of which it sees one update."""
-    import lightning as L
+    L = pytest.importorskip("lightning")
     from tiny import BATCH, Discs
     from torch.utils.data import DataLoader
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gap_torch import GAPWrapper
+from gap_torch.consistency import Batch
 
 L = pytest.importorskip("lightning")
 example = pytest.importorskip("lightning_module")
@@ -33,7 +34,7 @@ class ThroughLightning(example.GapMatch):
     def training_step(self, batch: dict[str, Tensor], index: int) -> None:
         with self.gap().set_aside():
             self.manual_backward(supervised(self.network(batch["image"]), batch["label"]))
-        views = method.prepare(self.network, batch["unlabelled"])
+        views = method.prepare(self.network, Batch(batch["unlabelled"]))
         self.manual_backward(method.loss(self.network, views))
         with self.gap().perturbed(self.network):
             self.manual_backward(method.loss(self.network, views))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gap_torch import GAPWrapper
-from gap_torch.consistency import FixMatch
+from gap_torch.consistency import Batch, FixMatch
 
 
 class Scene:
@@ -26,7 +26,7 @@ class Scene:
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
     def views(self, unlabelled: Tensor | None = None) -> Any:
-        return self.method.prepare(self.model, self.u if unlabelled is None else unlabelled)
+        return self.method.prepare(self.model, Batch(self.u if unlabelled is None else unlabelled))
 
     def consistency(self, views: Any) -> Tensor:
         return self.method.loss(self.model, views)

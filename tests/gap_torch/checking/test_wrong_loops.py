@@ -3,6 +3,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import gap_torch
 from gap_torch import GAPWrapper, frozen_running_stats
 from gap_torch.checking import Report
+from gap_torch.consistency import Batch
 
 # ---------------------------------------------------------------- order
 
@@ -127,10 +129,93 @@ def labelled_loss_in_the_same_backward(s: Scene) -> None:
 
 def shared_forward_without_set_aside(s: Scene) -> None:
     views = s.views()
-    logits = s.model(torch.cat([s.x, views.inputs]))
-    (F.cross_entropy(logits[:2], s.y) + s.method.compare(logits[2:], views)).backward()  # HERE
+    logits = s.model(torch.cat([s.x, *views.inputs]))
+    (F.cross_entropy(logits[:2], s.y) + s.method.compare((logits[2:],), views)).backward()  # HERE
     with s.optimizer.perturbed(s.model):
         s.consistency(views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def labelled_loss_left_in_g1(s: Scene) -> None:
+    """The labelled images are in both passes, for batch norm; their loss is in the first."""
+    views = s.views()
+    images = torch.cat([s.x, *views.inputs])
+    logits = s.model(images)
+    (F.cross_entropy(logits[:2], s.y) + s.method.compare((logits[2:],), views)).backward()  # HERE
+    with s.optimizer.perturbed(s.model):
+        s.method.compare((s.model(images)[2:],), views).backward()
+    s.optimizer.step()
+
+
+def labelled_loss_in_g1_of_parts(s: Scene) -> None:
+    """The same, where the model is called in parts."""
+    body, head, views = s.model[:-1], s.model[-1], s.views()  # type: ignore[index]
+    features = body(torch.cat([s.x, *views.inputs]))
+    (F.cross_entropy(head(features[:2]), s.y) + s.method.compare((head(features[2:]),), views)).backward()  # HERE
+    with s.optimizer.perturbed(s.model):
+        features = body(torch.cat([s.x, *views.inputs]))
+        s.method.compare((head(features[2:]),), views).backward()
+    s.optimizer.step()
+
+
+def labelled_loss_set_aside_and_left_in_g2(s: Scene) -> None:
+    views = s.views()
+    images = torch.cat([s.x, *views.inputs])
+    logits = s.model(images)
+    with s.optimizer.set_aside():
+        F.cross_entropy(logits[:2], s.y).backward(retain_graph=True)
+    s.method.compare((logits[2:],), views).backward()
+    with s.optimizer.perturbed(s.model):
+        logits = s.model(images)
+        (F.cross_entropy(logits[:2], s.y) + s.method.compare((logits[2:],), views)).backward()  # HERE
+    s.optimizer.step()
+
+
+def search_left_in_g1(s: Scene) -> None:
+    """FGSM, whose gradient of the weights stays in `.grad`."""
+    target, images = s.views().target, s.u.clone().requires_grad_()
+    F.cross_entropy(s.model(images), target).backward()  # HERE
+    adversarial = (s.u + 0.1 * images.grad.sign()).detach()  # type: ignore[union-attr]
+    F.cross_entropy(s.model(adversarial), target).backward()
+    with s.optimizer.perturbed(s.model):
+        F.cross_entropy(s.model(adversarial), target).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def search_of_vat_left_in_g1(s: Scene) -> None:
+    """The input is computed from the direction, which is the leaf."""
+    target, direction = s.views().target, torch.randn_like(s.u).requires_grad_()
+    F.cross_entropy(s.model(s.u + 0.1 * direction), target).backward()  # HERE
+    adversarial = s.u + direction.grad.sign()  # type: ignore[union-attr]
+    F.cross_entropy(s.model(adversarial), target).backward()
+    with s.optimizer.perturbed(s.model):
+        F.cross_entropy(s.model(adversarial), target).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def search_left_in_g1_from_images_of_both_passes(s: Scene) -> None:
+    """It begins at the images whose prediction is compared as well."""
+    target, images = s.views().target, s.u.clone().requires_grad_()
+    F.cross_entropy(s.model(images), target).backward()  # HERE
+    both = torch.cat([s.u, (s.u + 0.1 * images.grad.sign()).detach()])  # type: ignore[union-attr]
+    F.cross_entropy(s.model(both), torch.cat([target, target])).backward()
+    with s.optimizer.perturbed(s.model):
+        F.cross_entropy(s.model(both), torch.cat([target, target])).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def search_in_the_perturbed_pass(s: Scene) -> None:
+    target = s.views().target
+    adversarial = s.u + 0.1
+    F.cross_entropy(s.model(adversarial), target).backward()
+    with s.optimizer.perturbed(s.model):
+        images = s.u.clone().requires_grad_()
+        F.cross_entropy(s.model(images), target).backward()  # HERE
+        F.cross_entropy(s.model(adversarial), target).backward()
     s.supervised().backward()
     s.optimizer.step()
 
@@ -191,7 +276,7 @@ def labelled_inside(s: Scene) -> None:
 def targets_at_theta_star(s: Scene) -> None:
     s.consistency(s.views()).backward()
     with s.optimizer.perturbed(s.model):
-        views = s.method.prepare(s.model, s.u)  # HERE
+        views = s.method.prepare(s.model, Batch(s.u))  # HERE
         s.consistency(views).backward()
     s.supervised().backward()
     s.optimizer.step()
@@ -202,7 +287,7 @@ def detached_targets_at_theta_star(s: Scene) -> None:
     s.consistency(views).backward()
     with s.optimizer.perturbed(s.model):
         target = s.model(s.u).argmax(1)  # HERE
-        F.cross_entropy(s.model(views.inputs), target).backward()
+        F.cross_entropy(s.model(*views.inputs), target).backward()
     s.supervised().backward()
     s.optimizer.step()
 
@@ -222,6 +307,28 @@ def moving_statistics_between_two_calls(s: Scene) -> None:
     s.optimizer.first_step()
     s.consistency(views).backward()  # HERE
     s.optimizer.second_step()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def eval_mode_in_the_perturbed_pass(s: Scene) -> None:
+    """So that the statistics stay still. But batch norm then normalises by others."""
+    views = s.views()
+    s.consistency(views).backward()
+    s.model.eval()
+    with s.optimizer.perturbed(s.model):
+        s.consistency(views).backward()  # HERE
+    s.model.train()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
+def batch_norm_alone_in_eval_mode(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    with s.optimizer.perturbed():
+        s.model[1].eval()  # type: ignore[index]
+        s.consistency(views).backward()  # HERE
     s.supervised().backward()
     s.optimizer.step()
 
@@ -393,6 +500,44 @@ def detached_term(s: Scene) -> None:
     s.base.step()  # HERE no perturbed pass
 
 
+def backward_after_restoring(s: Scene) -> None:
+    """Another public port: the loss is computed at theta*, and its backward goes through the weights of theta."""
+    views = s.views()
+    s.consistency(views).backward()
+    move(s, 1.0)
+    with frozen_running_stats(s.model):
+        loss = s.method.loss(s.model, views)
+    move(s, -1.0)
+    (s.supervised() + loss).backward()  # HERE stale graph
+    s.base.step()  # HERE no perturbed pass
+
+
+def backward_after_moving(s: Scene) -> None:
+    """The loss of theta has its second backward at theta*."""
+    loss = s.consistency(s.views())
+    loss.backward(retain_graph=True)
+    move(s, 1.0)
+    norm = torch.stack([p.grad.norm() for p in s.model.parameters()]).norm().item()
+    g1 = [p.grad.clone() for p in s.model.parameters()]
+    loss.backward()  # HERE stale graph
+    for p, g in zip(s.model.parameters(), g1, strict=True):
+        p.data.sub_(g, alpha=0.1 / norm)
+    s.supervised().backward()
+    s.base.step()  # HERE no perturbed pass
+
+
+def backward_after_restoring_noticed_by_autograd(s: Scene) -> None:
+    views = s.views()
+    s.consistency(views).backward()
+    move(s, 1.0)
+    with frozen_running_stats(s.model):
+        loss = s.method.loss(s.model, views)
+    with torch.no_grad():
+        for p in s.model.parameters():
+            p.sub_(p.grad, alpha=0.1)
+    loss.backward()  # HERE
+
+
 def detached_term_in_the_wrapper(s: Scene) -> None:
     views = s.views()
     s.consistency(views).backward()
@@ -424,6 +569,13 @@ WRONG: dict[Callable[[Scene], None], str] = {
     labelled_backward_first: "mixed g1",
     labelled_loss_in_the_same_backward: "mixed g1",
     shared_forward_without_set_aside: "mixed g1",
+    labelled_loss_left_in_g1: "mixed g1",
+    labelled_loss_in_g1_of_parts: "mixed g1",
+    labelled_loss_set_aside_and_left_in_g2: "other batch",
+    search_left_in_g1: "mixed g1",
+    search_of_vat_left_in_g1: "mixed g1",
+    search_left_in_g1_from_images_of_both_passes: "mixed g1",
+    search_in_the_perturbed_pass: "other batch",
     leftover_of_before: "leftover",
     never_zeroed: "leftover",
     other_batch: "other batch",
@@ -433,6 +585,8 @@ WRONG: dict[Callable[[Scene], None], str] = {
     detached_targets_at_theta_star: "targets",
     moving_statistics: "statistics",
     moving_statistics_between_two_calls: "statistics",
+    eval_mode_in_the_perturbed_pass: "mode",
+    batch_norm_alone_in_eval_mode: "mode",
     graph_of_theta: "stale graph",
     freed_graph_of_theta: "stale graph",
     labelled_forward_before_the_block: "stale graph",
@@ -448,6 +602,9 @@ WRONG: dict[Callable[[Scene], None], str] = {
     sam_by_hand: "no perturbed pass",
     recomputed_loss_without_backward: "",
     detached_term: "",
+    backward_after_restoring: "",
+    backward_after_moving: "",
+    backward_after_restoring_noticed_by_autograd: "stale graph",
     detached_term_in_the_wrapper: "refused",
     detached_term_beside_the_labelled_loss: "",
 }
@@ -512,6 +669,13 @@ def test_a_number_beside_the_batch_is_no_batch() -> None:
     assert [p.kind for p in report.problems] == ["mixed g1"]
 
 
+def test_the_labelled_loss_alone_in_g1_is_seen() -> None:
+    """As early in FixMatch, when no unlabelled pixel is confident."""
+    report = _watched(labelled_loss_left_in_g1, Scene(tau=0.9999))
+    assert report.norms["g2"] == 0
+    assert {(p.kind, Path(p.where).name) for p in report.problems} == _expected(labelled_loss_left_in_g1), str(report)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
 def test_losses_are_seen_with_any_alpha(alpha: float) -> None:
     for loop in (zeroed_in_place, zeroed_by_hand, zeroed_between_micro_batches, zeroed_before_the_labelled_backward):
@@ -519,7 +683,10 @@ def test_losses_are_seen_with_any_alpha(alpha: float) -> None:
         assert {(p.kind, Path(p.where).name) for p in report.problems} == _expected(loop), str(report)
 
 
-@pytest.mark.parametrize("loop", [sam_by_hand, recomputed_loss_without_backward, detached_term, no_first_step])
+BY_HAND = [sam_by_hand, recomputed_loss_without_backward, detached_term, backward_after_restoring, no_first_step]
+
+
+@pytest.mark.parametrize("loop", BY_HAND)
 def test_an_optimizer_that_is_not_wrapped(loop: Callable[[Scene], None]) -> None:
     s = Scene()
     s.optimizer = s.base  # type: ignore[assignment]
@@ -528,7 +695,114 @@ def test_an_optimizer_that_is_not_wrapped(loop: Callable[[Scene], None]) -> None
     assert {(p.kind, Path(p.where).name) for p in report.problems} == expected, str(report)
     moved = "moved by other code" in str(report)
     assert moved == (loop is not no_first_step)
-    assert ("of the plain method" in str(report)) != moved  # GAP by hand may be right
+    assert ("its step is that of the plain method" in str(report)) == (loop is no_first_step)
+    assert ("its step may be right or wrong" in str(report)) == (loop is sam_by_hand)
+
+
+def test_a_graph_of_theta_is_seen_where_autograd_has_no_objection() -> None:
+    """A first layer's gradient needs its input alone, so nothing that the graph has kept was modified."""
+    model = nn.Linear(3, 2)
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), eps=0.1)
+    x, u = torch.randn(2, 3), torch.randn(4, 3)
+    with gap_torch.check(optimizer, model, show=None) as report:
+        loss = model(u).square().mean()
+        loss.backward(retain_graph=True)
+        with optimizer.perturbed(model):
+            model(u).square().mean().backward()
+            loss.backward()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert [p.kind for p in report.problems] == ["stale graph"], str(report)
+
+
+# ---------------------------------------------------------------- buffers
+
+
+class OwnBatchNorm(nn.Module):
+    """Not an instance of torch's class. `anew`: puts new tensors in place of its buffers."""
+
+    def __init__(self, anew: bool = False) -> None:
+        super().__init__()
+        self.anew = anew
+        self.register_buffer("running_mean", torch.zeros(2))
+        self.register_buffer("running_var", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.anew:
+            return F.batch_norm(x, self.running_mean, self.running_var, training=True)
+        self.running_mean = 0.9 * self.running_mean + 0.1 * x.detach().mean(0)
+        return x - x.mean(0)
+
+
+def _batch_norm() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+BATCH_NORMS: dict[str, Callable[[], nn.Module]] = {
+    "torch's": _batch_norm,
+    "own": lambda: nn.Sequential(nn.Linear(3, 2), OwnBatchNorm()),
+    "own, anew": lambda: nn.Sequential(nn.Linear(3, 2), OwnBatchNorm(anew=True)),
+    "scripted": lambda: torch.jit.script(_batch_norm()),
+    "scripted layer": lambda: nn.Sequential(nn.Linear(3, 2), torch.jit.script(nn.BatchNorm1d(2))),
+    "traced": lambda: torch.jit.trace(_batch_norm(), torch.randn(4, 3)),
+    "exported": lambda: torch.export.export(_batch_norm(), (torch.randn(4, 3),)).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_running_statistics_that_move_are_seen_whatever_the_class(name: str) -> None:
+    model = BATCH_NORMS[name]()
+    optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), 0.1), eps=0.1)
+    u, target = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    with gap_torch.check(optimizer, model, show=None) as report:
+        F.cross_entropy(model(u), target).backward()
+        with optimizer.perturbed():
+            F.cross_entropy(model(u), target).backward()
+        F.cross_entropy(model(u + 1), target).backward()
+        optimizer.step()
+    assert [p.kind for p in report.problems] == ["statistics"], str(report)
+    assert "1.running_mean" in report.problems[0].what
+    assert not report.notes
+
+
+# ---------------------------------------------------------------- what a reader can see
+
+
+def test_a_forgotten_weight_shows_in_losses_and_norms() -> None:
+    s = Scene(alpha=0.5)
+    views = s.views()
+    with gap_torch.check(s.optimizer, s.model, show=None) as report:
+        (0.01 * s.consistency(views)).backward()
+        g1 = _flat(s)
+        with s.optimizer.perturbed(s.model):
+            loss = s.consistency(views)
+            loss.backward()
+        supervised = s.supervised()
+        supervised.backward()
+        g_l = torch.autograd.grad(s.supervised(), list(s.model.parameters()))
+        total = _flat(s)
+        s.optimizer.step()
+    g2 = (total - g1 - torch.cat([g.flatten() for g in g_l])) / 0.5
+    expected = {"g1": g1.norm().item(), "g2": g2.norm().item(), "g_l": nn.utils.get_total_norm(g_l).item()}
+    assert report.norms == pytest.approx(expected, rel=1e-4)
+    assert report.losses["g1"] < 0.02 * report.losses["g2"]
+    assert (report.losses["g2"], report.losses["g_l"]) == (loss.item(), supervised.item())
+    assert f"loss         g1 {report.losses['g1']:.4g}, g2 {report.losses['g2']:.4g}, g_l " in str(report)
+    assert f"norm         g1 {report.norms['g1']:.4g}, g2 {report.norms['g2']:.4g}, g_l " in str(report)
+
+
+def _flat(s: Scene) -> Tensor:
+    return torch.cat([p.grad.flatten().clone() for p in s.model.parameters()])
+
+
+def test_the_page_lists_every_kind() -> None:
+    root = Path(__file__).parents[3]
+    source = "".join(file.read_text() for file in (root / "gap_torch" / "checking").glob("*.py"))
+    kinds = set(re.findall(r'(?:Finding|_of_forward)\("([^"]+)"', source))
+    rows = re.findall(r"^\| ([^|]+) \|", (root / "docs" / "check.md").read_text(), re.MULTILINE)
+    assert kinds == {kind for row in rows for kind in row.split(", ")} - {"finding", "note", "---"}
 
 
 # ---------------------------------------------------------------- a wrapper that is itself wrong
