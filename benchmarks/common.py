@@ -21,7 +21,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))  # the UNet's, and the palette
 RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
 Shapes = list[tuple[int, ...]]
 
@@ -110,12 +109,12 @@ def new_panels(count: int, width: float = 9.0, height: float = 4.0, **layout: An
 
 def grouped_bars(axes: Axes, heights: Mapping[str, Sequence[float]], number: str) -> None:
     """A bar a name in each group, with its height on top in the format `number`; `heights` holds a value a group."""
-    from palette import COLOURS, HATCHES
+    from presentation.palette import COLOURS, HATCHES
 
     width = 0.8 / len(heights)
     for index, (name, values) in enumerate(heights.items()):
         places = [group + (index - (len(heights) - 1) / 2) * width for group in range(len(values))]
-        style = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white", "linewidth": 0}
+        style: dict[str, Any] = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white", "linewidth": 0}
         axes.bar_label(axes.bar(places, values, width, label=name, **style), fmt=number, fontsize=7)
 
 
@@ -187,7 +186,7 @@ def _clock(device: str) -> Callable[[], float]:
 
 
 def unet() -> Shapes:
-    from segmentation.networks import UNet
+    from segmentation.networks.unet import UNet
 
     return shapes_of(UNet)
 

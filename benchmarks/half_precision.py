@@ -10,8 +10,8 @@ import warnings
 from typing import Any
 
 import torch
-from common import RESULTS, print_table, write_results
 
+from benchmarks.common import RESULTS, print_table, write_results
 from gap_torch import GAPWrapper
 from gap_torch.losses import ce_dice_loss
 
@@ -32,7 +32,7 @@ def main() -> None:
 @torch.no_grad()
 def left_of(eps: float, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Length of theta* - theta over eps, and the share of the parameters that moved at all."""
-    from segmentation.networks import UNet
+    from segmentation.networks.unet import UNet
 
     torch.manual_seed(0)
     model = UNet().to(device, dtype)

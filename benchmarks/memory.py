@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.common import (
     FIGURES,
     RESULTS,
     Shapes,
@@ -28,10 +31,8 @@ from common import (
     shrunk,
     write_results,
 )
-from methods import methods
-from overhead import SETS
-from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from benchmarks.overhead import SETS
+from benchmarks.peers import methods
 
 MARK = "the steps"
 QUESTION = "Extra peak memory of two times first_step, a backward and second_step, in copies of the parameters"

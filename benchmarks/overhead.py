@@ -16,7 +16,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import (
+
+from benchmarks.common import (
     FIGURES,
     RESULTS,
     Shapes,
@@ -39,7 +40,7 @@ from common import (
     vnet,
     write_results,
 )
-from methods import methods
+from benchmarks.peers import methods
 
 QUESTION = "Seconds of first_step + second_step, and over the floor of 7 parameter-sized transfers"
 TRANSFERS = 7

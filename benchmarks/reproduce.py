@@ -19,16 +19,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import grid
-import lab_report
 import torch
-from common import FIGURES, RESULTS, ROOT, show
-from grid import Cell
-from lab_plan import estimate
-from lab_records import Records, changed
-from lab_runs import Lab, interrupted_after, work
+
+from benchmarks.common import FIGURES, RESULTS, ROOT, show
+from benchmarks.lab import grid
+from benchmarks.lab import report as lab_report
+from benchmarks.lab.grid import Cell
+from benchmarks.lab.plan import estimate
+from benchmarks.lab.records import Records, changed
+from benchmarks.lab.runs import Lab, interrupted_after, work
 from segmentation.errors import InputError, UserError
-from segmentation.ranks import usable_device
+from segmentation.training.ranks import usable_device
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import (
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.common import (
     FIGURES,
     RESULTS,
     device_kind,
@@ -27,14 +31,10 @@ from common import (
     save_plot,
     write_results,
 )
-from methods import methods
-from overhead import TRANSFERS, measure
-from palette import COLOURS, MARKERS
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-
+from benchmarks.overhead import TRANSFERS, measure
+from benchmarks.peers import methods
 from gap_torch import GAPWrapper
+from presentation.palette import COLOURS, MARKERS
 
 QUESTION = "Cost of first_step + second_step over parameters, tensors and ranks; bytes on the wire"
 GPUS = [8, 16, 32, 64, 128, 256, 512, 1024]
@@ -170,7 +170,9 @@ def bytes_on_the_wire(gpus: int, size: int) -> dict[str, float]:
 def draw_bytes(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = new_plot()
     for index, name in enumerate(bytes_on_the_wire(2, 1)):
-        style = {"ls": ":", "lw": 3.0, "ms": 4} if "without" in name else {"ls": "-", "lw": 1.5, "ms": 8}
+        style: dict[str, Any] = (
+            {"ls": ":", "lw": 3.0, "ms": 4} if "without" in name else {"ls": "-", "lw": 1.5, "ms": 8}
+        )
         values = [row[name] for row in rows]
         axes.plot(GPUS, values, color=COLOURS[index], marker=MARKERS[index], label=name, **style)
     axes.set_xscale("log", base=2)

@@ -28,23 +28,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from acdc_gapmatch import ACDC
 from matplotlib.axes import Axes
-from palette import BLUE
 from rich.console import Console
-from segmentation.data import read_list
-from segmentation.evaluate import evaluate
-from segmentation.logs import RunLog
-from segmentation.networks import Dropout
-from segmentation.recipe import Recipe
-from segmentation.slices import Slices
-from segmentation.trainer import Trainer
 from torch import Tensor, nn
 
+from benchmarks import common
+from gap_torch.consistency import FixMatch
 from gap_torch.consistency.targets import in_mode
 from gap_torch.losses import ce_dice_loss, wide
+from presentation.palette import BLUE
+from segmentation.acdc import ACDC
+from segmentation.data.files import read_list
+from segmentation.data.slices import Slices
+from segmentation.networks.dropout import Dropout
+from segmentation.recipe import Recipe
+from segmentation.scoring.evaluate import evaluate
+from segmentation.training.logs import RunLog
+from segmentation.training.step import Trainer
 
 AMP = {"bfloat16": torch.bfloat16, "float32": None}
 SECTIONS = ("iteration", "table_4", "choices", "scoring")
@@ -209,6 +210,9 @@ def bare_passes(subject: Trainer) -> dict[str, Callable[[], object]]:
 def other_parts(subject: Trainer, log: RunLog) -> dict[str, Callable[[], object]]:
     """What an iteration does beside its passes, each piece alone."""
     recipe, method, optimizer = subject.recipe, subject.method, subject.optimizer
+    assert isinstance(method, FixMatch)
+    assert method.cutmix is not None
+    cutmix = method.cutmix
     logits = torch.randn(recipe.unlabelled_batch, ACDC.num_classes, *recipe.size, device=subject.device)
     if subject.model.dtype is not None:
         logits = logits.to(subject.model.dtype)
@@ -226,8 +230,7 @@ def other_parts(subject: Trainer, log: RunLog) -> dict[str, Callable[[], object]
     def augmentation() -> None:
         subject.weak.with_labels(images, labels)
         strong = method.strong(method.weak(unlabelled))
-        assert method.cutmix is not None
-        method.cutmix(strong, target, confident)
+        cutmix(strong, target, confident)
 
     def targets_and_losses() -> None:
         with torch.no_grad():

@@ -4,61 +4,14 @@
     python examples/acdc_gapmatch.py --data DIR --labeled 1     ACDC, GapMatch, 1 % of the labels
     torchrun --nproc-per-node 2 examples/acdc_gapmatch.py ...   the same, the batches shared out to two processes
 
-DIR holds ACDC in the community's h5 layout (`segmentation.convert_acdc` makes it from the official download).
+DIR holds ACDC in the community's h5 layout (`segmentation.data.convert_acdc` makes it from the official download).
 """
 
 import sys
 from collections.abc import Sequence
 
 from segmentation import cli
-from segmentation.phantom import write_phantom
-from segmentation.recipe import REDUCED
-from segmentation.slicewise import SliceTask
-
-# Table 1 of the GapMatch paper (Huang et al., AAAI 2025), rows LS, FS (as 100 %) and GapMatch. It prints no row for
-# FixMatch alone.
-PUBLISHED = {
-    1: {"Supervised": (27.7, 32.6), "GapMatch": (86.8, 0.81)},
-    5: {"Supervised": (56.6, 6.15), "GapMatch": (88.8, 0.64)},
-    10: {"Supervised": (83.8, 2.84), "GapMatch": (90.1, 0.39)},
-    100: {"Supervised": (91.5, 0.57)},
-}
-
-ACDC = SliceTask(
-    name="ACDC",
-    classes=("RV", "Myo", "LV"),
-    presets={
-        "paper": {},
-        "cpu": {**REDUCED, "size": (128, 128), "iterations": 1_500, "validate_every": 100},
-        "study": {
-            **REDUCED,
-            "size": (64, 64),
-            "iterations": 600,
-            "warm_up": 200,  # else confident background wins before anything else is learnt (docs/acdc.md)
-            "unlabelled_loss": "ce_dice",
-            "weight": 0.5,  # with alpha = 1 g2 doubles it; FixMatch loses by as much (docs/acdc.md)
-            "validate_every": 100,
-        },
-        "phantom": {
-            **REDUCED,
-            "size": (64, 64),
-            "width": 8,
-            "iterations": 400,
-            "labelled_batch": 6,
-            "unlabelled_batch": 6,
-            "lr": 0.03,
-            "eps": 0.05,  # of 0.02, 0.05 and 0.1 the best on the phantom's validation volumes
-            "average_decay": 0.95,
-            "validate_every": 50,
-        },
-    },
-    training_list="train_slices",
-    validation_list="val",
-    test_list="test",
-    training_patients=70,
-    published=PUBLISHED,
-    write_phantom=write_phantom,
-)
+from segmentation.acdc import ACDC
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,19 +19,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from classification.data import CIFAR10_NAME, CLASSES, Data, labelled_indices, load
-from classification.networks import cifar_network, small_network
-from classification.report import Point, save_curves, save_logs, show_table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from segmentation.errors import InputError
-from segmentation.printing import show_every_character
-from segmentation.ranks import usable_device
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from classification.data import CIFAR10_NAME, CLASSES, Data, labelled_indices, load
+from classification.networks import cifar_network, small_network
+from classification.report import Point, save_curves, save_logs, show_table
 from gap_torch import GAPWrapper
 from gap_torch.consistency import Batch, FixMatch, Views
 from gap_torch.losses import cross_entropy
+from segmentation.errors import InputError
+from segmentation.printing import show_every_character
+from segmentation.training.ranks import usable_device
 
 METHODS = {"supervised": "Supervised", "fixmatch": "FixMatch", "gapmatch": "GapMatch"}
 GROUP = 8  # images that share a draw of the augmentations: one an image would take longer than the network

@@ -15,18 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from segmentation.errors import InputError
-from segmentation.printing import show_every_character
 from torch import Tensor, nn
-from toy.margin import Score, probability_over_window, score
-from toy.moons import Data, two_moons
-from toy.pictures import Film, State, save_pictures
-from toy.report import duels, spread, table
 
 from gap_torch import GAPWrapper
 from gap_torch.consistency import Batch, FixMatch, Method
 from gap_torch.consistency.method import Augmentation
 from gap_torch.losses import ce_dice_loss
+from segmentation.errors import InputError
+from segmentation.printing import show_every_character
+from toy.margin import Score, probability_over_window, score
+from toy.moons import Data, two_moons
+from toy.pictures import Film, State, save_pictures
+from toy.report import duels, spread, table
 
 FRAMES = 25  # of the film
 GAPMATCH = "both: GapMatch"

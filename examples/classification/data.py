@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from segmentation.errors import InputError
 from torch import Tensor
 from torchvision.datasets import CIFAR10
+
+from segmentation.errors import InputError
 
 from .shapes import shapes
 

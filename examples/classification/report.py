@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from markdown_table import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from palette import method_styles
+
+from presentation.markdown_table import markdown_table
+from presentation.palette import method_styles
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from . import ranks
-from .data import patients_for_share
-from .errors import InputError, UserError
-from .job import Job, OldRuns, run
-from .methods import TABLE, parsed
-from .printing import show_every_character
-from .recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Recipe, Run, method_of
-from .task import Task
+from segmentation.data.files import patients_for_share
+from segmentation.errors import InputError, UserError
+from segmentation.job import Job, OldRuns
+from segmentation.methods import TABLE, parsed
+from segmentation.printing import show_every_character
+from segmentation.recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Recipe, Run, method_of
+from segmentation.run import run
+from segmentation.task import Task
+from segmentation.training import ranks
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
 KNOBS = (

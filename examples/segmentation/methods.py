@@ -32,9 +32,8 @@ from gap_torch.consistency import (
 from gap_torch.consistency.method import Augmentation
 from gap_torch.consistency.targets import Mode
 from gap_torch.losses import MaskedLoss
-
-from .attachments import Attach, PerturbedDecoders, Pyramid
-from .errors import InputError
+from segmentation.errors import InputError
+from segmentation.networks.attachments import Attach, PerturbedDecoders, Pyramid
 
 DECAY = 0.99  # of teachers
 

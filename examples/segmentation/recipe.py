@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import InputError
-from .methods import TABLE
+from segmentation.errors import InputError
+from segmentation.methods import TABLE
 
 Run = tuple[str, bool]
 """A method of the table, and whether GAP is on it."""

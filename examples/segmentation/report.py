@@ -1,156 +1,85 @@
-"""Results for people and machines: one table, printed with rich or written as Markdown, and JSON."""
+"""What a job leaves: a record a run, a table and pictures of all."""
 
-import json
-import math
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from markdown_table import markdown_table
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import torch
+from torch import nn
 
-from .errors import InputError
-from .evaluate import Evaluation
-from .task import Scores
+from presentation.palette import METHOD_COLOURS
+from segmentation.data.files import Volume
+from segmentation.figures.cases import Case
+from segmentation.figures.curves import LogFiles, save_curves
+from segmentation.figures.tables import Row, print_table, write_markdown
+from segmentation.job import Job
+from segmentation.recipe import Recipe
+from segmentation.scoring.components import largest_component
+from segmentation.scoring.evaluate import Evaluation
+from segmentation.training import ranks
+from segmentation.training.loop import Progress
 
-
-class Row(NamedTuple):
-    """One line of the table.
-
-    Attributes:
-        method: its label.
-        evaluation: an `Evaluation`, or its `to_dict()` as read back from JSON.
-        seconds: training time per iteration, seconds.
-        iteration: the iteration that validation chose.
-        note: anything else worth a few words.
-    """
-
-    method: str
-    evaluation: Evaluation | Mapping[str, Any]
-    seconds: float | None = None
-    iteration: int | None = None
-    note: str = ""
+PICTURED_CASES = 3
 
 
-def print_table(
-    rows: Sequence[Row],
-    title: str,
-    class_names: Sequence[str],
-    published: Mapping[str, Scores] | None = None,
-) -> None:
-    """Print the results to stdout: coloured in a terminal, plain text that fits a log elsewhere.
-
-    Args:
-        rows: one per method.
-        title: printed above.
-        class_names: one per foreground class; their columns hold its Dice.
-        published: scores of the paper that go below, by method.
-
-    Raises:
-        InputError: when a row lacks a score, has another number of classes.
-    """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    header, *body = _cells(rows, class_names, published or {})
-    for name in header:
-        text = name in ("Method", "Note")
-        table.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold")
-    for line in body:
-        table.add_row(*line)
-    # A log has no width of its own, and rich would squeeze the columns into 80 characters.
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, markup=False, highlight=False).print(table)
+def record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
+    return {
+        "data_set": job.task.name,
+        "recipe": recipe.to_dict(),
+        "stride": job.stride,
+        "largest_component": job.largest_component,
+        "labelled_patients": job.patients,
+        "device": _device_name(job.device),
+        "amp": str(job.amp) if job.amp else None,
+        "compiled": job.compiled,
+        "torch": torch.__version__,
+        "processes": ranks.world(),
+        "threads": torch.get_num_threads(),
+        "seconds_per_iteration": progress.seconds / progress.iteration,
+        "chosen_iteration": progress.best_iteration,
+        "validation_dice": progress.best_dice if job.task.validation_list else None,
+        "test": evaluation and evaluation.to_dict(),
+    }
 
 
-def write_markdown(
-    path: Path | str,
-    rows: Sequence[Row],
-    title: str,
-    class_names: Sequence[str],
-    published: Mapping[str, Scores] | None = None,
-) -> str:
-    """Write the table of `print_table` as Markdown, atomically, and return it.
-
-    Raises:
-        InputError: as `print_table`, or when `path` cannot be written.
-    """
-    header, *body = _cells(rows, class_names, published or {})
-    text = f"**{title}**\n\n{markdown_table(header, body, text=['Note'])}\n"
-    _write_atomically(Path(path), text)
-    return text
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def write_json(path: Path | str, obj: Any) -> None:
-    """Write `obj` as indented JSON, atomically: a reader finds the old file or the whole new one.
-
-    Parent folders are made. NaN and infinity, which JSON lacks, become null.
-
-    Raises:
-        InputError: when `obj` holds what JSON cannot, or `path` cannot be written.
-    """
-    try:
-        text = json.dumps(_finite(obj), indent=2, allow_nan=False) + "\n"
-    except TypeError as error:
-        raise InputError(f"{path}: {error}") from None
-    _write_atomically(Path(path), text)
+def row(recipe: Recipe, progress: Progress, evaluation: Evaluation) -> Row:
+    seconds = progress.seconds / progress.iteration
+    return Row(recipe.label, evaluation, seconds, progress.best_iteration, _note(evaluation))
 
 
-def _cells(rows: Sequence[Row], class_names: Sequence[str], published: Mapping[str, Scores]) -> list[list[str]]:
-    """The table as text, header first. Columns that no row fills are left out."""
-    header = [
-        "Method",
-        "Dice %",
-        "ASD voxel",
-        *(f"{name} %" for name in class_names),
-        "Empty",
-        "s/iteration",
-        "Iteration",
-        "Note",
-    ]
-    body = [_line(Row(*row), class_names) for row in rows]
-    for method, (dice, asd) in published.items():
-        body.append([f"{method} (paper)", f"{dice:g}", f"{asd:g}"] + [""] * (len(header) - 3))
-    used = [i for i in range(len(header)) if i < len(class_names) + 4 or any(line[i] for line in body)]
-    return [[line[i] for i in used] for line in (header, *body)]
+def _note(evaluation: Evaluation) -> str:
+    """A word where a mean over mostly empty predictions would say nothing of the method."""
+    predictions = sum(len(volume) for volume in evaluation.scores)
+    collapsed = evaluation.empty > predictions / 2
+    return f"collapsed: {evaluation.empty} of {predictions} empty" if collapsed else ""
 
 
-def _line(row: Row, class_names: Sequence[str]) -> list[str]:
-    scores = row.evaluation.to_dict() if isinstance(row.evaluation, Evaluation) else row.evaluation
-    missing = {"dice", "asd", "class_dice", "empty"} - scores.keys()
-    if missing:
-        raise InputError(f"row {row.method!r}: no {', '.join(sorted(missing))} in its evaluation")
-    if len(scores["class_dice"]) != len(class_names):
-        raise InputError(f"row {row.method!r}: {len(scores['class_dice'])} classes, expected {len(class_names)}")
-    return [
-        row.method,
-        f"{scores['dice']:.1f}",
-        "-" if scores["asd"] is None else f"{scores['asd']:.2f}",
-        *(f"{dice:.1f}" for dice in scores["class_dice"]),
-        str(scores["empty"]),
-        "" if row.seconds is None else f"{row.seconds:#.3g}",
-        "" if row.iteration is None else f"{row.iteration:,}",
-        row.note,
-    ]
+def report(job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[Volume], folders: list[Path]) -> None:
+    recipe = job.recipes[0]
+    print("drawing pictures", flush=True)
+    pictured = test[:: max(1, len(test) // PICTURED_CASES)][:PICTURED_CASES]
+    logs = {
+        r.label: LogFiles(folder / "train.csv", folder / "validation.csv" if job.task.validation_list else None)
+        for r, folder in zip(job.recipes, folders, strict=True)
+    }
+    names, at_once = [*logs], len(METHOD_COLOURS)
+    for first in range(0, len(names), at_once):
+        page = names[first : first + at_once]
+        folder = job.out / f"pictures_{first // at_once + 1}" if first else job.out
+        of_page = {name: models[name] for name in page}
+        job.task.draw(folder, [_case(volume, of_page, job, recipe) for volume in pictured])
+        save_curves(folder / "curves.png", {name: logs[name] for name in page})
+    write_markdown(job.out / "table.md", rows, job.title, job.task.classes, job.published)
+    print_table(rows, job.title, job.task.classes, job.published)
+    print(f"table, pictures, logs and checkpoints: {job.out}")
 
 
-def _finite(obj: Any) -> Any:
-    if isinstance(obj, Mapping):
-        return {key: _finite(value) for key, value in obj.items()}
-    if isinstance(obj, list | tuple):
-        return [_finite(value) for value in obj]
-    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise InputError(f"{path}: cannot write ({error.strerror})") from None
+def _case(volume: Volume, models: dict[str, nn.Module], job: Job, recipe: Recipe) -> Case:
+    predictions = {}
+    for name, model in models.items():
+        labels, entropy = job.task.predict(model, volume.image, recipe, job.stride, job.device)
+        predictions[name] = (largest_component(labels) if job.largest_component else labels, entropy)
+    return Case(volume.image, volume.label, predictions, volume.name.replace("_", "\n"))

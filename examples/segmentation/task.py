@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attachments import Attach
-from .data import Volume, patient_of
-from .figures import Case
-from .recipe import Recipe
+from segmentation.data.files import Volume, patient_of
+from segmentation.figures.cases import Case
+from segmentation.networks.attachments import Attach
+from segmentation.recipe import Recipe
 
 Scores = tuple[float, float]
 """Dice in percent, ASD in voxels."""

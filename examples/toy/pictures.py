@@ -13,9 +13,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from palette import BLUE, ORANGE
 from PIL import Image
 from torch import Tensor
+
+from presentation.palette import BLUE, ORANGE
 
 from .margin import GRID, SURE, WINDOW, Score, grid
 from .moons import Data

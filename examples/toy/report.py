@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 
 import torch
-from markdown_table import markdown_table
+
+from presentation.markdown_table import markdown_table
 
 from .margin import NEAR, Score
 

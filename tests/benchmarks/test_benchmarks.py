@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,22 +11,21 @@ from types import ModuleType
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _needs() -> Iterator[None]:
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
     pytest.importorskip("pytorch_optimizer")
-    monkeypatch.syspath_prepend(str(FOLDER))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
 def _run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ModuleType:
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"benchmarks.{name}")
     to = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
     monkeypatch.setattr(sys, "argv", [name, *arguments, *to])
     module.main()
@@ -46,13 +44,13 @@ def test_overhead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parameter_sets_have_the_size_they_are_named_for(tmp_path: Path) -> None:
-    common = importlib.import_module("common")
+    common = importlib.import_module("benchmarks.common")
     millions = {name: common.numel(getattr(common, name)()) / 1e6 for name in ("unet", "vnet", "resnet50", "vit_b16")}
     assert millions == pytest.approx({"unet": 1.8, "vnet": 9.4, "resnet50": 25.6, "vit_b16": 86.6}, rel=0.02)
 
 
 def test_a_table_in_a_log_has_room(capsys: pytest.CaptureFixture[str]) -> None:
-    common = importlib.import_module("common")
+    common = importlib.import_module("benchmarks.common")
     names = [f"a column with a long name {i}" for i in range(4)]
     common.print_table("title", [dict.fromkeys(names, 1.0)])
     header = capsys.readouterr().out.splitlines()[2]
@@ -72,13 +70,11 @@ def test_memory_is_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["overhead", "memory"])
 def test_it_runs_as_documented(name: str, tmp_path: Path) -> None:
-    """`python benchmarks/NAME.py`, where gap_torch is installed and the examples are not."""
+    """`python benchmarks/NAME.py`, after an editable installation."""
     command = [sys.executable, f"benchmarks/{name}.py", "--device", "cpu", "--sets", "UNet", "--dtypes", "float32"]
     small = ["--shrink", "16", "--results", str(tmp_path), "--figures", str(tmp_path)]
     small += ["--repetitions", "1"] if name == "overhead" else []
-    root = FOLDER.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    child = subprocess.run([*command, *small], cwd=root, env=environment, capture_output=True, text=True)
+    child = subprocess.run([*command, *small], cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
 
 
@@ -86,23 +82,25 @@ def test_it_runs_as_documented(name: str, tmp_path: Path) -> None:
 def test_peers_that_swap_memory_leave_other_methods_parameters_alone(
     own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overhead, methods = (importlib.import_module(name) for name in ("overhead", "methods"))
+    from benchmarks import overhead, peers
+
     monkeypatch.setattr(overhead, "OWN", {"cpu": 1e9 if own else 0})
     places: list[int] = []
 
-    class Watched(methods.Ours):  # type: ignore[misc, name-defined]
+    class Watched(peers.Ours):  # type: ignore[misc, name-defined]
         def first(self) -> None:
             (p,) = self.optimizer.param_groups[0]["params"]
             places.append(p.data_ptr())
             super().first()
 
-    chosen = {"ours": Watched, "plain SAM": methods.PlainSAM}
+    chosen = {"ours": Watched, "plain SAM": peers.PlainSAM}
     overhead.measure([(10_000,)], "cpu", torch.float32, 3, chosen)
     assert (len(set(places)) == 1) == own
 
 
 def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scale = importlib.import_module("scale")
+    from benchmarks import scale
+
     ranks = [{"way": "DDP", "ranks": 1, "without GAP ms": 2.0, "with GAP ms": 3.0, "ratio": 1.5}]
     monkeypatch.setattr(scale, "on_ranks", lambda *_: ranks)  # two processes take seconds; test_fsdp2 has them
     _run("scale", tmp_path, monkeypatch, "--largest", "1000000", "--total", "1000", "--repetitions", "2")
@@ -113,6 +111,8 @@ def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bytes_on_the_wire() -> None:
-    sent = importlib.import_module("scale").bytes_on_the_wire(8, 800)
+    from benchmarks.scale import bytes_on_the_wire
+
+    sent = bytes_on_the_wire(8, 800)
     assert sent["DDP with GAP"] == 3 * 2 * 700
     assert sent["DDP with GAP"] / sent["DDP without GAP"] == 1.5

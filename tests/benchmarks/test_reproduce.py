@@ -36,28 +36,20 @@ TINY = {
 @pytest.fixture(autouse=True)
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The lab's modules, with study runs of four tiny iterations."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import grid
-    import lab_plan
-    import lab_plots
-    import lab_records
-    import lab_report
-    import lab_runs
-    import lab_scores
-    import published
-    import reproduce
+    from benchmarks import reproduce
+    from benchmarks.lab import grid, plan, plots, published, records, report, runs, scores
 
     monkeypatch.setitem(grid.TASKS["ACDC"].presets, "study", TINY)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield SimpleNamespace(
         grid=grid,
-        plan=lab_plan,
-        plots=lab_plots,
-        records=lab_records,
-        report=lab_report,
-        runs=lab_runs,
-        scores=lab_scores,
+        plan=plan,
+        plots=plots,
+        records=records,
+        report=report,
+        runs=runs,
+        scores=scores,
         published=published,
         reproduce=reproduce,
     )
@@ -66,7 +58,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from segmentation.phantom import write_phantom
+    from segmentation.data.phantoms.heart import write_phantom
 
     root = tmp_path_factory.mktemp("phantom")
     write_phantom(root, train_patients=3, val_patients=1, test_patients=1, slices=2, size=32)
@@ -260,7 +252,7 @@ def test_a_cell_is_run_recorded_and_never_run_again(lab: SimpleNamespace, here: 
 def test_a_changed_recipe_never_sees_the_test_volumes(
     lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segmentation.slicewise import SliceTask
+    from segmentation.slice_task import SliceTask
 
     read: list[str] = []
     original = SliceTask.read_volumes
@@ -295,7 +287,7 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(
 def test_what_the_budget_cuts_off_goes_on_to_the_same_end(
     lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from segmentation.trainer import Trainer
+    from segmentation.training.step import Trainer
 
     whole = replace(here, records=lab.records.Records(tmp_path / "other"), work=tmp_path / "other_work")
     cell, later = _supervised(lab), _supervised(lab, 1)
@@ -383,7 +375,7 @@ def test_log_lines_name_the_cell(lab: SimpleNamespace, here: Any, capsys: pytest
 
 def _interrupt(lab: SimpleNamespace, here: Any, cell: Any) -> None:
     """Leave `cell` with a checkpoint and no record."""
-    from segmentation import train
+    from segmentation.training import loop as train
 
     original = train._validate
 
@@ -642,8 +634,8 @@ def test_a_second_preset_has_sections_and_pictures_of_its_own(
     lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(lab.grid.TASKS["ACDC"].presets, "other", TINY)
-    more = [batch._replace(preset="other") for batch in lab.grid.BATCHES if batch.preset == "study"]
-    monkeypatch.setattr(lab.grid, "BATCHES", (*lab.grid.BATCHES, *more))
+    more = [batch._replace(preset="other") for batch in lab.grid.BLOCKS if batch.preset == "study"]
+    monkeypatch.setattr(lab.grid, "BLOCKS", (*lab.grid.BLOCKS, *more))
     monkeypatch.setattr(lab.grid, "PRESETS", (*lab.grid.PRESETS, "other"))
     records = lab.records.Records(tmp_path / "cells")
     for preset in ("study", "other"):

@@ -1,8 +1,6 @@
 """The benchmark of the iteration runs, at a tiny size, and writes its numbers and its plot."""
 
-import importlib
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from segmentation.recipe import METHODS, Recipe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from segmentation.recipe import METHODS, Recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +23,6 @@ def test_it_runs_and_writes(tmp_path: Path) -> None:
     places = ["--results", str(tmp_path), "--figures", str(tmp_path)]
     run = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "step_time.py", *tiny, *places],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])},
         capture_output=True,
         text=True,
     )
@@ -41,10 +39,10 @@ def test_it_runs_and_writes(tmp_path: Path) -> None:
         assert method in run.stdout
 
 
-def test_passes_are_what_the_methods_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_are_what_the_methods_multiply() -> None:
     pytest.importorskip("rich")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    step_time = importlib.import_module("step_time")
+    from benchmarks import step_time
+
     recipe = Recipe(size=(64, 64), labelled_batch=2, unlabelled_batch=2)
     counted = {}
     for label, entry in step_time.TABLE_4.items():
@@ -69,10 +67,11 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def test_the_lab_plans_with_what_the_methods_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lab_plans_with_what_the_methods_multiply() -> None:
     pytest.importorskip("rich")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    step_time, grid, lab_plan = map(importlib.import_module, ("step_time", "grid", "lab_plan"))
+    from benchmarks import step_time
+    from benchmarks.lab import grid, plan
+
     recipe = Recipe(size=(32, 32), labelled_batch=2, unlabelled_batch=2)
     counted, planned = {}, {}
     for method in METHODS:
@@ -80,7 +79,7 @@ def test_the_lab_plans_with_what_the_methods_multiply(monkeypatch: pytest.Monkey
         with Operations() as operations:
             subject.step(0)
         counted[method] = operations.total
-        planned[method] = lab_plan.passes(grid.cell("ACDC", "study", (method, False), 1, 0))
+        planned[method] = plan.passes(grid.cell("ACDC", "study", (method, False), 1, 0))
     assert {method: total / counted["supervised"] for method, total in counted.items()} == pytest.approx(
         planned, rel=0.02
     )

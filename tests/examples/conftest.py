@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+
 from segmentation.recipe import Recipe
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from segmentation.phantom import write_phantom  # here, since it needs SciPy
+    from segmentation.data.phantoms.heart import write_phantom  # here, since it needs SciPy
 
     root = tmp_path_factory.mktemp("phantom")
     write_phantom(root, train_patients=3, val_patients=1, test_patients=1, slices=2, size=32)

@@ -7,18 +7,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import acdc_gapmatch
 import h5py
 import numpy as np
 import pytest
 import torch
-from segmentation import cli, job
-from segmentation.data import patient_of, read_list
+
+import acdc_gapmatch
+from segmentation import cli, report, run
+from segmentation.data.files import patient_of, read_list
+from segmentation.data.slices import slice_path, volume_path
 from segmentation.errors import InputError
-from segmentation.evaluate import Evaluation
-from segmentation.metrics import ClassScore
 from segmentation.recipe import RUNS, Recipe
-from segmentation.slices import slice_path, volume_path
+from segmentation.scoring.evaluate import Evaluation
+from segmentation.scoring.metrics import ClassScore
+from segmentation.training.loop import Progress
 
 # What people put under `label` where they have none.
 FILLERS = {
@@ -422,7 +424,7 @@ def test_ctrl_c_is_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     def press_ctrl_c(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "check_files", press_ctrl_c)
+    monkeypatch.setattr(run, "check_files", press_ctrl_c)
     assert _run(data, tmp_path / "out") == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -431,8 +433,8 @@ def test_ctrl_c_is_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_collapse_is_noted(empty: int, note: str) -> None:
     scores = [ClassScore(0.0, 0.0, empty=i < empty) for i in range(6)]
     evaluation = Evaluation(("a", "b"), (tuple(scores[:3]), tuple(scores[3:])))
-    progress = job.Progress(iteration=1, validated=1)
-    assert job._row(Recipe(), progress, evaluation).note == note
+    progress = Progress(iteration=1, validated=1)
+    assert report.row(Recipe(), progress, evaluation).note == note
 
 
 def test_a_checkpoint_from_another_network(

@@ -4,16 +4,16 @@ import csv
 import math
 from pathlib import Path
 
-import image_classification as example
 import numpy as np
 import pytest
 import torch
-from classification.data import labelled_indices
-from classification.report import Point, save_curves, show_table
-from classification.shapes import NAMES, shapes
 from PIL import Image
 from torch import nn
 
+import image_classification as example
+from classification.data import labelled_indices
+from classification.report import Point, save_curves, show_table
+from classification.shapes import NAMES, shapes
 from gap_torch import GAPWrapper
 from gap_torch.consistency import FixMatch
 from gap_torch.losses import cross_entropy

@@ -6,19 +6,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import acdc_gapmatch
 import h5py
-import la_gapmatch
 import numpy as np
 import pytest
 import torch
+
+import acdc_gapmatch
+import la_gapmatch
 from segmentation import cli
-from segmentation.atrium import write_atrium
-from segmentation.data import read_list, write_list
+from segmentation.data.crops import case_path
+from segmentation.data.files import read_list, write_list
+from segmentation.data.phantoms.atrium import write_atrium
 from segmentation.recipe import METHODS, Recipe, run_name
-from segmentation.trainer import Trainer
-from segmentation.volumes import case_path
-from segmentation.volumewise import VolumeTask
+from segmentation.training.step import Trainer
+from segmentation.volume_task import VolumeTask
 
 # What people put under `label` where they have none.
 FILLERS = {

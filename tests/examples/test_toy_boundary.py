@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_boundary
 from PIL import Image
 from torch import Tensor, nn
+
+import toy_boundary
 from toy.margin import GRID, WINDOW, Score, boundary, distances, probability_over_window, score
 from toy.moons import Data, two_moons
 from toy.report import duels, spread

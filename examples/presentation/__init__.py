@@ -1,0 +1,1 @@
+"""Colours and tables that examples and benchmarks share."""

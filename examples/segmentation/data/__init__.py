@@ -1,0 +1,1 @@
+"""What an experiment learns from: files, slices, crops, augmentation, phantoms, converters."""

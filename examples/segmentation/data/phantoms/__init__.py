@@ -1,0 +1,1 @@
+"""Made-up scans, to try everything without data."""

@@ -1,0 +1,1 @@
+"""The networks of the field's recipes, and what methods attach to them."""

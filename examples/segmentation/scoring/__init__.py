@@ -1,0 +1,1 @@
+"""From a network to predictions of whole volumes, and to their scores."""

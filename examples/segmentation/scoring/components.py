@@ -1,0 +1,32 @@
+"""The largest connected component of each class, as some of the field keep it after predicting."""
+
+import numpy as np
+from scipy.ndimage import label as connected_components
+
+from segmentation.errors import InputError
+
+
+def largest_component(labels: np.ndarray) -> np.ndarray:
+    """Keep of each class the largest piece, and make the rest background.
+
+    Voxels that share a face, an edge or a corner belong together; of two pieces of one size, the first in
+    memory order stays. A class that is not there changes nothing.
+
+    Args:
+        labels: (X, Y, Z) integers, 0 the background.
+
+    Returns:
+        A new array of the same shape and type.
+
+    Raises:
+        InputError: when `labels` is not an (X, Y, Z) array of integers.
+    """
+    if labels.ndim != 3 or labels.dtype.kind not in "iu":
+        raise InputError(f"labels: expected (X, Y, Z) integers, got {labels.dtype} {labels.shape}")
+    kept = np.zeros_like(labels)
+    for index in np.unique(labels[labels != 0]):
+        pieces, _ = connected_components(labels == index, structure=np.ones((3, 3, 3)))
+        sizes = np.bincount(pieces.ravel())
+        sizes[0] = 0  # the rest of the volume
+        kept[pieces == sizes.argmax()] = index
+    return kept

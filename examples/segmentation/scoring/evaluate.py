@@ -1,0 +1,111 @@
+"""Score whole volumes the way the field does: Dice and ASD in 3D, class by class, then means."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from segmentation.data.files import Volume
+from segmentation.errors import InputError
+from segmentation.scoring.metrics import ClassScore, score
+from segmentation.training import ranks
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of every volume and foreground class, and their means.
+
+    Means are as in the paper's tables: Dice in percent, ASD in voxels (NaN where it was not computed).
+
+    Attributes:
+        names: one name per volume.
+        scores: `scores[volume][class - 1]`.
+    """
+
+    names: tuple[str, ...]
+    scores: tuple[tuple[ClassScore, ...], ...]
+
+    @property
+    def class_dice(self) -> tuple[float, ...]:
+        """Mean Dice over volumes, in percent, one per foreground class."""
+        return tuple(100 * float(np.mean([s.dice for s in column])) for column in self._by_class)
+
+    @property
+    def class_asd(self) -> tuple[float, ...]:
+        """Mean ASD over volumes, in voxels, one per foreground class."""
+        return tuple(float(np.mean([s.asd for s in column])) for column in self._by_class)
+
+    @property
+    def dice(self) -> float:
+        """Mean Dice over classes and volumes, in percent."""
+        return float(np.mean(self.class_dice))
+
+    @property
+    def asd(self) -> float:
+        """Mean ASD over classes and volumes, in voxels."""
+        return float(np.mean(self.class_asd))
+
+    @property
+    def empty(self) -> int:
+        """How many (volume, class) pairs were predicted empty; each counts as ASD 0, see `metrics.score`."""
+        return sum(s.empty for volume in self.scores for s in volume)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Means and single scores for JSON: Dice in percent, ASD in voxels or None where not computed."""
+        return {
+            "dice": self.dice,
+            "asd": _number(self.asd),
+            "class_dice": list(self.class_dice),
+            "class_asd": [_number(asd) for asd in self.class_asd],
+            "empty": self.empty,
+            "volumes": {
+                name: {
+                    "dice": [100 * s.dice for s in volume],
+                    "asd": [_number(s.asd) for s in volume],
+                    "empty": [s.empty for s in volume],
+                }
+                for name, volume in zip(self.names, self.scores, strict=True)
+            },
+        }
+
+    @property
+    def _by_class(self) -> list[tuple[ClassScore, ...]]:
+        return list(zip(*self.scores, strict=True))
+
+
+def evaluate(
+    segment: Callable[[np.ndarray], np.ndarray],
+    volumes: Sequence[Volume],
+    num_classes: int,
+    *,
+    with_asd: bool = True,
+) -> Evaluation:
+    """Predict every volume and score it against its own label; with several ranks, each takes its share.
+
+    Args:
+        segment: image float32 -> labels uint8 of the same shape.
+        volumes: with `name`, `image` float32 and `label` uint8 of one 3D shape.
+        num_classes: number of classes, background included.
+        with_asd: False skips the ASD, which is most of the scoring time (validation during training).
+
+    Raises:
+        InputError: when there is no volume, or a volume's shapes or labels do not fit; names the volume.
+    """
+    if not volumes:
+        raise InputError("volumes: nothing to evaluate")
+
+    def scored(volume: Volume) -> tuple[ClassScore, ...]:
+        try:
+            return tuple(score(segment(volume.image), volume.label, num_classes, with_asd=with_asd))
+        except InputError as error:
+            raise InputError(f"{volume.name}: {error}") from None
+
+    scores = ranks.shared_out(scored, volumes)
+    return Evaluation(tuple(volume.name for volume in volumes), tuple(scores))
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,247 @@
+"""One training run's model, optimizer and data, and its step: Algorithm 1."""
+
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from gap_torch import GAPWrapper, RNGState
+from gap_torch.consistency import Batch, Method, Outputs, Views, alignment
+from gap_torch.losses import MaskedLoss, ce_dice_loss, dice_loss
+from segmentation import methods
+from segmentation.errors import InputError
+from segmentation.recipe import HALVINGS, Recipe
+from segmentation.task import Pool, Task
+from segmentation.training.average import Average, with_statistics_of
+from segmentation.training.batches import ShuffledStream, mix
+from segmentation.training.joint import joint
+
+R: dict[str, MaskedLoss] = {"ce_dice": ce_dice_loss, "dice": dice_loss}
+"""Of equation 7."""
+
+
+class Autocast(nn.Module):
+    """A network whose forward pass runs under autocast, so that no other code has to think of it."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, images: Tensor) -> Outputs:
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.network(images.contiguous(memory_format=channels_last(images.ndim - 2)))
+
+
+def channels_last(dimensions: int) -> torch.memory_format:
+    """Of images in the plane or in space; the faster layout for both networks (docs/performance.md, docs/la.md)."""
+    return torch.channels_last if dimensions == 2 else torch.channels_last_3d
+
+
+class Inputs(NamedTuple):
+    """One iteration's samples, as they were drawn."""
+
+    images: Tensor
+    """Labelled, (B, C, *size), float32."""
+    labels: Tensor
+    """Theirs, (B, *size), uint8."""
+    unlabelled: Tensor
+    """(B, C, *size), float32."""
+    iteration: int
+
+
+class Trainer:
+    """Model, optimizer and data of one run, the same on every rank.
+
+    Iteration t draws all its random numbers from (seed, t). A run that was interrupted therefore goes on as if it
+    had not been, and runs of different methods see the same batches in the same order.
+
+    Args:
+        task: the data set.
+        recipe: what to run.
+        labelled: samples with labels to learn from.
+        unlabelled: samples of which nothing but the images is looked at.
+        device: where to train.
+        amp: autocast dtype (bfloat16 or float16), or None for float32.
+        compiled: whether `torch.compile` makes the training passes. One process alone; scoring stays eager, since
+            volumes come in all sizes.
+
+    Raises:
+        InputError: PyTorch's gradients are wrong for this size, device and dtype.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        labelled: Pool,
+        unlabelled: Pool,
+        device: torch.device,
+        amp: torch.dtype | None,
+        compiled: bool = False,
+    ) -> None:
+        refuse_wrong_gradients(recipe, device, amp)
+        self.task, self.recipe, self.device = task, recipe, device
+        self.labelled, self.unlabelled = labelled.to(device), unlabelled.to(device)
+        self.statistics_images = self._statistics_images()
+        self.labelled_stream = ShuffledStream(len(labelled), recipe.labelled_batch, recipe.seed)
+        self.unlabelled_stream = ShuffledStream(len(unlabelled), recipe.unlabelled_batch, recipe.seed + 1)
+
+        torch.manual_seed(recipe.seed)
+        network = task.network(recipe, methods.TABLE[recipe.method].attachment).to(device)
+        self.model = Autocast(network.to(memory_format=channels_last(len(recipe.size))), amp)
+        self.joint = joint(self.model)
+        """What the training passes go through; shares its parameters with `model`."""
+        if compiled:
+            self.joint = cast(nn.Module, torch.compile(self.joint, dynamic=False))
+        base = torch.optim.SGD(
+            self.model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+        self.optimizer = GAPWrapper(base, recipe.eps, recipe.alpha)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+        self.average = Average(self.model, recipe.average_decay)
+        self.weak = task.weak()
+        self.method = methods.build(recipe.method, self._setting(), recipe.options)
+
+    def step(self, iteration: int) -> dict[str, Tensor]:
+        """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device."""
+        return self.compute(self.inputs(iteration))
+
+    def inputs(self, iteration: int) -> Inputs:
+        """What the host decides: samples, crops, the learning rate, and the seed of all else that is random."""
+        recipe = self.recipe
+        inputs = Inputs(*self.labelled_batch(iteration), self.unlabelled_batch(iteration), iteration)
+        for group in self.optimizer.param_groups:
+            # in closed form: a scheduler would count the steps that a GradScaler skips
+            group["lr"] = recipe.lr * (1 - iteration / recipe.iterations) ** recipe.power
+        torch.manual_seed(mix(recipe.seed, iteration))
+        return inputs
+
+    def compute(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What the device does with it; returns what to log, which stays there."""
+        method, iteration = self.method, inputs.iteration
+        images, labels = self.weak.with_labels(inputs.images, inputs.labels)
+        labels = labels.long()
+        batch = Batch(inputs.unlabelled, images, labels, iteration / self.recipe.iterations)
+        warm = iteration >= self.recipe.warm_up
+        values = self._consistency(method, batch) if method is not None and warm else {}
+
+        criterion = ce_dice_loss if method is None else partial(method.labelled_loss, ce_dice_loss)
+        loss = criterion(self.joint(images), labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if method is not None:
+            method.update(self.model, batch)
+        if self.recipe.average_decay:
+            self.average.update(self.model)
+        return {"loss_labelled": loss.detach(), **values}
+
+    def _consistency(self, method: Method, batch: Batch) -> dict[str, Tensor]:
+        """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
+        model, optimizer = self.joint, self.optimizer
+        weight = self.recipe.weight * method.weight(batch.progress)
+        views = method.prepare(model, batch)
+        rng = RNGState.now([self.device] if self.device.type == "cuda" else []) if self.recipe.replay_dropout else None
+        outputs = tuple(model(images) for images in views.inputs)
+        loss = weight * method.compare(outputs, views)
+        self.scaler.scale(loss).backward()
+        values = {"loss_unlabelled": loss.detach()}
+        if views.mask is not None:
+            values["confident"] = views.mask.float().mean()
+        if self.recipe.gap:
+            with optimizer.perturbed(model if self.recipe.freeze_statistics else None, rng=rng):
+                perturbed = tuple(model(images) for images in views.inputs)
+                perturbed_loss = weight * self._alignment(method, views, perturbed, outputs)
+                self.scaler.scale(perturbed_loss).backward()
+            assert optimizer.grad_norm is not None
+            values["loss_perturbed"] = perturbed_loss.detach()
+            scale = self.scaler.scale(torch.ones_like(optimizer.grad_norm))  # on the device, as it is in this step
+            values["grad_norm"] = optimizer.grad_norm / scale
+        return values
+
+    def _alignment(
+        self, method: Method, views: Views, perturbed: tuple[Outputs, ...], unperturbed: tuple[Outputs, ...]
+    ) -> Tensor:
+        """The loss at theta*, by either reading of "aligned before and after perturbation"."""
+        if self.recipe.aligned == "targets":
+            return method.compare(perturbed, views)
+        return torch.stack([alignment(*pair) for pair in zip(perturbed, unperturbed, strict=True)]).mean()
+
+    def _setting(self) -> methods.Setting:
+        task, recipe = self.task, self.recipe
+        loss = R[recipe.unlabelled_loss]
+        return methods.Setting(
+            self.model, task.weak(), task.strong(), task.num_classes, recipe.tau, loss, recipe.targets
+        )
+
+    def labelled_batch(self, iteration: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of `iteration`, the same for all methods."""
+        generator = torch.Generator().manual_seed(mix(self.recipe.seed, iteration))
+        return self.labelled.batch(self.labelled_stream[iteration], generator)
+
+    def unlabelled_batch(self, iteration: int) -> Tensor:
+        """Images of `iteration`, cut elsewhere than the labelled ones."""
+        generator = torch.Generator().manual_seed(mix(self.recipe.seed + 1, iteration))
+        return self.unlabelled.image_batch(self.unlabelled_stream[iteration], generator)
+
+    def to_host(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """What `step` returned as numbers, and its learning rate; one copy, which waits for the device."""
+        numbers = torch.stack([value.float() for value in values.values()]).tolist()
+        return {**dict(zip(values, numbers, strict=True)), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def scored_model(self) -> nn.Module:
+        """The weights to validate and to test, as the recipe says."""
+        model = self.average.module if self.recipe.average_decay else self.model
+        if self.statistics_images is None:
+            return model
+        batch = self.recipe.labelled_batch + self.recipe.unlabelled_batch
+        return with_statistics_of(model, self.statistics_images.split(batch))
+
+    def _statistics_images(self) -> Tensor | None:
+        """Randomly chosen ones of all, labelled and unlabelled; None where the running statistics stay."""
+        count = self.recipe.statistics_samples
+        if not count:
+            return None
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        order = torch.randperm(len(self.labelled) + len(self.unlabelled), generator=generator)[:count]
+        return torch.cat([self._sample(index, generator) for index in order.tolist()])
+
+    def _sample(self, index: int, generator: torch.Generator) -> Tensor:
+        """An image of both pools, the labelled ones first, as a batch of one."""
+        unlabelled = index - len(self.labelled)
+        pool, index = (self.labelled, index) if unlabelled < 0 else (self.unlabelled, unlabelled)
+        return pool.image_batch(torch.tensor([index]), generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` gave."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "average": self.average,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            **({} if self.method is None else {"method": self.method}),
+        }
+
+
+def refuse_wrong_gradients(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> None:
+    """Raise InputError where PyTorch's own gradients are wrong.
+
+    In bfloat16 on a CPU (torch 2.6 and 2.15) the weight gradient of a 3x3x3 convolution over an image of which the
+    first axis has 2 voxels is partly memory that nobody has written: another one in each run, now and then infinite.
+    """
+    sides = [recipe.size[0] >> level for level in range(HALVINGS + 1)]
+    if len(recipe.size) == 3 and device.type == "cpu" and amp == torch.bfloat16 and 2 in sides:
+        raise InputError(
+            f"size {recipe.size}: on its way down X comes to 2 voxels, where PyTorch's bfloat16 gradients on a CPU are "
+            "wrong; take --amp off."
+        )

@@ -1,0 +1,83 @@
+"""A data set for a 3D network: crops to learn from, volumes predicted by a sliding window."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from segmentation.data import crops as volumes
+from segmentation.data.augment import Strong, adjust_normalised
+from segmentation.data.crops import Crops
+from segmentation.data.files import Volume
+from segmentation.data.rotate_flip import Turns
+from segmentation.figures.cases import Case
+from segmentation.figures.volumes import save_surfaces, save_volumes
+from segmentation.networks.attachments import Attach
+from segmentation.networks.vnet import VNet
+from segmentation.recipe import Recipe
+from segmentation.scoring import sliding
+from segmentation.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeTask(Task):
+    """Volumes for a V-Net.
+
+    Attributes:
+        stride: of the sliding window in voxels, if the user does not say; validation takes it in any case.
+        path: where a case lies under the root.
+    """
+
+    stride: tuple[int, ...]
+    path: Callable[[Path, str], Path] = volumes.case_path
+
+    def training_path(self, root: Path, name: str) -> Path:
+        return self.path(root, name)
+
+    def volume_path(self, root: Path, name: str) -> Path:
+        return self.path(root, name)
+
+    def read_labelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Crops:
+        return Crops.of(self.read_volumes(root, names), _box(recipe))
+
+    def read_unlabelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Crops:
+        images = volumes.load_images(root, names, self.path)
+        return Crops(names, [torch.from_numpy(image) for image in images], None, _box(recipe))
+
+    def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
+        return volumes.load_cases(root, names, self.num_classes, self.path)
+
+    def network(self, recipe: Recipe, attachment: Attach | None) -> nn.Module:
+        return VNet(num_classes=self.num_classes, width=recipe.width, attachment=attachment)
+
+    def weak(self) -> Turns:
+        return Turns()
+
+    def strong(self) -> Strong:
+        return Strong(adjust=adjust_normalised)
+
+    def segment(
+        self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
+    ) -> np.ndarray:
+        return sliding.segment_volume(model, image, recipe.size, self._step(recipe, stride), device)
+
+    def predict(
+        self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return sliding.predict_volume(model, image, recipe.size, self._step(recipe, stride), device)
+
+    def _step(self, recipe: Recipe, stride: tuple[int, ...] | None) -> tuple[int, ...]:
+        """No longer than the window."""
+        return tuple(map(min, stride or self.stride, recipe.size))
+
+    def draw(self, folder: Path, cases: Sequence[Case]) -> None:
+        save_volumes(folder / "predictions.png", cases, self.classes)
+        save_surfaces(folder / "surfaces.png", cases, self.classes)
+
+
+def _box(recipe: Recipe) -> tuple[int, int, int]:
+    x, y, z = recipe.size
+    return x, y, z

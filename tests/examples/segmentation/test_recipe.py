@@ -1,0 +1,70 @@
+"""What a recipe refuses, and that the presets are none of it."""
+
+import pytest
+
+import acdc_gapmatch
+import la_gapmatch
+from segmentation.errors import InputError
+from segmentation.recipe import METHODS, RUNS, Recipe, method_of
+from segmentation.task import Task
+
+PRESETS = [(task, preset) for task in (acdc_gapmatch.ACDC, la_gapmatch.LA) for preset in task.presets]
+
+
+@pytest.mark.parametrize(("task", "preset"), PRESETS)
+def test_presets_are_valid(task: Task, preset: str) -> None:
+    Recipe(**task.presets[preset])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"size": (96, 100)},
+        {"size": (0, 16, 16)},
+        {"width": 0},
+        {"average_decay": 1.0},
+        {"average_decay": -0.1},
+        {"average_decay": float("nan")},
+        {"statistics_samples": -1},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"lr": float("inf")},
+        {"tau": 1.01},
+        {"weight": -0.1},
+        {"warm_up": -1},
+        {"warm_up": 4, "iterations": 4},
+        {"warm_up": 5, "iterations": 4, "method": "supervised", "gap": False},
+        {"method": "UNet"},
+        {"aligned": "prediction"},
+        {"targets": "evaluation"},
+        {"unlabelled_loss": "ce"},
+    ],
+)
+def test_bad_values_are_refused_by_name(bad: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        Recipe(**bad)
+
+
+def test_a_warm_up_is_of_all_methods() -> None:
+    Recipe(iterations=4, warm_up=3)
+    assert Recipe(iterations=4, warm_up=3).for_run("supervised").warm_up == 3
+
+
+def test_an_unknown_word_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match="aligned must be one of targets, predictions, not 'prediction'"):
+        Recipe(aligned="prediction")  # type: ignore[arg-type]
+
+
+def test_names_and_back() -> None:
+    assert len(RUNS) == 2 * len(METHODS) - 1
+    assert all(Recipe().for_run(name).name == name for name in RUNS)
+    assert [Recipe(method="fixmatch").name, Recipe(method="ict").name] == ["gapmatch", "ict+gap"]
+    assert method_of("fixmatch+gap") == method_of("gapmatch") == ("fixmatch", True)
+    for unknown in ("", "+gap", "gap", "gapmatch+gap", "ict+gap+gap"):
+        with pytest.raises(InputError, match="not one of"):
+            method_of(unknown)
+
+
+def test_without_a_consistency_loss_there_is_nothing_to_perturb_by() -> None:
+    with pytest.raises(InputError, match="supervised with GAP"):
+        Recipe(method="supervised", gap=True)
