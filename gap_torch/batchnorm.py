@@ -28,7 +28,7 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     obedient = [layer for layer in layers if _heeds_the_flag(layer) and layer.track_running_stats]
     # The others get copies to update. Writing the old values back instead would tell autograd that a tensor was
     # modified which graphs from before the context may still need.
-    buffers = [(layer, dict(layer.named_buffers(recurse=False))) for layer in layers if not _heeds_the_flag(layer)]
+    buffers = [(layer, _statistics(layer)) for layer in layers if not _heeds_the_flag(layer)]
     try:
         for batch_norm in obedient:
             batch_norm.track_running_stats = False
@@ -43,8 +43,19 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
 
 
 def has_running_stats(layer: nn.Module) -> bool:
-    """Whether one of the layer's own buffers is a running statistic by its name: "running_mean", "running_var", ..."""
-    return any(name.startswith("running_") and buffer is not None for name, buffer in layer._buffers.items())
+    """Whether one of the layer's own buffers is a running statistic (`is_running_stat`)."""
+    return any(is_running_stat(name) and buffer is not None for name, buffer in layer._buffers.items())
+
+
+def is_running_stat(name: str) -> bool:
+    """Whether a buffer of that name is taken for a running statistic: "running_mean", "bn_running_var", ..."""
+    return "running_" in name.rpartition(".")[2]
+
+
+def _statistics(layer: nn.Module) -> dict[str, Tensor]:
+    """Its running statistics, and the batches they have counted."""
+    own = {name: b for name, b in layer._buffers.items() if is_running_stat(name) or name == "num_batches_tracked"}
+    return {name: buffer for name, buffer in own.items() if buffer is not None}
 
 
 def _heeds_the_flag(layer: nn.Module) -> "TypeGuard[_BatchNorm]":

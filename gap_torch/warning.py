@@ -1,6 +1,7 @@
 """Warnings name the line of the user's code that is at work, not one of ours."""
 
 import contextlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 # what may stand between: this library, torch's decorators, and `with`
-_BETWEEN = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
+_BETWEEN = (f"{Path(__file__).parent}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}", contextlib.__file__)
 
 
 def warn(message: str) -> None:

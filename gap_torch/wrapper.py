@@ -245,12 +245,12 @@ class GAPWrapper(Optimizer):
             for p in params:
                 p.grad = before[p]
 
-    def step(self, closure: Callable[[], float] | None = None, **kwargs: Any) -> Any:
+    def step(self, closure: Callable[[], float] | None = None, *args: Any, **kwargs: Any) -> Any:
         """The base optimizer's update with whatever is in `.grad` (line 13).
 
         Args:
             closure: as for the base.
-            kwargs: further arguments of the base's own `step`.
+            args, kwargs: further arguments of the base's own `step`.
 
         Raises:
             RuntimeError: the parameters are perturbed, or a set-aside gradient has not come back.
@@ -265,7 +265,7 @@ class GAPWrapper(Optimizer):
             )
         initialises = self._only_initialises()
         step = self.base_optimizer.step
-        result = step(**kwargs) if closure is None else step(closure, **kwargs)
+        result = step(**kwargs) if closure is None and not args else step(closure, *args, **kwargs)
         if not initialises:
             self._knobs.count_update()
         self._unused_sum.clear()
@@ -280,7 +280,11 @@ class GAPWrapper(Optimizer):
         if not self._perturbed:
             self._aside.clear()
             self._unused_sum.clear()
-            self.base_optimizer.zero_grad(**({} if set_to_none is None else {"set_to_none": set_to_none}))
+            zero_grad = self.base_optimizer.zero_grad
+            # None is what a base that takes no argument sets; Accelerate passes True wherever the wrapper takes it
+            if set_to_none and "set_to_none" not in inspect.signature(zero_grad).parameters:
+                set_to_none = None
+            zero_grad(**({} if set_to_none is None else {"set_to_none": set_to_none}))
 
     # ------------------------------------------------------------------ what makes it an Optimizer
 

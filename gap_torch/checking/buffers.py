@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..batchnorm import is_running_stat
 from . import values
 
 
@@ -22,7 +23,7 @@ class Buffers:
 
     def statistics(self) -> bool:
         """Whether there are running statistics among them."""
-        return any(map(is_statistic, self.own))
+        return any(map(is_running_stat, self.own))
 
     def moved_since(self) -> Callable[[], list[str]]:
         """A function that tells which of them have moved between this call and its own."""
@@ -41,8 +42,3 @@ class Buffers:
             return [name for name, old in copies.items() if differs(name, old)]
 
         return moved
-
-
-def is_statistic(name: str) -> bool:
-    """Whether a buffer of that name holds running statistics, whatever the layer's class."""
-    return name.rpartition(".")[2].endswith(("running_mean", "running_var"))

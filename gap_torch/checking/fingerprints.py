@@ -1,6 +1,6 @@
 """Fingerprints of the samples that a model is called with, by which they are known again in another pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -34,20 +34,24 @@ def tensors_in(inputs: Any) -> list[Tensor]:
     return [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and _is_plain(t)]
 
 
-def from_network(tensor: Tensor) -> bool:
+def from_network(tensor: Tensor, trained: Container[Tensor] = ()) -> bool:
     """Whether parameters have had a part in `tensor`, or something that can't be looked into.
 
     An input that requires grad need not have come from a network: it may be the one for which an adversarial search
-    wants a gradient.
+    wants a gradient. One that is `trained`, by an optimizer, is a parameter.
     """
+
+    def is_parameter(leaf: Any) -> bool:
+        return isinstance(leaf, nn.Parameter) or (leaf is not None and leaf in trained)
+
     if tensor.grad_fn is None:
-        return isinstance(tensor, nn.Parameter)
+        return is_parameter(tensor)
     nodes: list[Any] = [tensor.grad_fn]
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
         # a Function of its own, as checkpointing's, may hide parameters
-        if isinstance(node, BackwardCFunction) or isinstance(getattr(node, "variable", None), nn.Parameter):
+        if isinstance(node, BackwardCFunction) or is_parameter(getattr(node, "variable", None)):
             return True
         behind = {following for following, _ in node.next_functions if following is not None} - seen
         seen |= behind

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Iterator
 
-from .buffers import is_statistic
-from .passes import of_part, on_features, seen_in, silent_samples
+from ..batchnorm import is_running_stat
+from .passes import counted_in, of_part, on_data, on_features, seen_in, silent_samples
 from .report import Finding, shown
 from .update import Update
 
@@ -63,6 +63,18 @@ def silent(update: Update) -> Finding | None:
     return Finding("no gradient", update.where("g2"), what, fix)
 
 
+def in_one_pass(update: Update) -> Finding | None:
+    """Some samples have a gradient in one of the two passes alone, too small for a rule to speak of."""
+    first, second = counted_in(on_data(update, "g1"), "g1"), counted_in(on_data(update, "g2"), "g2")
+    if not first or not second or not (alone := first ^ second):
+        return None
+    what = f"{len(alone)} samples have a small gradient in one of g1 and g2, and none in the other."
+    fix = (
+        "Fine if it is rounded to zero there. If the labelled loss is small and part of one pass, move it behind both."
+    )
+    return Finding("one pass", update.where("g2"), what, fix)
+
+
 def no_labelled_backward(update: Update) -> Finding | None:
     """The labelled loss may be in g1 and g2."""
     if not update.where("step") or update.where("g_l") or update.where("aside"):
@@ -99,7 +111,7 @@ def other_buffers(update: Update) -> Finding | None:
     """A pass at theta* moved buffers that are no running statistics."""
     for forward in update.at_theta_star():
         # a batch count alone makes no difference
-        if names := [n for n in forward.moved if not is_statistic(n) and not n.endswith("num_batches_tracked")]:
+        if names := [n for n in forward.moved if not is_running_stat(n) and not n.endswith("num_batches_tracked")]:
             what = f"the perturbed pass moves buffers of the model ({shown(names)})."
             fix = "GAP leaves those alone, as spectral norm's vectors and the ranges of quantisation."
             return Finding("buffers", forward.where, what, fix)
@@ -111,6 +123,7 @@ NOTES: tuple[Callable[[Update], Finding | None], ...] = (
     unknown_radius,
     unknown_samples,
     silent,
+    in_one_pass,
     no_labelled_backward,
     features,
     other_batches,

@@ -21,7 +21,7 @@ class Finding(NamedTuple):
     """How to mend it."""
 
 
-RESERVES = {"not told", "features", "no gradient", "no g_l"}
+RESERVES = {"not told", "features", "no gradient", "one pass", "no g_l"}
 """Kinds of notes that leave open whether all is right."""
 
 

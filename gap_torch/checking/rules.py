@@ -5,7 +5,7 @@ A rule looks at the record of an update and says what is wrong (a Finding), what
 
 from collections.abc import Iterator
 
-from .buffers import is_statistic
+from ..batchnorm import is_running_stat
 from .passes import counted_in, of_part, on_data, seen_in, silent_samples
 from .report import Finding, shown
 from .update import Forward, Update
@@ -214,7 +214,7 @@ def same_mode(update: Update) -> Verdict:
 def running_statistics(update: Update) -> Verdict:
     """Batch norm's stay as they are in the perturbed pass."""
     for forward in update.at_theta_star():
-        if names := [name for name in forward.moved if is_statistic(name)]:
+        if names := [name for name in forward.moved if is_running_stat(name)]:
             what = f"the perturbed pass moves running statistics of batch norm ({shown(names)})."
             fix = "give the model: perturbed(model); or wrap the pass in `with gap_torch.frozen_running_stats(model):`."
             return _of_forward("statistics", forward, what, fix)

@@ -114,15 +114,14 @@ def loss_of(tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> float
     return sum(t.detach().item() for t in roots)
 
 
-CLEAR = 0.1
-"""A sample's gradient is clear if it is no smaller than this, beside the largest of its batch."""
-
-
 def with_gradient(gradient: Tensor) -> tuple[list[bool], list[bool]]:
-    """Of each row, whether it has numbers other than zero, and whether that is clear. (Small ones may be rounded to
-    zero in another pass.)"""
+    """Of each row, whether it has numbers other than zero, and whether these are clear beside the largest of the batch.
+
+    Small ones may be rounded to zero in another pass: in float32 below 1e-3, in bfloat16 below 1/2.
+    """
     sizes = gradient.detach().reshape(len(gradient), -1).abs().amax(1).tolist()
-    return [size != 0 for size in sizes], [size > 0 and size >= CLEAR * max(sizes) for size in sizes]
+    clear = max(1e-3, 64 * torch.finfo(gradient.dtype).eps) * max(sizes)
+    return [size != 0 for size in sizes], [size > 0 and size >= clear for size in sizes]
 
 
 def sharded(params: list[Tensor]) -> bool:

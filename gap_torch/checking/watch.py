@@ -170,7 +170,7 @@ class Watch:
 
     def _is_data(self, tensor: Tensor) -> bool:
         """Whether an input is no feature of a network, by way of autograd or detached."""
-        return self._source(tensor) is None and not fingerprints.from_network(tensor)
+        return self._source(tensor) is None and not fingerprints.from_network(tensor, set(self.params))
 
     def _source(self, tensor: Tensor) -> Forward | None:
         """The forward pass whose output this is, detached perhaps, or a view of it."""

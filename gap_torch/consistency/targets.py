@@ -14,7 +14,8 @@ from .method import logits_of
 
 Mode = Literal["eval", "batch", "train"]
 """Of a model while it makes targets. "eval": running statistics, no dropout. "batch": no dropout either, but batch norm
-takes its statistics from the batch, and its running ones see it. "train": the model's own, as a rule with dropout."""
+takes its statistics from the batch, and its running ones see it; so does every other layer that tracks some. "train":
+the model's own, as a rule with dropout."""
 
 
 @torch.no_grad()

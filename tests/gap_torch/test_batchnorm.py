@@ -204,6 +204,18 @@ class VarianceAlone(nn.Module):
         return x / self.running_var.sqrt()
 
 
+class Prefixed(nn.Module):
+    """Statistics by another name, and a buffer that is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bn_running_mean", torch.zeros(3))
+        self.register_buffer("bn_running_var", torch.ones(3))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.bn_running_mean, self.bn_running_var, training=self.training)
+
+
 def _small():
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
 
@@ -215,6 +227,7 @@ WITHOUT_TORCHS_CLASS = {
     "traced": lambda: torch.jit.trace(_small(), X, check_trace=False),
     "exported": lambda: torch.export.export(_small(), (X,)).module(),
     "of one's own": lambda: nn.Sequential(nn.Linear(4, 3), NoRelative(3)),
+    "with a prefix": lambda: nn.Sequential(nn.Linear(4, 3), Prefixed()),
     "a variance alone": lambda: nn.Sequential(nn.Linear(4, 3), VarianceAlone()),
 }
 
@@ -240,3 +253,13 @@ def test_other_state_takes_in_the_perturbed_pass_as_any_other():
     with frozen_running_stats(model):
         model(X)
     assert not torch.equal(model.parametrizations.weight[0]._u, before)
+
+
+def test_what_a_layer_keeps_beside_its_statistics_is_its_own():
+    """A queue, say: it takes in the perturbed pass, and is not copied."""
+    layer = NoRelative(3)
+    layer.register_buffer("queue", torch.zeros(3))
+    with frozen_running_stats(layer):
+        assert layer.running_mean is not None
+        layer.queue += 1
+    assert layer.queue.tolist() == [1, 1, 1]

@@ -311,6 +311,8 @@ def test_arguments_of_the_bases_step_reach_it():
     assert optimizer.bs == 480
     assert optimizer.step(lambda: 3.0, bs=7) == 3.0
     assert optimizer.bs == 7
+    optimizer.step(None, 8)
+    assert optimizer.bs == 8
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(model(torch.ones(2, 4, dtype=torch.float64)).sum()).backward()
     scaler.step(optimizer, bs=9)

@@ -170,6 +170,9 @@ def read_nrrd(path: Path) -> Scan:
 def _affines(header: Mapping[str, Any]) -> Sequence[np.ndarray]:
     """Of the header: towards right, anterior and superior if it names its space; none if it states no directions."""
     directions = header.get("space directions")  # an axis a row
+    spacings = np.asarray(header.get("spacings", ()))
+    if directions is None and spacings.shape == (3,):
+        directions = np.diag(spacings)
     if directions is None or np.shape(directions) != (3, 3):
         return ()
     affine = np.eye(4)

@@ -78,6 +78,20 @@ def test_what_prepare_returned_is_not_to_be_wrapped() -> None:
         GAPWrapper(prepared, eps=EPS)
 
 
+def test_zero_grad_of_a_base_that_takes_no_argument() -> None:
+    """Accelerate looks for `set_to_none` in the wrapper's signature, and passes it."""
+
+    class Old(torch.optim.SGD):
+        def zero_grad(self) -> None:  # type: ignore[override]
+            super().zero_grad()
+
+    model = network()
+    optimizer = accelerate.Accelerator(cpu=True).prepare(GAPWrapper(Old(model.parameters(), lr=LR)))
+    next(model.parameters()).grad = torch.zeros_like(next(model.parameters()))
+    optimizer.zero_grad()
+    assert next(model.parameters()).grad is None
+
+
 def test_bfloat16_autocast() -> None:
     accelerator, model, optimizer, loader = _prepared(mixed_precision="bf16")
     _epoch(accelerator, model, optimizer, loader)

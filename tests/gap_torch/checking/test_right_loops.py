@@ -486,6 +486,34 @@ def a_gradient_that_is_rounded_to_zero(s: Scene) -> None:
     s.optimizer.zero_grad()
 
 
+def adversarial_in_both_passes(s: Scene) -> None:
+    """The images as they are and, wanting gradients for whatever reason, once more: alike in both passes."""
+    views = s.views()
+
+    def loss() -> Tensor:
+        return s.consistency(views) + s.model(s.u.clone().requires_grad_()).square().mean()
+
+    loss().backward()
+    with s.optimizer.perturbed(s.model):
+        loss().backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
+def learnt_input(s: Scene) -> None:
+    """A prompt: a leaf that the optimizer trains and that is no nn.Parameter."""
+    prompt = torch.zeros(1, 6, 6, requires_grad=True)
+    s.optimizer.add_param_group({"params": [prompt]})
+    target = s.u[:, 0].gt(0).long()
+    F.cross_entropy(s.model(s.u + prompt), target).backward()
+    with s.optimizer.perturbed(s.model):
+        F.cross_entropy(s.model(s.u + prompt), target).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+    s.optimizer.zero_grad()
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -566,6 +594,8 @@ RIGHT: dict[str, tuple[Callable[[Scene], None], Callable[[], Scene]]] = {
     "detached features, normalised": (head_on_detached_features, lambda: _with_head(F.normalize)),
     "head alone": (head_alone, _with_head),
     "momentum 0": (momentum_of_zero, Scene),
+    "adversarial in both passes": (adversarial_in_both_passes, Scene),
+    "learnt input": (learnt_input, Scene),
     "rounded to zero": (a_gradient_that_is_rounded_to_zero, Scene),
     "spectral norm": (plain, lambda: Scene(spectral_norm(nn.Conv2d(4, 4, 1)))),
 }
@@ -578,6 +608,8 @@ NOTES = {
     "shared forward": {"batch norm"},
     "detached features, normalised": {"features"},
     "spectral norm": {"buffers"},
+    "learnt input": {"not told"},
+    "rounded to zero": {"one pass"},
 }
 
 

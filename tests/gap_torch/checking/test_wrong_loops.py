@@ -148,6 +148,18 @@ def labelled_loss_left_in_g1(s: Scene) -> None:
     s.optimizer.step()
 
 
+def small_labelled_loss_left_in_g1(s: Scene) -> None:
+    """The same, with a hundredth of the weight."""
+    views = s.views()
+    images = torch.cat([s.x, *views.inputs])
+    logits = s.model(images)
+    (0.01 * F.cross_entropy(logits[:2], s.y) + s.method.compare((logits[2:],), views)).backward()  # HERE
+    with s.optimizer.perturbed(s.model):
+        s.method.compare((s.model(images)[2:],), views).backward()
+    s.supervised().backward()
+    s.optimizer.step()
+
+
 def labelled_loss_in_g1_of_parts(s: Scene) -> None:
     """The same, where the model is called in parts."""
     body, head, views = s.model[:-1], s.model[-1], s.views()  # type: ignore[index]
@@ -570,6 +582,7 @@ WRONG: dict[Callable[[Scene], None], str] = {
     labelled_loss_in_the_same_backward: "mixed g1",
     shared_forward_without_set_aside: "mixed g1",
     labelled_loss_left_in_g1: "mixed g1",
+    small_labelled_loss_left_in_g1: "mixed g1",
     labelled_loss_in_g1_of_parts: "mixed g1",
     labelled_loss_set_aside_and_left_in_g2: "other batch",
     search_left_in_g1: "mixed g1",

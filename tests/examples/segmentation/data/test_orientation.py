@@ -252,6 +252,12 @@ def test_nrrd_headers_that_say_nothing_will_do(tmp_path):
         np.testing.assert_array_equal(read_scan(tmp_path / "A1")[1], atrium() > 0)
 
 
+def test_nrrd_spacings_are_compared_where_there_are_no_directions(tmp_path):
+    write_case(tmp_path / "A1", {"spacings": [1, 1, 2]}, atrium(), {"spacings": [1, 1, 1]})
+    with pytest.raises(InputError, match="voxels are 1 x 1 x 2 mm in one and 1 x 1 x 1 mm in the other"):
+        read_scan(tmp_path / "A1")
+
+
 def test_an_nrrd_label_of_another_spacing_is_refused_unless_voxels_are_asked_for(tmp_path):
     write_case(tmp_path / "A1", header(oblique()), atrium(), header(scaled(oblique(), 1, 2, 1)))
     with pytest.raises(InputError, match=r"A1/lgemri\.nrrd and .*A1/laendo\.nrrd: by their headers voxels are"):
