@@ -1,7 +1,6 @@
 """The command line of every example, from its arguments to a job."""
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from segmentation.data.files import patients_for_share
-from segmentation.errors import InputError, UserError
+from segmentation.errors import InputError
 from segmentation.job import Job, OldRuns
 from segmentation.methods import TABLE, parsed
 from segmentation.printing import show_every_character
@@ -40,17 +39,7 @@ COMPILE_PAYS: frozenset[str] = frozenset()
 def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     show_every_character()
-    with ranks.joined():
-        try:
-            run(job(task, parse(task, description, argv)))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            ranks.gathered(None)  # torchrun ends all when the first one ends, which must not be before this is out
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-        return 0
+    return ranks.exit_status(lambda: run(job(task, parse(task, description, argv))))
 
 
 def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -114,7 +103,7 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
 def job(task: Task, arguments: argparse.Namespace) -> Job:
     """The job that the command line asks for. Raises InputError."""
     _refuse_contradictions(arguments)
-    device = ranks.together(lambda: ranks.usable_device(arguments.device))
+    device = ranks.together(ranks.usable_device)(arguments.device)
     phantom = arguments.data is None
     out = arguments.out or (_folder(task).with_name(f"{_folder(task).name}-phantom") if phantom else _folder(task))
     preset = "phantom" if phantom else arguments.preset or ("cpu" if device.type == "cpu" else "paper")
@@ -240,11 +229,13 @@ def _old_runs(arguments: argparse.Namespace) -> OldRuns:
 
 
 def _phantom(task: Task, root: Path) -> Path:
-    def write() -> None:
-        try:
-            task.write_phantom(root)
-        except OSError as error:
-            raise InputError(f"{root}: can't be written ({error.strerror}); choose another --out.") from None
-
-    ranks.on_main(write)  # the others read it
+    _write_phantom(task, root)
     return root
+
+
+@ranks.on_main  # the others read it
+def _write_phantom(task: Task, root: Path) -> None:
+    try:
+        task.write_phantom(root)
+    except OSError as error:
+        raise InputError(f"{root}: can't be written ({error.strerror}); choose another --out.") from None

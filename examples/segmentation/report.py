@@ -10,7 +10,7 @@ from presentation.palette import METHOD_COLOURS
 from segmentation.data.files import Volume
 from segmentation.figures.cases import Case
 from segmentation.figures.curves import LogFiles, save_curves
-from segmentation.figures.tables import Row, print_table, write_markdown
+from segmentation.figures.tables import Row, print_table, write_json, write_markdown
 from segmentation.job import Job
 from segmentation.recipe import Recipe
 from segmentation.scoring.components import largest_component
@@ -21,7 +21,13 @@ from segmentation.training.loop import Progress
 PICTURED_CASES = 3
 
 
-def record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
+@ranks.on_main
+def write_record(path: Path, job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None) -> None:
+    """Of one run, as JSON: what was run, where, and what came of it."""
+    write_json(path, _record(job, recipe, progress, evaluation))
+
+
+def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
     return {
         "data_set": job.task.name,
         "recipe": recipe.to_dict(),
@@ -46,6 +52,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def row(recipe: Recipe, progress: Progress, evaluation: Evaluation) -> Row:
+    """Of the table."""
     seconds = progress.seconds / progress.iteration
     return Row(recipe.label, evaluation, seconds, progress.best_iteration, _note(evaluation))
 
@@ -57,13 +64,15 @@ def _note(evaluation: Evaluation) -> str:
     return f"collapsed: {evaluation.empty} of {predictions} empty" if collapsed else ""
 
 
-def report(job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[Volume], folders: list[Path]) -> None:
+@ranks.on_main
+def report(job: Job, rows: list[Row], models: dict[str, nn.Module], test: list[Volume]) -> None:
+    """Pictures and the table of all runs, printed and written; `models` by the runs' labels."""
     recipe = job.recipes[0]
     print("drawing pictures", flush=True)
     pictured = test[:: max(1, len(test) // PICTURED_CASES)][:PICTURED_CASES]
     logs = {
         r.label: LogFiles(folder / "train.csv", folder / "validation.csv" if job.task.validation_list else None)
-        for r, folder in zip(job.recipes, folders, strict=True)
+        for r, folder in zip(job.recipes, map(job.folder, job.recipes), strict=True)
     }
     names, at_once = [*logs], len(METHOD_COLOURS)
     for first in range(0, len(names), at_once):

@@ -2,8 +2,9 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,18 +12,31 @@ from torch import nn
 
 from segmentation.data.files import Volume, check_files, check_patients, read_list, split_by_patients
 from segmentation.errors import InputError
-from segmentation.figures.tables import Row, write_json
+from segmentation.figures.tables import Row
 from segmentation.job import Job, OldRuns
 from segmentation.recipe import Recipe
-from segmentation.report import record, report, row
+from segmentation.report import report, row, write_record
 from segmentation.scoring.components import largest_component
 from segmentation.scoring.evaluate import Evaluation, evaluate
-from segmentation.task import Task
+from segmentation.task import Pool, Task
 from segmentation.training import ranks
 from segmentation.training.identity import Identity, identity
-from segmentation.training.logs import counting
+from segmentation.training.joint import require_even_shares
 from segmentation.training.loop import Progress, fit, resume
 from segmentation.training.step import Trainer, refuse_wrong_gradients
+
+
+class Samples(NamedTuple):
+    """What a job reads."""
+
+    names: Mapping[str, Sequence[str]]
+    """In each list file."""
+    patients: list[str]
+    """The labelled ones."""
+    labelled: Pool
+    unlabelled: Pool
+    validation: list[Volume]
+    test: list[Volume]
 
 
 def run(job: Job) -> list[Row]:
@@ -34,57 +48,59 @@ def run(job: Job) -> list[Row]:
         InputError: bad input, before any training.
         RunError: a loss is not finite.
     """
-    task, recipe = job.task, job.recipes[0]
-    _require_even_shares(recipe)
+    recipe = job.recipes[0]
+    require_even_shares(recipe)
     refuse_wrong_gradients(recipe, job.device, job.amp)
-    if ranks.is_main():
-        _warn_of_slow_convolutions(recipe, job.device, job.amp)
-    names = ranks.together(lambda: read_lists(task, job.data))
-    labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients, task.patient)
-    folders = [job.folder(r) for r in job.recipes]
-    ranks.on_main(lambda: _prepare_folders(folders, job))
+    _warn_of_slow_convolutions(recipe, job.device, job.amp)
+    samples = read(job)
+    torch.backends.cudnn.benchmark = job.device.type == "cuda"  # every batch has the same shape
+    pools = samples.labelled, samples.unlabelled
+    trainers = [Trainer(job.task, r, *pools, job.device, job.amp, job.compiled) for r in job.recipes]
+    identities = [
+        identity(job.task.name, r, samples.patients, job.amp, samples.names, job.compiled) for r in job.recipes
+    ]
+    found = _resumed(job, trainers, identities)
+    if not ranks.same([progress and (progress.iteration, progress.best_iteration) for progress in found]):
+        raise InputError(f"{job.out}: the processes found different runs there; --out must be a folder that all share.")
 
+    rows, models = [], {}
+    for trainer, run_identity, progress in zip(trainers, identities, found, strict=True):
+        recipe, folder = trainer.recipe, job.folder(trainer.recipe)
+        result = fit(trainer, samples.validation, folder, run_identity, progress, job.logged_as(recipe))
+        evaluation = None if job.goal == "training" else _evaluate(result.model, samples.test, job, recipe)
+        write_record(folder / "result.json", job, recipe, result.progress, evaluation)
+        if evaluation:
+            rows.append(row(recipe, result.progress, evaluation))
+        models[recipe.label] = result.model
+    if job.goal == "pictures":
+        report(job, rows, models, samples.test)
+    return rows
+
+
+@ranks.together
+def read(job: Job) -> Samples:
+    """Lists, samples and volumes; nothing of a folder that can't be written to is lost by a long reading."""
+    task, recipe = job.task, job.recipes[0]
+    names = read_lists(task, job.data)
+    labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients, task.patient)
+    if ranks.is_main():
+        for each in job.recipes:
+            _prepare_folder(job.folder(each), each, job.old_runs)
     print(f"reading {job.data}", flush=True)
-    labelled, unlabelled = ranks.together(
-        lambda: [
-            task.read_labelled(job.data, labelled_names, recipe).to(job.device),
-            task.read_unlabelled(job.data, unlabelled_names, recipe).to(job.device),
-        ]
-    )
-    scored = None if job.goal == "training" else task.test_list
-    splits = [names[split] if split else [] for split in (task.validation_list, scored)]
-    validation, test = ranks.together(lambda: [task.read_volumes(job.data, split) for split in splits])
+    labelled = task.read_labelled(job.data, labelled_names, recipe).to(job.device)
+    unlabelled = task.read_unlabelled(job.data, unlabelled_names, recipe).to(job.device)
+    splits = task.validation_list, None if job.goal == "training" else task.test_list
+    validation, test = (task.read_volumes(job.data, names[split] if split else []) for split in splits)
     print(
         f"{len(labelled)} labelled samples of {job.patients} patient(s), {len(unlabelled)} unlabelled ones, "
         f"{len(validation)} validation and {len(test)} test volumes",
         flush=True,
     )
-
-    torch.backends.cudnn.benchmark = job.device.type == "cuda"  # every batch has the same shape
     patients = list(dict.fromkeys(map(task.patient, labelled_names)))
-    identities = [identity(task.name, r, patients, job.amp, names, job.compiled) for r in job.recipes]
-    trainers = [Trainer(task, r, labelled, unlabelled, job.device, job.amp, job.compiled) for r in job.recipes]
-    found = ranks.together(
-        lambda: [_resume(*of_run, job.old_runs) for of_run in zip(trainers, folders, identities, strict=True)]
-    )
-    if not ranks.same([progress and (progress.iteration, progress.best_iteration) for progress in found]):
-        raise InputError(f"{job.out}: the processes found different runs there; --out must be a folder that all share.")
-
-    rows, models = [], {}
-    for trainer, folder, run_identity, progress in zip(trainers, folders, identities, found, strict=True):
-        recipe = trainer.recipe
-        result = fit(trainer, validation, folder, run_identity, progress, job.logged_as(recipe))
-        evaluation = _evaluate(result.model, test, job, recipe) if scored else None
-        if ranks.is_main():
-            write_json(folder / "result.json", record(job, recipe, result.progress, evaluation))
-        if evaluation:
-            rows.append(row(recipe, result.progress, evaluation))
-        models[recipe.label] = result.model
-    if job.goal == "pictures" and ranks.is_main():
-        report(job, rows, models, test, folders)
-    return rows
+    return Samples(names, patients, labelled, unlabelled, validation, test)
 
 
+@ranks.on_main
 def _warn_of_slow_convolutions(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> None:
     """In 3D, on a GPU, in the versions of torch that nnU-Net excludes for it (pytorch/pytorch issue 166122)."""
     slow = torch.__version__.startswith("2.9.") and device.type == "cuda"
@@ -97,16 +113,6 @@ def _warn_of_slow_convolutions(recipe: Recipe, device: torch.device, amp: torch.
         )
 
 
-def _require_even_shares(recipe: Recipe) -> None:
-    for name in ("labelled_batch", "unlabelled_batch"):
-        batch = getattr(recipe, name)
-        if batch % ranks.world():
-            raise InputError(
-                f"{name}: {batch} samples can't be shared out evenly to {ranks.world()} processes; "
-                f"start a number of them that divides {batch}."
-            )
-
-
 def read_lists(task: Task, root: Path) -> dict[str, list[str]]:
     """The names in every list file of a data set. Raises InputError for bad lists, and for files that are missing."""
     if root.is_file():
@@ -117,11 +123,6 @@ def read_lists(task: Task, root: Path) -> dict[str, list[str]]:
         path = task.training_path if split == task.training_list else task.volume_path
         check_files(path(root, name) for name in names[split])
     return names
-
-
-def _prepare_folders(folders: Sequence[Path], job: Job) -> None:
-    for folder, recipe in zip(folders, job.recipes, strict=True):
-        _prepare_folder(folder, recipe, job.old_runs)
 
 
 def _prepare_folder(folder: Path, recipe: Recipe, old_runs: OldRuns) -> None:
@@ -138,9 +139,15 @@ def _prepare_folder(folder: Path, recipe: Recipe, old_runs: OldRuns) -> None:
         raise InputError(f"{folder}: holds a {recipe.name} run already; add --resume, or choose another --out.")
 
 
-def _resume(trainer: Trainer, folder: Path, run_identity: Identity, old_runs: OldRuns) -> Progress | None:
-    if old_runs != "resume":
-        return None
+@ranks.together
+def _resumed(job: Job, trainers: Sequence[Trainer], identities: Sequence[Identity]) -> list[Progress | None]:
+    """How far each run has come already, its trainer filled."""
+    if job.old_runs != "resume":
+        return [None for _ in trainers]
+    return [_resume(trainer, job.folder(trainer.recipe), i) for trainer, i in zip(trainers, identities, strict=True)]
+
+
+def _resume(trainer: Trainer, folder: Path, run_identity: Identity) -> Progress | None:
     progress, name = resume(trainer, folder, run_identity), trainer.recipe.name
     if progress is None:
         print(f"{name}: no run to resume in {folder}, starting from zero", flush=True)
@@ -152,8 +159,6 @@ def _resume(trainer: Trainer, folder: Path, run_identity: Identity, old_runs: Ol
 def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe) -> Evaluation:
     def segment(image: np.ndarray) -> np.ndarray:
         labels = job.task.segment(model, image, recipe, job.stride, job.device)
-        count()
         return largest_component(labels) if job.largest_component else labels
 
-    with counting(f"{job.logged_as(recipe)}: scoring test volumes", len(volumes[:: ranks.world()])) as count:
-        return evaluate(segment, volumes, job.task.num_classes)
+    return evaluate(segment, volumes, job.task.num_classes, title=f"{job.logged_as(recipe)}: scoring test volumes")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from segmentation.data.files import Volume
 from segmentation.errors import InputError
 from segmentation.scoring.metrics import ClassScore, score
 from segmentation.training import ranks
+from segmentation.training.logs import counting
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def evaluate(
     num_classes: int,
     *,
     with_asd: bool = True,
+    title: str | None = None,
 ) -> Evaluation:
     """Predict every volume and score it against its own label; with several ranks, each takes its share.
 
@@ -88,6 +91,7 @@ def evaluate(
         segment: image float32 -> labels uint8 of the same shape.
         volumes: with `name`, `image` float32 and `label` uint8 of one 3D shape.
         num_classes: number of classes, background included.
+        title: of a count of the volumes that are done; None counts nothing.
         with_asd: False skips the ASD, which is most of the scoring time (validation during training).
 
     Raises:
@@ -98,11 +102,14 @@ def evaluate(
 
     def scored(volume: Volume) -> tuple[ClassScore, ...]:
         try:
-            return tuple(score(segment(volume.image), volume.label, num_classes, with_asd=with_asd))
+            labels = segment(volume.image)
+            count()
+            return tuple(score(labels, volume.label, num_classes, with_asd=with_asd))
         except InputError as error:
             raise InputError(f"{volume.name}: {error}") from None
 
-    scores = ranks.shared_out(scored, volumes)
+    with counting(title, len(volumes[:: ranks.world()])) if title else nullcontext(lambda: None) as count:
+        scores = ranks.shared_out(scored, volumes)
     return Evaluation(tuple(volume.name for volume in volumes), tuple(scores))
 
 

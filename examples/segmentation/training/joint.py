@@ -19,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gap_torch.consistency import Outputs
 from gap_torch.consistency.feature_perturbations import FeaturePerturbation
 from gap_torch.losses import wide
+from segmentation.errors import InputError
 from segmentation.networks.dropout import Dropout3d, channel_mask, dropout_mask
+from segmentation.recipe import Recipe
 from segmentation.training import ranks
 
 
@@ -32,6 +34,17 @@ def joint(model: nn.Module) -> nn.Module:
         model: (B, ...) images -> (B, ...) logits, on this rank's device, with the same values on every rank.
     """
     return model if ranks.world() == 1 else Joint(model)
+
+
+def require_even_shares(recipe: Recipe) -> None:
+    """Raise InputError for a batch that the ranks can't divide."""
+    for name in ("labelled_batch", "unlabelled_batch"):
+        batch = getattr(recipe, name)
+        if batch % ranks.world():
+            raise InputError(
+                f"{name}: {batch} samples can't be shared out evenly to {ranks.world()} processes; "
+                f"start a number of them that divides {batch}."
+            )
 
 
 class Joint(nn.Module):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -162,10 +163,14 @@ def _dice(model: nn.Module, trainer: Trainer, volumes: list[Volume]) -> float:
     return evaluate(segment, volumes, task.num_classes, with_asd=False).dice
 
 
+@ranks.on_main  # the others wait: where one ends after an interruption, torchrun ends all
+def _save(path: Path, content: dict[str, Any]) -> None:
+    checkpoint.save(path, content)
+
+
 def _save_last(folder: Path, trainer: Trainer, progress: Progress, identity: Identity) -> None:
     content = {"identity": identity, "progress": vars(progress), "state": trainer.state_dict()}
-    # the others wait: where one ends after an interruption, torchrun ends all
-    ranks.on_main(lambda: checkpoint.save(folder / "last.pt", content))
+    _save(folder / "last.pt", content)
 
 
 def _export_best(folder: Path, trainer: Trainer, progress: Progress) -> None:
@@ -175,4 +180,4 @@ def _export_best(folder: Path, trainer: Trainer, progress: Progress) -> None:
         "iteration": progress.best_iteration,
         "dice": progress.best_dice if progress.best_dice >= 0 else None,  # None without validation
     }
-    ranks.on_main(lambda: checkpoint.save(folder / "best.pt", content))
+    _save(folder / "best.pt", content)

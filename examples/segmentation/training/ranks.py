@@ -6,9 +6,11 @@ anything, and no process group is made.
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from segmentation.errors import InputError, UserError
 
 S = TypeVar("S")
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @contextmanager
@@ -33,6 +36,25 @@ def joined() -> Iterator[None]:
         yield
     # Not after an exception: NCCL would wait for the other ranks, and nobody would see what has happened.
     dist.destroy_process_group()
+
+
+def exit_status(program: Callable[[], object]) -> int:
+    """Run `program` on the processes of one torchrun, as one: the door through which a command line goes.
+
+    Returns:
+        0; 2 for a UserError, which is printed on one line; 130 for Ctrl-C.
+    """
+    with joined():
+        try:
+            program()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            gathered(None)  # torchrun ends all when the first one ends, which must not be before this is out
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+    return 0
 
 
 def world() -> int:
@@ -111,32 +133,44 @@ def any_rank(flag: bool) -> bool:
     return bool(stacked(torch.tensor(flag)).any())
 
 
-def together(work: Callable[[], T]) -> T:
-    """What `work` gives here, once it is done on every rank. A UserError on any of them is raised on all."""
-    if world() == 1:
-        return work()
-    results: list[T] = []
-    problem: UserError | None = None
-    try:
-        results.append(work())
-    except UserError as error:
-        problem = error
-    for theirs in gathered(problem):
-        if theirs is not None:
-            raise theirs
-    return results[0]
+def together(work: Callable[P, T]) -> Callable[P, T]:
+    """`work`, which gives what it makes on a rank once it is done on every one. A UserError on any is raised on all."""
+
+    @wraps(work)
+    def on_all(*args: P.args, **kwargs: P.kwargs) -> T:
+        if world() == 1:
+            return work(*args, **kwargs)
+        results: list[T] = []
+        problem: UserError | None = None
+        try:
+            results.append(work(*args, **kwargs))
+        except UserError as error:
+            problem = error
+        for theirs in gathered(problem):
+            if theirs is not None:
+                raise theirs
+        return results[0]
+
+    return on_all
+
+
+def on_main(work: Callable[P, object]) -> Callable[P, None]:
+    """`work`, done on rank 0 alone; the others wait, and raise its UserError with it."""
+
+    @together
+    @wraps(work)
+    def there(*args: P.args, **kwargs: P.kwargs) -> None:
+        if is_main():
+            work(*args, **kwargs)
+
+    return there
 
 
 def shared_out(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
     """`work(item)` for all `items`, in their order, each done on one rank alone. Errors as in `together`."""
-    mine = together(lambda: [work(item) for item in items[rank() :: world()]])
+    mine = together(lambda: [work(item) for item in items[rank() :: world()]])()
     parts = gathered(mine)
     return [parts[i % world()][i // world()] for i in range(len(items))]
-
-
-def on_main(work: Callable[[], object]) -> None:
-    """Run `work` on rank 0 alone; the others wait, and raise its UserError with it."""
-    together(lambda: work() if is_main() else None)
 
 
 @contextmanager

@@ -32,13 +32,12 @@ from segmentation.errors import InputError
 from segmentation.networks.dropout import Dropout
 from segmentation.networks.unet import UNet
 from segmentation.recipe import Recipe
-from segmentation.run import _require_even_shares
 from segmentation.scoring.evaluate import evaluate
 from segmentation.scoring.slicewise import segment_volume
 from segmentation.training import loop as train
 from segmentation.training import ranks
 from segmentation.training.identity import identity
-from segmentation.training.joint import JointBatchNorm, JointDropout, _Gather, joint
+from segmentation.training.joint import JointBatchNorm, JointDropout, _Gather, joint, require_even_shares
 from segmentation.training.loop import fit
 from segmentation.training.step import Trainer
 
@@ -286,7 +285,7 @@ def _errors(volumes: list[Volume]) -> list[str]:
     for work in (
         lambda: evaluate(_segment(), [volumes[0], spoilt], num_classes=4),
         lambda: cli.job(ACDC, cli.parse(ACDC, "", ["--device", "cpu", "--out", __file__])),
-        lambda: _require_even_shares(_recipe(unlabelled_batch=5)),
+        lambda: require_even_shares(_recipe(unlabelled_batch=5)),
     ):
         with pytest.raises(InputError) as caught:
             work()
