@@ -54,7 +54,7 @@ VOLUME = (10, 256, 216)  # a usual shape in ACDC
 
 
 @dataclass(frozen=True)
-class Entry:
+class PaperRow:
     """One line of the paper's table 4, and how to run it here."""
 
     run: str
@@ -69,11 +69,11 @@ class Entry:
 
 DECODER = 0.638  # of the UNet's multiplications in a forward pass
 TABLE_4 = {
-    "UNet": Entry("supervised", True, (0.1679, 0.6354), 1.0),
-    "Mean Teacher": Entry("mean_teacher", False, (0.1999, 0.6363), 7 / 6),
-    "URPC": Entry("urpc", False, (0.2745, 0.6322), 1.01),
-    "CCT": Entry("cct", False, (0.5597, 0.9728), (7 + 10 * DECODER) / 6),
-    "GapMatch": Entry("gapmatch", False, (0.3972, 0.6303), 10 / 6),
+    "UNet": PaperRow("supervised", True, (0.1679, 0.6354), 1.0),
+    "Mean Teacher": PaperRow("mean_teacher", False, (0.1999, 0.6363), 7 / 6),
+    "URPC": PaperRow("urpc", False, (0.2745, 0.6322), 1.01),
+    "CCT": PaperRow("cct", False, (0.5597, 0.9728), (7 + 10 * DECODER) / 6),
+    "GapMatch": PaperRow("gapmatch", False, (0.3972, 0.6303), 10 / 6),
 }
 
 

@@ -1,7 +1,7 @@
 """GapMatch on cardiac MRI (ACDC): the paper's main experiment.
 
     python examples/acdc_gapmatch.py                            a phantom, with and without GAP, in about 3 minutes
-    python examples/acdc_gapmatch.py --data DIR --labeled 1     ACDC, GapMatch, 1 % of the labels
+    python examples/acdc_gapmatch.py --data DIR --labelled 1     ACDC, GapMatch, 1 % of the labels
     torchrun --nproc-per-node 2 examples/acdc_gapmatch.py ...   the same, the batches shared out to two processes
 
 DIR holds ACDC in the community's h5 layout (`segmentation.data.convert_acdc` makes it from the official download).

@@ -1,7 +1,7 @@
 """GapMatch on late-gadolinium MRI of the left atrium (LA): the paper's experiment in 3D.
 
     python examples/la_gapmatch.py                            a phantom, with and without GAP, in about 3 minutes
-    python examples/la_gapmatch.py --data DIR --labeled 5     LA, GapMatch, 5 % of the labels
+    python examples/la_gapmatch.py --data DIR --labelled 5     LA, GapMatch, 5 % of the labels
     torchrun --nproc-per-node 2 examples/la_gapmatch.py ...   the same, the batches shared out to two processes
 
 DIR holds LA in the community's h5 layout (`segmentation.data.convert_la` makes it from the challenge's NRRD files).

@@ -47,8 +47,10 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     parser.add_argument("--data", type=Path, help=f"{task.name} in the h5 layout; without it a phantom is made")
-    parser.add_argument("--labeled", type=int, choices=(1, 5, 10), help="labelled share in percent (default: 1)")
-    parser.add_argument("--patients", type=int, help="labelled patients, instead of --labeled")
+    parser.add_argument(
+        "--labelled", "--labeled", type=int, choices=(1, 5, 10), help="labelled share in percent (default: 1)"
+    )
+    parser.add_argument("--patients", type=int, help="labelled patients, instead of --labelled")
     parser.add_argument(
         "--method",
         nargs="+",
@@ -116,7 +118,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     stride = _stride(task, arguments, recipe)
     patients = arguments.patients
     if patients is None:
-        patients = 1 if phantom else patients_for_share(arguments.labeled or 1, task.training_patients)
+        patients = 1 if phantom else patients_for_share(arguments.labelled or 1, task.training_patients)
     return Job(
         task=task,
         data=_phantom(task, out / "phantom") if phantom else arguments.data,
@@ -131,7 +133,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
         f"preset {preset}, seed {arguments.seed}{_scored(stride, arguments.largest_component)}",
         stride=stride,
         largest_component=arguments.largest_component,
-        published={} if phantom or arguments.patients is not None else task.published.get(arguments.labeled or 1, {}),
+        published={} if phantom or arguments.patients is not None else task.published.get(arguments.labelled or 1, {}),
     )
 
 
@@ -154,11 +156,11 @@ def _folder(task: Task) -> Path:
 
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     """Raise InputError for options that would have no effect."""
-    for option in ("labeled", "preset"):
+    for option in ("labelled", "preset"):
         if arguments.data is None and getattr(arguments, option) is not None:
             raise InputError(f"--{option}: means nothing on the phantom; give --data, or leave it out.")
-    if arguments.labeled is not None and arguments.patients is not None:
-        raise InputError("--labeled and --patients: both say how much is labelled; give one of them.")
+    if arguments.labelled is not None and arguments.patients is not None:
+        raise InputError("--labelled and --patients: both say how much is labelled; give one of them.")
 
 
 def _methods(names: Sequence[str] | None, gap: bool | None, both: bool) -> list[Run]:

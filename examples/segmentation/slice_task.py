@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from segmentation.data import slices
-from segmentation.data.augment import Strong, Weak
 from segmentation.data.files import Volume
 from segmentation.data.slices import Slices
+from segmentation.data.strong import Strong, adjust_normalised
+from segmentation.data.weak_slices import WeakSlices
 from segmentation.figures.cases import Case
 from segmentation.figures.slices import middle_slice, save_predictions
 from segmentation.networks.attachments import Attach
@@ -23,7 +24,9 @@ from segmentation.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class SliceTask(Task):
-    """Slices of volumes for a UNet."""
+    """Slices of volumes for a UNet, in the layout of `data.slices`; in [0, 1] if the task doesn't say otherwise."""
+
+    intensities: tuple[float, float] | None = slices.UNIT_RANGE
 
     def training_path(self, root: Path, name: str) -> Path:
         return slices.slice_path(root, name)
@@ -32,39 +35,40 @@ class SliceTask(Task):
         return slices.volume_path(root, name)
 
     def read_labelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Slices:
-        labelled = slices.load_slices(root, names, _plane(recipe), self.num_classes)
+        labelled = slices.load_slices(root, names, plane(recipe), self.num_classes, self.intensities)
         slices.require_foreground(root, labelled, self.patient)
         return labelled
 
     def read_unlabelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Slices:
-        return slices.load_unlabelled(root, names, _plane(recipe))
+        return slices.load_unlabelled(root, names, plane(recipe), self.intensities)
 
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
-        return slices.load_volumes(root, names, self.num_classes)
+        return slices.load_volumes(root, names, self.num_classes, self.intensities)
 
     def network(self, recipe: Recipe, attachment: Attach | None) -> nn.Module:
-        return UNet(num_classes=self.num_classes, width=recipe.width, attachment=attachment)
+        return UNet(self.channels, self.num_classes, width=recipe.width, attachment=attachment)
 
-    def weak(self) -> Weak:
-        return Weak()
+    def weak(self) -> WeakSlices:
+        return WeakSlices()
 
     def strong(self) -> Strong:
-        return Strong()
+        return Strong() if self.intensities == slices.UNIT_RANGE else Strong(adjust=adjust_normalised)
 
     def segment(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
     ) -> np.ndarray:
-        return segment_volume(model, image, _plane(recipe), device)
+        return segment_volume(model, image, plane(recipe), device)
 
     def predict(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
     ) -> tuple[np.ndarray, np.ndarray]:
-        return predict_volume(model, image, _plane(recipe), device)
+        return predict_volume(model, image, plane(recipe), device)
 
     def draw(self, folder: Path, cases: Sequence[Case]) -> None:
         save_predictions(folder / "predictions.png", [middle_slice(case) for case in cases], self.classes)
 
 
-def _plane(recipe: Recipe) -> tuple[int, int]:
+def plane(recipe: Recipe) -> tuple[int, int]:
+    """Height and width of the network's input."""
     height, width = recipe.size
     return height, width

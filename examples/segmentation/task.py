@@ -70,6 +70,8 @@ class Task(ABC):
         write_phantom: writes a small data set in the same layout, to try everything without data.
         patient: whose a case or slice is, by its name. A patient is in one list alone, and the labelled share is one of
             patients.
+        channels: of an image; more than one are photographs' (`image_task.ImageTask`).
+        intensities: least and greatest value of an image, or None for any.
         stride: of the sliding window by which volumes are predicted, in voxels; None where there is no window.
     """
 
@@ -83,6 +85,8 @@ class Task(ABC):
     published: Mapping[int, Mapping[str, Scores]]
     write_phantom: Callable[[Path], None]
     patient: Callable[[str], str] = patient_of
+    channels: int = 1
+    intensities: tuple[float, float] | None = None
     stride: tuple[int, ...] | None = None
 
     @property
@@ -120,7 +124,7 @@ class Task(ABC):
 
     @abstractmethod
     def network(self, recipe: Recipe, attachment: Attach | None) -> nn.Module:
-        """A fresh one: (B, 1, *size) images -> (B, num_classes, *size) logits.
+        """A fresh one: (B, channels, *size) images -> (B, num_classes, *size) logits.
 
         In training mode followed, in a tuple, by what its attachment returns; its other parameters are then those that
         a seed gives without.

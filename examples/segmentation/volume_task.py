@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from segmentation.data import crops as volumes
-from segmentation.data.augment import Strong, adjust_normalised
 from segmentation.data.crops import Crops
 from segmentation.data.files import Volume
-from segmentation.data.rotate_flip import Turns
+from segmentation.data.strong import Strong, adjust_normalised
+from segmentation.data.weak_volumes import WeakVolumes
 from segmentation.figures.cases import Case
 from segmentation.figures.volumes import save_surfaces, save_volumes
 from segmentation.networks.attachments import Attach
@@ -51,10 +51,10 @@ class VolumeTask(Task):
         return volumes.load_cases(root, names, self.num_classes, self.path)
 
     def network(self, recipe: Recipe, attachment: Attach | None) -> nn.Module:
-        return VNet(num_classes=self.num_classes, width=recipe.width, attachment=attachment)
+        return VNet(self.channels, self.num_classes, width=recipe.width, attachment=attachment)
 
-    def weak(self) -> Turns:
-        return Turns()
+    def weak(self) -> WeakVolumes:
+        return WeakVolumes()
 
     def strong(self) -> Strong:
         return Strong(adjust=adjust_normalised)

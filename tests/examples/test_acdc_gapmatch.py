@@ -273,7 +273,7 @@ def test_bad_data_is_one_line_before_any_training(
         (["--device", "meta"], "meta"),
         (["--device", "hpu"], "hpu"),
         (["--device", "cpu:3"], "cpu:3"),
-        (["--labeled", "5"], "--labeled and --patients"),
+        (["--labelled", "5"], "--labelled and --patients"),
         (["--method", "fixmatch", "fixmatch"], "twice"),
         (["--method", "ict", "ict+gap", "--gap"], "twice"),
         (["--method", "fixmatch", "gapmatch", "--gap"], "twice"),
@@ -305,7 +305,7 @@ def test_bad_arguments_are_one_line(
     _assert_one_line(capsys, telling)
 
 
-@pytest.mark.parametrize("option", [["--labeled", "5"], ["--preset", "paper"]])
+@pytest.mark.parametrize("option", [["--labelled", "5"], ["--preset", "paper"]])
 def test_options_without_effect_on_the_phantom_are_refused(
     option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -463,7 +463,7 @@ def test_without_data_it_makes_its_own(tmp_path: Path, monkeypatch: pytest.Monke
 def test_it_runs_as_a_script() -> None:
     script = Path(acdc_gapmatch.__file__)
     helped = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
-    assert "--labeled" in helped.stdout
+    assert "--labelled" in helped.stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -19,8 +19,8 @@ class Case:
     """One slice or volume, and what each method makes of it.
 
     Attributes:
-        image: float, 2D or 3D.
-        reference: integer labels in the image's shape, 0 the background.
+        image: float, 2D or 3D; a colour image (H, W, 3) in [0, 1].
+        reference: integer labels in the image's shape, without its colours, 0 the background.
         predictions: method -> (labels, entropy in [0, 1]), both in that shape; the same methods in every case.
         name: printed beside the row.
     """
@@ -42,9 +42,10 @@ def check_cases(cases: Sequence[Case], class_names: Sequence[str], dimensions: i
     for case in cases:
         if list(case.predictions) != list(cases[0].predictions):
             raise InputError(f"case {case.name!r}: its methods differ from those of the first case")
-        shape = case.image.shape
+        shape = case.reference.shape
         arrays = [case.reference, *(array for pair in case.predictions.values() for array in pair)]
-        if len(shape) != dimensions or case.image.size == 0 or any(array.shape != shape for array in arrays):
+        fits = case.image.shape[:dimensions] == shape and all(array.shape == shape for array in arrays)
+        if len(shape) != dimensions or case.image.size == 0 or not fits:
             raise InputError(f"case {case.name!r}: image, labels and entropy must share one {dimensions}D shape")
         labels = [case.reference, *(labels for labels, _ in case.predictions.values())]
         if max(array.max() for array in labels) > len(class_names):

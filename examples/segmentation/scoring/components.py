@@ -13,19 +13,19 @@ def largest_component(labels: np.ndarray) -> np.ndarray:
     memory order stays. A class that is not there changes nothing.
 
     Args:
-        labels: (X, Y, Z) integers, 0 the background.
+        labels: (X, Y, Z) or (H, W) integers, 0 the background.
 
     Returns:
         A new array of the same shape and type.
 
     Raises:
-        InputError: when `labels` is not an (X, Y, Z) array of integers.
+        InputError: when `labels` is no such array.
     """
-    if labels.ndim != 3 or labels.dtype.kind not in "iu":
-        raise InputError(f"labels: expected (X, Y, Z) integers, got {labels.dtype} {labels.shape}")
+    if labels.ndim not in (2, 3) or labels.dtype.kind not in "iu":
+        raise InputError(f"labels: expected (X, Y, Z) or (H, W) integers, got {labels.dtype} {labels.shape}")
     kept = np.zeros_like(labels)
     for index in np.unique(labels[labels != 0]):
-        pieces, _ = connected_components(labels == index, structure=np.ones((3, 3, 3)))
+        pieces, _ = connected_components(labels == index, structure=np.ones((3,) * labels.ndim))
         sizes = np.bincount(pieces.ravel())
         sizes[0] = 0  # the rest of the volume
         kept[pieces == sizes.argmax()] = index

@@ -1,4 +1,4 @@
-"""A data set for a 2D network: volumes are predicted slice by slice.
+"""Prediction by a 2D network: of volumes, slice by slice, and of single images.
 
 Protocol as in the public code of SSL4MIS and UniMatch: each slice is resized to the network's input size (nearest),
 predicted, arg-maxed and resized back (nearest).
@@ -19,7 +19,7 @@ def segment_volume(
     model: nn.Module, volume_image: np.ndarray, size: tuple[int, int], device: torch.device | str, *, batch: int = 32
 ) -> np.ndarray:
     """The labels of `predict_volume` alone, which saves the softmax and half the resizing."""
-    (labels,) = _predicted(model, volume_image, size, device, batch, lambda logits: (labels_of(logits, 1),))
+    (labels,) = _predicted(model, _slices(volume_image), size, device, batch, _labels)
     return labels
 
 
@@ -48,35 +48,55 @@ def predict_volume(
     Raises:
         InputError: when the image is not a (D, H, W) array with at least one voxel.
     """
-    labels, entropy = _predicted(
-        model,
-        volume_image,
-        size,
-        device,
-        batch,
-        lambda logits: (labels_of(logits, 1), entropy_of(logits.float().softmax(1), 1)),
-    )
+    labels, entropy = _predicted(model, _slices(volume_image), size, device, batch, _labels_and_entropy)
     return labels, entropy
+
+
+def segment_image(model: nn.Module, image: np.ndarray, size: tuple[int, int], device: torch.device | str) -> np.ndarray:
+    """The labels of `predict_image` alone."""
+    (labels,) = _predicted(model, image[None], size, device, 1, _labels)
+    return labels[0]
+
+
+def predict_image(
+    model: nn.Module, image: np.ndarray, size: tuple[int, int], device: torch.device | str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same for one image (C, H, W) float32: labels (H, W) uint8 and entropy (H, W) float32."""
+    labels, entropy = _predicted(model, image[None], size, device, 1, _labels_and_entropy)
+    return labels[0], entropy[0]
+
+
+def _labels(logits: Tensor) -> tuple[Tensor, ...]:
+    return (labels_of(logits, 1),)
+
+
+def _labels_and_entropy(logits: Tensor) -> tuple[Tensor, ...]:
+    return labels_of(logits, 1), entropy_of(logits.float().softmax(1), 1)
+
+
+def _slices(volume_image: np.ndarray) -> np.ndarray:
+    """(D, H, W) as images (D, 1, H, W)."""
+    if volume_image.ndim != 3 or volume_image.size == 0:
+        raise InputError(f"image: expected (D, H, W) with at least one voxel, got {volume_image.shape}")
+    return volume_image[:, None]
 
 
 def _predicted(
     model: nn.Module,
-    volume_image: np.ndarray,
+    images: np.ndarray,
     size: tuple[int, int],
     device: torch.device | str,
     batch: int,
     read: Callable[[Tensor], tuple[Tensor, ...]],
 ) -> list[np.ndarray]:
-    """What `read` makes of the logits, each (B, *size), as (D, H, W) in the volume's own size."""
-    if volume_image.ndim != 3 or volume_image.size == 0:
-        raise InputError(f"image: expected (D, H, W) with at least one voxel, got {volume_image.shape}")
-    resized = torch.from_numpy(_resize(volume_image, size))
-    slices = resized.unsqueeze(1).to(memory_format=torch.channels_last)
+    """What `read` makes of the logits of `images` (N, C, H, W), each (B, *size), as (N, H, W) in their own size."""
+    resized = np.stack([_resize(image, size) for image in images])
+    inputs = torch.from_numpy(resized).to(memory_format=torch.channels_last)
     with eval_mode(model), torch.inference_mode():
-        parts = [read(model(chunk.to(device))) for chunk in slices.split(batch)]
-    height, width = volume_image.shape[1:]
+        parts = [read(model(chunk.to(device))) for chunk in inputs.split(batch)]
+    height, width = images.shape[2:]
     return [_resize(torch.cat(part).cpu().numpy(), (height, width)) for part in zip(*parts, strict=True)]
 
 
-def _resize(volume: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    return np.stack([resize_nearest(image, shape) for image in volume])
+def _resize(planes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    return np.stack([resize_nearest(plane, shape) for plane in planes])

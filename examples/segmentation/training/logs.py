@@ -85,7 +85,7 @@ class RunLog(Log):
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task(title, total=total, completed=iteration, values="")
+        self.bar = self.progress.add_task(title, total=total, completed=iteration, values="")
         self.progress.start()
 
     def step(self, iteration: int, values: dict[str, float]) -> None:
@@ -93,7 +93,7 @@ class RunLog(Log):
         for name, value in values.items():
             self.board.add_scalar(f"train/{name}", value, iteration)
         text = live_text(values)
-        self.progress.update(self.task, completed=iteration, values=text)
+        self.progress.update(self.bar, completed=iteration, values=text)
         if not self.console.is_terminal:
             left = (self.total - iteration) / values["it_per_s"]
             self.console.print(f"{self.title} {iteration}/{self.total}  {text}  left {left:.0f} s", soft_wrap=True)

@@ -9,7 +9,8 @@ import torchvision.transforms.v2.functional as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segmentation.data.augment import Strong, Weak, adjust_unit, gaussian_blur
+from segmentation.data.strong import Strong, adjust_unit, gaussian_blur
+from segmentation.data.weak_slices import WeakSlices
 
 
 def _images(batch: int = 8, size: int = 32) -> torch.Tensor:
@@ -21,7 +22,7 @@ def _images(batch: int = 8, size: int = 32) -> torch.Tensor:
 def test_labels_move_with_their_images(seed: int, size: int) -> None:
     torch.manual_seed(seed)
     labels = torch.randint(0, 4, (6, size, size), dtype=torch.uint8)
-    images, moved = Weak(0.4, 0.4).with_labels(labels.unsqueeze(1).float(), labels)
+    images, moved = WeakSlices(0.4, 0.4).with_labels(labels.unsqueeze(1).float(), labels)
     assert torch.equal(images.squeeze(1), moved.float())
     assert moved.dtype == torch.uint8
 
@@ -30,7 +31,7 @@ def test_quarter_turns_and_flips_lose_nothing_and_all_eight_occur() -> None:
     torch.manual_seed(0)
     image = torch.rand(1, 1, 32, 32)
     expected = [f(image.rot90(k, (2, 3))) for k in range(4) for f in (lambda x: x, lambda x: x.flip(3))]
-    moved = Weak(p_turn=1.0).__call__(image.expand(200, -1, -1, -1).contiguous())
+    moved = WeakSlices(p_turn=1.0).__call__(image.expand(200, -1, -1, -1).contiguous())
     kinds = [[torch.equal(m[None], e) for e in expected] for m in moved]
     assert all(sum(row) == 1 for row in kinds)
     assert {row.index(True) for row in kinds} == set(range(8))
@@ -38,7 +39,7 @@ def test_quarter_turns_and_flips_lose_nothing_and_all_eight_occur() -> None:
 
 def test_small_rotations_stay_within_their_angle_and_cover_it() -> None:
     torch.manual_seed(1)
-    motions = Weak(p_turn=0.0, p_rotate=1.0, degrees=20).motions(2000, torch.device("cpu"))
+    motions = WeakSlices(p_turn=0.0, p_rotate=1.0, degrees=20).motions(2000, torch.device("cpu"))
     angles = torch.atan2(motions[:, 1, 0], motions[:, 0, 0]) * 180 / math.pi
     assert angles.abs().max() <= 20.001
     assert angles.min() < -19
@@ -49,7 +50,7 @@ def test_small_rotations_stay_within_their_angle_and_cover_it() -> None:
 def test_a_rotation_forth_and_back_returns_to_the_middle_of_the_image() -> None:
     torch.manual_seed(2)
     image = F.interpolate(torch.rand(1, 1, 8, 8), size=64, mode="nearest")
-    motion = Weak(0.0, 1.0).motions(1, torch.device("cpu"))
+    motion = WeakSlices(0.0, 1.0).motions(1, torch.device("cpu"))
     inverse = torch.linalg.inv(F.pad(motion, (0, 0, 0, 1)) + torch.diag(torch.tensor([0.0, 0.0, 1.0])))[:, :2]
     there = F.grid_sample(image, F.affine_grid(motion, [1, 1, 64, 64], False), "nearest", align_corners=False)
     back = F.grid_sample(there, F.affine_grid(inverse, [1, 1, 64, 64], False), "nearest", align_corners=False)
@@ -59,7 +60,7 @@ def test_a_rotation_forth_and_back_returns_to_the_middle_of_the_image() -> None:
 
 def test_shares_of_the_three_motions() -> None:
     torch.manual_seed(3)
-    motions = Weak(0.5, 0.25).motions(4000, torch.device("cpu"))
+    motions = WeakSlices(0.5, 0.25).motions(4000, torch.device("cpu"))
     quarter = motions[:, :, :2].abs().round(decimals=4)
     still = torch.isclose(motions[:, :, :2], torch.eye(2)).all((1, 2)).float().mean()
     oblique = ((quarter > 0) & (quarter < 1)).any(2).any(1).float().mean()
@@ -70,12 +71,12 @@ def test_shares_of_the_three_motions() -> None:
 def test_every_sample_has_its_own_random_numbers() -> None:
     torch.manual_seed(4)
     same = _images(1).expand(16, -1, -1, -1).contiguous()
-    for augmented in (Weak()(same), Strong()(same)):
+    for augmented in (WeakSlices()(same), Strong()(same)):
         distinct = {tuple(image.flatten().tolist()) for image in augmented}
         assert len(distinct) > 6
 
 
-@pytest.mark.parametrize("make", [Weak, Strong])
+@pytest.mark.parametrize("make", [WeakSlices, Strong])
 def test_a_generator_decides_everything(make) -> None:
     images = _images()
 
@@ -131,7 +132,7 @@ def test_nothing_waits_for_the_gpu() -> None:
     labels = torch.zeros(8, 32, 32, dtype=torch.uint8, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        Weak().with_labels(images, labels)
+        WeakSlices().with_labels(images, labels)
         Strong()(images)
     finally:
         torch.cuda.set_sync_debug_mode("default")

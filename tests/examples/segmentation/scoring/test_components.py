@@ -39,8 +39,13 @@ def test_nothing_and_everything_stay(value):
     np.testing.assert_array_equal(largest_component(labels), labels)
 
 
-def test_largest_component_takes_volumes_of_integers():
+def test_of_an_image_too_the_largest_piece_stays():
+    labels = np.array([[1, 1, 0, 1], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(largest_component(labels), [[1, 1, 0, 0], [0, 1, 0, 0]])
+
+
+def test_largest_component_takes_integers_in_two_or_three_dimensions():
     with pytest.raises(InputError, match="labels: "):
-        largest_component(np.zeros((4, 4), np.uint8))
+        largest_component(np.zeros(4, np.uint8))
     with pytest.raises(InputError, match=r"labels: .*float32"):
         largest_component(np.zeros((4, 4, 4), np.float32))

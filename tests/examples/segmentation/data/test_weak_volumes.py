@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from gap_torch.consistency import CutMix
-from segmentation.data.augment import BLUR_RADIUS, Strong, adjust_normalised, gaussian_blur
-from segmentation.data.rotate_flip import Turns, turn
+from segmentation.data.strong import BLUR_RADIUS, Strong, adjust_normalised, gaussian_blur
+from segmentation.data.weak_volumes import WeakVolumes, turn
 
 EIGHT = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)
-"""All that `Turns.draw` may say of a sample, one a row."""
+"""All that `WeakVolumes.draw` may say of a sample, one a row."""
 
 intensities = partial(Strong, adjust=adjust_normalised)
 
@@ -33,7 +33,7 @@ seeds = st.integers(0, 10_000)
 sides = st.integers(1, 5)
 
 
-# Turns
+# WeakVolumes
 
 
 @settings(max_examples=40, deadline=None)
@@ -41,7 +41,7 @@ sides = st.integers(1, 5)
 def test_labels_move_with_their_images_and_none_is_lost(seed: int, x: int, y: int, z: int) -> None:
     torch.manual_seed(seed)
     labels = torch.randint(0, 4, (5, x, y, z), dtype=torch.uint8)
-    images, moved = Turns().with_labels(labels.unsqueeze(1).float(), labels)
+    images, moved = WeakVolumes().with_labels(labels.unsqueeze(1).float(), labels)
     assert torch.equal(images.squeeze(1), moved.float())
     assert moved.dtype == torch.uint8
     for before, after in zip(labels, moved, strict=True):
@@ -53,14 +53,14 @@ def test_labels_move_with_their_images_and_none_is_lost(seed: int, x: int, y: in
 def test_every_turn_is_undone_by_one_of_the_eight(seed: int, side: int, z: int) -> None:
     torch.manual_seed(seed)
     image = torch.randn(1, 2, side, side, z)
-    moved = turn(image, Turns().draw(1, image.device))
+    moved = turn(image, WeakVolumes().draw(1, image.device))
     assert any(torch.equal(turn(moved, back[:, None]), image) for back in EIGHT)
 
 
 def test_the_eight_symmetries_of_the_square_come_equally_often() -> None:
     torch.manual_seed(0)
     image = torch.randn(1, 3, 3, 2)
-    moved = Turns()(image.expand(1600, -1, -1, -1, -1))
+    moved = WeakVolumes()(image.expand(1600, -1, -1, -1, -1))
     kinds = [_is_symmetry_of_the_square(image, sample) for sample in moved]
     assert set(kinds) == set(range(8))
     assert all(abs(kinds.count(kind) - 200) < 5 * 200**0.5 for kind in range(8))
@@ -69,7 +69,7 @@ def test_the_eight_symmetries_of_the_square_come_equally_often() -> None:
 def test_crops_that_are_not_square_keep_their_shape() -> None:
     torch.manual_seed(1)
     image = torch.randn(1, 4, 3, 2)
-    moved = Turns()(image.expand(200, -1, -1, -1, -1))
+    moved = WeakVolumes()(image.expand(200, -1, -1, -1, -1))
     expected = [image, image.flip(1), image.flip(2), image.flip(1, 2)]
     kinds = [[torch.equal(sample, e) for e in expected] for sample in moved]
     assert all(sum(row) == 1 for row in kinds)
@@ -178,14 +178,14 @@ def test_blur_keeps_constant_images(value: float, sigma: float, side: int) -> No
 def test_every_sample_has_its_own_random_numbers() -> None:
     torch.manual_seed(5)
     same = _images(1).expand(24, -1, -1, -1, -1).contiguous()
-    turned = {tuple(image.flatten().tolist()) for image in Turns()(same)}
+    turned = {tuple(image.flatten().tolist()) for image in WeakVolumes()(same)}
     changed = {tuple(image.flatten().tolist()) for image in intensities(p_jitter=1.0)(same)}
     assert len(turned) > 4
     assert len(changed) == 24
 
 
-@pytest.mark.parametrize("augmentation", [Turns(), intensities()])
-def test_a_sample_does_not_see_the_others(augmentation: Turns | Strong) -> None:
+@pytest.mark.parametrize("augmentation", [WeakVolumes(), intensities()])
+def test_a_sample_does_not_see_the_others(augmentation: WeakVolumes | Strong) -> None:
     images = _images()
     others = torch.cat([images[:3], 100 * _images()[3:]])
     outputs = []
@@ -195,7 +195,7 @@ def test_a_sample_does_not_see_the_others(augmentation: Turns | Strong) -> None:
     torch.testing.assert_close(*outputs)
 
 
-@pytest.mark.parametrize("make", [Turns, intensities])
+@pytest.mark.parametrize("make", [WeakVolumes, intensities])
 def test_a_generator_decides_everything(make) -> None:
     images = _images()
 
@@ -209,7 +209,7 @@ def test_a_generator_decides_everything(make) -> None:
 def test_the_views_leave_the_batch_as_it_was() -> None:
     images = _images()
     before = images.clone()
-    Turns()(images)
+    WeakVolumes()(images)
     intensities()(images)
     assert torch.equal(images, before)
 
@@ -220,7 +220,7 @@ def test_nothing_waits_for_the_gpu() -> None:
     labels = torch.zeros(8, 6, 6, 5, dtype=torch.uint8, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        Turns().with_labels(images, labels)
+        WeakVolumes().with_labels(images, labels)
         intensities()(images)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,13 +1,13 @@
 """The weak view of volumes, batched on their own device, each sample with its own random numbers.
 
-The strong one is `augment.Strong`. Random numbers stay on the device, so nothing here waits for a GPU.
+The strong one is `strong.Strong`. Random numbers stay on the device, so nothing here waits for a GPU.
 """
 
 import torch
 from torch import Tensor
 
 
-class Turns:
+class WeakVolumes:
     """Quarter turns and flips in the plane of X and Y, all eight equally often: the weak view.
 
     Where X and Y differ a quarter turn would change the shape; half a turn and the two flips remain. No voxel is
@@ -35,7 +35,7 @@ class Turns:
 
 
 def turn(volumes: Tensor, turns: Tensor) -> Tensor:
-    """`volumes` (B, ..., X, Y, Z) of any type, turned as `Turns.draw` says; transposed only where X = Y."""
+    """`volumes` (B, ..., X, Y, Z) of any type, turned as `WeakVolumes.draw` says; transposed only where X = Y."""
     transposes, flips_x, flips_y = turns.view(3, -1, *[1] * (volumes.ndim - 1))
     if volumes.shape[-3] == volumes.shape[-2]:
         volumes = torch.where(transposes, volumes.transpose(-3, -2), volumes)
