@@ -29,7 +29,7 @@ from benchmarks.lab.plan import estimate
 from benchmarks.lab.records import Records, changed
 from benchmarks.lab.runs import Lab, interrupted_after, work
 from segmentation.errors import InputError, UserError
-from segmentation.training.ranks import usable_device
+from segmentation.ranks import usable_device
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

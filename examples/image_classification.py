@@ -31,7 +31,7 @@ from gap_torch.consistency import Batch, FixMatch, Views
 from gap_torch.losses import cross_entropy
 from segmentation.errors import InputError
 from segmentation.printing import show_every_character
-from segmentation.training.ranks import usable_device
+from segmentation.ranks import usable_device
 
 METHODS = {"supervised": "Supervised", "fixmatch": "FixMatch", "gapmatch": "GapMatch"}
 GROUP = 8  # images that share a draw of the augmentations: one an image would take longer than the network

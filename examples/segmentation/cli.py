@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from segmentation import ranks
 from segmentation.data.files import patients_for_share
 from segmentation.errors import InputError
 from segmentation.job import Job, OldRuns
@@ -16,7 +17,6 @@ from segmentation.printing import show_every_character
 from segmentation.recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Recipe, Run, method_of
 from segmentation.run import run
 from segmentation.task import Task
-from segmentation.training import ranks
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
 KNOBS = (

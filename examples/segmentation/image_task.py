@@ -11,11 +11,11 @@ from torch import nn
 from segmentation.data import photos
 from segmentation.data.files import Volume
 from segmentation.data.slices import Slices, require_foreground
-from segmentation.figures.cases import Case
 from segmentation.figures.slices import save_predictions
 from segmentation.recipe import Recipe
 from segmentation.scoring.slicewise import predict_image, segment_image
 from segmentation.slice_task import SliceTask, plane
+from segmentation.task import Case
 
 
 @dataclass(frozen=True, kw_only=True)

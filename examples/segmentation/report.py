@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from presentation.palette import METHOD_COLOURS
+from segmentation import ranks
 from segmentation.data.files import Volume
-from segmentation.figures.cases import Case
 from segmentation.figures.curves import LogFiles, save_curves
 from segmentation.figures.tables import Row, print_table, write_json, write_markdown
 from segmentation.job import Job
 from segmentation.recipe import Recipe
 from segmentation.scoring.components import largest_component
 from segmentation.scoring.evaluate import Evaluation
-from segmentation.training import ranks
+from segmentation.task import Case
 from segmentation.training.loop import Progress
 
 PICTURED_CASES = 3

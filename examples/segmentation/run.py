@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from segmentation import ranks
 from segmentation.data.files import Volume, check_files, check_patients, read_list, split_by_patients
 from segmentation.errors import InputError
 from segmentation.figures.tables import Row
@@ -19,7 +20,6 @@ from segmentation.report import report, row, write_record
 from segmentation.scoring.components import largest_component
 from segmentation.scoring.evaluate import Evaluation, evaluate
 from segmentation.task import Pool, Task
-from segmentation.training import ranks
 from segmentation.training.identity import Identity, identity
 from segmentation.training.joint import require_even_shares
 from segmentation.training.loop import Progress, fit, resume

@@ -13,13 +13,12 @@ from segmentation.data.files import Volume
 from segmentation.data.slices import Slices
 from segmentation.data.strong import Strong, adjust_normalised
 from segmentation.data.weak_slices import WeakSlices
-from segmentation.figures.cases import Case
 from segmentation.figures.slices import middle_slice, save_predictions
 from segmentation.networks.attachments import Attach
 from segmentation.networks.unet import UNet
 from segmentation.recipe import Recipe
 from segmentation.scoring.slicewise import predict_volume, segment_volume
-from segmentation.task import Task
+from segmentation.task import Case, Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from segmentation.data.files import Volume, patient_of
-from segmentation.figures.cases import Case
 from segmentation.networks.attachments import Attach
 from segmentation.recipe import Recipe
 
@@ -51,6 +50,23 @@ class Augmentation(Protocol):
 
     def with_labels(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """`images` and `labels` (B, *size) under the same motions."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One slice or volume, and what each method makes of it.
+
+    Attributes:
+        image: float, 2D or 3D; a colour image (H, W, 3) in [0, 1].
+        reference: integer labels in the image's shape, without its colours, 0 the background.
+        predictions: method -> (labels, entropy in [0, 1]), both in that shape; the same methods in every case.
+        name: printed beside the row.
+    """
+
+    image: np.ndarray
+    reference: np.ndarray
+    predictions: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,12 @@ from segmentation.data.crops import Crops
 from segmentation.data.files import Volume
 from segmentation.data.strong import Strong, adjust_normalised
 from segmentation.data.weak_volumes import WeakVolumes
-from segmentation.figures.cases import Case
 from segmentation.figures.volumes import save_surfaces, save_volumes
 from segmentation.networks.attachments import Attach
 from segmentation.networks.vnet import VNet
 from segmentation.recipe import Recipe
 from segmentation.scoring import sliding
-from segmentation.task import Task
+from segmentation.task import Case, Task
 
 
 @dataclass(frozen=True, kw_only=True)

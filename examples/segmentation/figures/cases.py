@@ -1,7 +1,6 @@
-"""A case as figures draw it: an image, its reference, and what each method makes of it."""
+"""What figures of cases share: what can be drawn, and the classes' colours."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,25 +9,9 @@ from matplotlib.patches import Patch
 
 from presentation.palette import GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW
 from segmentation.errors import InputError
+from segmentation.task import Case
 
 CLASS_COLOURS = (ORANGE, SKY, PURPLE, GREEN, YELLOW, VERMILION)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One slice or volume, and what each method makes of it.
-
-    Attributes:
-        image: float, 2D or 3D; a colour image (H, W, 3) in [0, 1].
-        reference: integer labels in the image's shape, without its colours, 0 the background.
-        predictions: method -> (labels, entropy in [0, 1]), both in that shape; the same methods in every case.
-        name: printed beside the row.
-    """
-
-    image: np.ndarray
-    reference: np.ndarray
-    predictions: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    name: str = ""
 
 
 def check_cases(cases: Sequence[Case], class_names: Sequence[str], dimensions: int) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from segmentation.figures.canvas import DPI, WIDTH, save
-from segmentation.figures.cases import Case, check_cases, draw_labels, patches
+from segmentation.figures.cases import check_cases, draw_labels, patches
+from segmentation.task import Case
 
 SIDE_BY_SIDE = 3  # methods whose predictions and entropy maps fit into one row
 

@@ -21,8 +21,9 @@ from scipy.ndimage import center_of_mass, gaussian_filter
 from skimage.measure import block_reduce, marching_cubes
 
 from segmentation.figures.canvas import DPI, WIDTH, save
-from segmentation.figures.cases import CLASS_COLOURS, Case, check_cases, draw_labels, patches
+from segmentation.figures.cases import CLASS_COLOURS, check_cases, draw_labels, patches
 from segmentation.scoring.metrics import score
+from segmentation.task import Case
 
 Box = tuple[slice, slice, slice]
 

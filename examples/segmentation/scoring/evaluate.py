@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from segmentation import ranks
 from segmentation.data.files import Volume
 from segmentation.errors import InputError
+from segmentation.scoring.counting import counting
 from segmentation.scoring.metrics import ClassScore, score
-from segmentation.training import ranks
-from segmentation.training.logs import counting
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from segmentation.training import ranks
+from segmentation import ranks
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from gap_torch.consistency import Outputs
 from gap_torch.consistency.feature_perturbations import FeaturePerturbation
 from gap_torch.losses import wide
+from segmentation import ranks
 from segmentation.errors import InputError
 from segmentation.networks.dropout import Dropout3d, channel_mask, dropout_mask
 from segmentation.recipe import Recipe
-from segmentation.training import ranks
 
 
 def joint(model: nn.Module) -> nn.Module:

@@ -1,13 +1,10 @@
 """What a run writes while it trains: CSV for plotting, TensorBoard, and progress lines."""
 
 import csv
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 TRAIN_COLUMNS = (
@@ -21,8 +18,6 @@ TRAIN_COLUMNS = (
     "it_per_s",
 )
 VALIDATION_COLUMNS = ("iteration", "dice")
-PAUSE = 10.0
-"""Least seconds between two lines of `counting` in a log file."""
 
 
 class CsvLog:
@@ -111,25 +106,6 @@ class RunLog(Log):
         self.train.close()
         self.validation.close()
         self.board.close()
-
-
-@contextmanager
-def counting(title: str, total: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
-    """A live count of `total` things; what it gives is called once for each. In a log file a line now and then."""
-    console = console or Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task, last = progress.add_task(title, total=total), -PAUSE
-
-        def count() -> None:
-            nonlocal last
-            progress.advance(task)
-            done = progress.tasks[0].completed
-            if not console.is_terminal and (done == total or time.monotonic() - last > PAUSE):
-                last = time.monotonic()
-                console.print(f"{title} {done:.0f}/{total}", highlight=False)
-
-        yield count
 
 
 def live_text(values: dict[str, float]) -> str:

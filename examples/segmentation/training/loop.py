@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from segmentation import ranks
 from segmentation.data.files import Volume
 from segmentation.errors import OldRunError, RunError
 from segmentation.scoring.evaluate import evaluate
-from segmentation.training import checkpoint, ranks
+from segmentation.training import checkpoint
 from segmentation.training.identity import Identity, require_same
 from segmentation.training.interrupt import interruptible
 from segmentation.training.logs import Log, RunLog

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from segmentation.errors import InputError
-from segmentation.figures.cases import Case
 from segmentation.figures.curves import LogFiles, save_curves
 from segmentation.figures.slices import middle_slice, save_predictions
+from segmentation.task import Case
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns where a picture would come out wrong
 CLASSES = ("RV", "Myo", "LV")

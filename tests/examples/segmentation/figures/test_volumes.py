@@ -10,8 +10,9 @@ from matplotlib.image import imread
 
 from segmentation.errors import InputError
 from segmentation.figures import volumes as figures3d
-from segmentation.figures.cases import CLASS_COLOURS, Case
+from segmentation.figures.cases import CLASS_COLOURS
 from segmentation.figures.volumes import save_surfaces, save_volumes
+from segmentation.task import Case
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns where a picture would come out wrong
 SHAPE = (60, 56, 20)

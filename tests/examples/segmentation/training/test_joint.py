@@ -24,7 +24,7 @@ from gap_torch import frozen_running_stats
 from gap_torch.consistency import VAT, Batch
 from gap_torch.consistency.targets import Mode
 from la_gapmatch import LA
-from segmentation import cli
+from segmentation import cli, ranks
 from segmentation.data.crops import Crops
 from segmentation.data.files import Volume, read_list, split_by_patients
 from segmentation.data.slices import Slices, load_slices, load_volumes
@@ -35,7 +35,6 @@ from segmentation.recipe import Recipe
 from segmentation.scoring.evaluate import evaluate
 from segmentation.scoring.slicewise import segment_volume
 from segmentation.training import loop as train
-from segmentation.training import ranks
 from segmentation.training.identity import identity
 from segmentation.training.joint import JointBatchNorm, JointDropout, _Gather, joint, require_even_shares
 from segmentation.training.loop import fit

@@ -26,7 +26,7 @@ TINY = {
 SCRIPT = f"""
 import os, signal, sys, time
 import acdc_gapmatch
-from segmentation.training import ranks
+from segmentation import ranks
 from segmentation.training.step import Trainer
 acdc_gapmatch.ACDC.presets["cpu"] = {TINY!r}
 step = Trainer.step
