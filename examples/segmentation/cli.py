@@ -68,7 +68,7 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
         "--option",
         nargs="+",
         metavar="NAME=VALUE",
-        help=f"of a method itself: {_options()}",
+        help=f"of a method itself: {_there_are()}",
     )
     parser.add_argument("--weight", type=float, help="of the consistency loss")
     parser.add_argument("--warm-up", type=int, help="iterations on labelled images alone at the start")
@@ -114,7 +114,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     recipe = Recipe(seed=arguments.seed, **{**task.presets[preset], **knobs})
     methods = _methods(arguments.method, arguments.gap, both=phantom)
     _refuse_idle_knobs(knobs, methods)
-    options = dict(parsed(option, [method for method, _ in methods]) for option in arguments.option or ())
+    options = _options(arguments.option or (), [method for method, _ in methods])
     stride = _stride(task, arguments, recipe)
     patients = arguments.patients
     if patients is None:
@@ -137,8 +137,17 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     )
 
 
-def _options() -> str:
-    """Those of each method that has any, with their defaults."""
+def _options(given: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name, value in (parsed(option, methods) for option in given):
+        if name in options:
+            raise InputError(f"--option {name}: is given twice; leave one out.")
+        options[name] = value
+    return options
+
+
+def _there_are() -> str:
+    """The options of each method that has any, with their defaults."""
     each = [(name, entry.options) for name, entry in TABLE.items() if entry.options]
     return "; ".join(f"{name} {', '.join(f'{n}={v:.3g}' for n, v in options.items())}" for name, options in each)
 

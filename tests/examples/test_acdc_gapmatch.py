@@ -119,6 +119,18 @@ def test_which_runs_are_meant(options: list[str], expected: list[str], data: Pat
     assert [recipe.name for recipe in cli.job(acdc_gapmatch.ACDC, arguments).recipes] == expected
 
 
+def test_options_go_to_the_methods_that_have_them(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = ["--method", "vat", "ict+gap", "em", "--option", "radius=0.05", "decay=0.9"]
+    assert _run(data, out, "--iterations", "1", *asked) == 0
+    recipes = {run: json.loads((out / run / "result.json").read_text())["recipe"] for run in ("vat", "ict+gap", "em")}
+    assert recipes["vat"]["options"] == {"radius": 0.05}
+    assert recipes["ict+gap"]["options"] == {"decay": 0.9}
+    assert "options" not in recipes["em"]  # as in results from before there were any
+    assert _run(data, out, "--iterations", "1", *asked, "--resume") == 0
+    assert _run(data, out, "--iterations", "1", *asked[:-2], "radius=0.06", "decay=0.9", "--resume") == 2
+
+
 def test_resume_repeats_a_finished_job_without_training(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,6 +308,15 @@ def test_bad_data_is_one_line_before_any_training(
         (["--method", "em", "freematch+gap", "--tau", "0.9"], "--tau: means nothing to these methods; name one"),
         (["--method", "supervised", "--weight", "2"], "--weight: means"),
         (["--method", "supervised", "--warm-up", "1"], "--warm-up: means"),
+        (["--labeled", "5"], "--labelled and --patients"),  # the old spelling
+        (
+            ["--method", "vat", "em", "--option", "radios=1"],
+            "there is no 'radios' here. Options of vat: radius, xi, iterations; em: none",
+        ),
+        (["--method", "vat", "--option", "radius=far"], "'far' is not a value of radius, float"),
+        (["--method", "vat", "--option", "radius"], "'' is not a value of radius, float"),
+        (["--method", "ict", "--option", "beta=-1"], "--option of ict: beta must be between"),
+        (["--method", "vat", "--option", "radius=1", "radius=2"], "radius: is given twice"),
     ],
 )
 def test_bad_arguments_are_one_line(
