@@ -84,7 +84,7 @@ class Accumulation:
             # a compiled step has no hooks: a zeroing would go unnoticed
             nowhere = self.separate or compiling or group.alpha == 0
             for p, g1 in zip(group.params, group.g1, strict=True):
-                gradient = g1.clone() if _borrowed(g1, compiling) else g1
+                gradient = g1.clone() if _may_be_bucket_view(g1, compiling) else g1
                 if nowhere or not _can_accumulate(p, gradient, group.alpha):
                     total.apart.append(p)
                     total.g1.append(gradient)
@@ -155,7 +155,7 @@ class Accumulation:
             p.grad = g1  # which model.zero_grad() has detached, or DDP, when it arranged its buckets anew
 
 
-def _borrowed(gradient: Tensor, compiling: bool) -> bool:
+def _may_be_bucket_view(gradient: Tensor, compiling: bool) -> bool:
     """Whether this is somebody else's memory: DDP writes the next gradient into the same bucket."""
     if compiling:  # where tensors can't be asked
         return _distributed()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..losses import MaskedLoss, ce_dice_loss
 from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
 from .targets import Mode, check_mode, probabilities
-from .thresholds import Threshold, threshold
+from .thresholds import Threshold, as_threshold
 
 
 class PseudoLabel(Method):
@@ -34,7 +34,7 @@ class PseudoLabel(Method):
     ) -> None:
         super().__init__()
         check_mode(mode)
-        self.weak, self.threshold, self.criterion, self.mode = weak, threshold(tau), loss, mode
+        self.weak, self.threshold, self.criterion, self.mode = weak, as_threshold(tau), loss, mode
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
