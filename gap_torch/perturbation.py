@@ -55,13 +55,10 @@ class Perturbation:
         directions = [group.g1 for group in groups]
         if adaptive:
             directions = [_times_size(group.params, along) for group, along in zip(groups, directions, strict=True)]
-        self.grad_norm = self._norm([gradient for along in directions for gradient in along])
+        self.grad_norm = sharding.joint_norm(_concatenated(directions), self.kernels.global_norm)
         if adaptive:
             directions = [_times_size(group.params, along) for group, along in zip(groups, directions, strict=True)]
         return [all_local(along) for along in directions]
-
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        return sharding.joint_norm(gradients, self.kernels.global_norm)
 
     def _move(self, groups: list[Group], directions: list[list[Tensor]]) -> None:
         assert self.grad_norm is not None
@@ -70,11 +67,9 @@ class Perturbation:
         moving = [(group, along) for group, along in zip(groups, directions, strict=True) if group.moves]
         shards = [all_local(group.params) for group, _ in moving]
         theta = [self._memory(group.params, parts) for (group, _), parts in zip(moving, shards, strict=True)]
-        self.kernels.backup(_concatenated(shards), _concatenated(theta))
-        self.moved = (
-            _concatenated([group.params for group, _ in moving]),
-            _concatenated(theta),
-        )  # to be restored from now on
+        copies = _concatenated(theta)
+        self.kernels.backup(_concatenated(shards), copies)
+        self.moved = _concatenated([group.params for group, _ in moving]), copies  # to be restored from now on
         for (group, along), parts in zip(moving, shards, strict=True):
             self.kernels.perturb(parts, along, self.grad_norm, group.eps)
 

@@ -38,11 +38,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
-def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 parameters move in float64; all narrower ones in float32."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
 # ---------------------------------------------------------------------- memory
 
 
@@ -97,9 +92,11 @@ def usable_scale(eps: float | Tensor, norm: Tensor, device: torch.device, dtype:
     if device.type == "cpu" and not torch.compiler.is_compiling():
         number = float(scale)
         return number if 0 < number <= LARGEST_SCALE else 0.0
-    scale = scale.to(opmath_dtype(dtype))
-    if scale.dtype == torch.float64:
+    if dtype in (torch.float64, torch.complex128):  # which move in float64, all narrower ones in float32
+        scale = scale.double()
         scale = torch.where(scale <= LARGEST_SCALE, scale, 0.0)
+    else:
+        scale = scale.float()
     return scale.nan_to_num(0.0, 0.0, 0.0)  # one operation for a float32: on a GPU each is a launch
 
 

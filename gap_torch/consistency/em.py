@@ -13,7 +13,7 @@ class EntropyMinimisation(Method):
     """The entropy of the prediction on a view is the loss; there is no target.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
     """
 
     def __init__(self, weak: Augmentation) -> None:

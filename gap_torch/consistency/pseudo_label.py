@@ -12,11 +12,11 @@ from .thresholds import Threshold, as_threshold
 class PseudoLabel(Method):
     """The model's own confident classes on a view are the labels of that very view.
 
-    Lee labels every sample and lets the loss's weight grow over training instead: that is `tau=0`, and a weight that
-    the training loop gives to `loss`.
+    Lee labels every sample and lets the loss's weight grow over training instead: that is `tau=0`, and a `weight` that
+    grows with progress.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
         tau: least confidence of a pseudo-label that counts, or a threshold that adapts.
         loss: called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).
         mode: the model's mode while it makes pseudo-labels (`targets.Mode`).

@@ -25,7 +25,7 @@ class URPC(Method):
     The model returns the logits of its decoder's other levels behind its own, in the size of the input.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
     """
 
     def __init__(self, weak: Augmentation) -> None:

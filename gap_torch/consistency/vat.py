@@ -26,7 +26,7 @@ class VAT(Method):
     difference of two nearly equal predictions is noise, and in bfloat16 all the more.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
         radius: of the perturbation that is learnt against.
         xi: of the one that is tried out in the power iteration.
         iterations: of the power iteration, 1 or more, each one forward and backward pass.
