@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from benchmarks import common
 from gap_torch.consistency import FixMatch
 from gap_torch.consistency.targets import in_mode
-from gap_torch.losses import ce_dice_loss, wide
+from gap_torch.losses import at_least_float32, ce_dice_loss
 from presentation.palette import BLUE
 from segmentation.acdc import ACDC
 from segmentation.data.files import read_list
@@ -234,7 +234,7 @@ def other_parts(subject: Trainer, log: RunLog) -> dict[str, Callable[[], object]
 
     def targets_and_losses() -> None:
         with torch.no_grad():
-            confidence, _ = wide(logits).softmax(1).max(1)
+            confidence, _ = at_least_float32(logits).softmax(1).max(1)
             (confidence >= recipe.tau).float().mean()
         for _ in range(2):
             method.criterion(logits, target, confident).backward()

@@ -5,13 +5,13 @@ is folded in as alpha * (g1 / alpha + g2). Where that can't be (`_can_accumulate
 """
 
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import multi_tensor
 from .sharding import is_sharded, laid_out_as, local
 
 SEPARATE = "use perturbed(model, separate=True) or first_step(separate=True), which keep g1 apart from it."
@@ -63,12 +63,12 @@ class Accumulation:
 
     Args:
         groups: all parameters.
-        foreach: use multi-tensor operations.
+        kernels: `multi_tensor` or `single_tensor`.
         separate: keep all of g1 apart, so that `.grad` is g2 alone until `combine`.
     """
 
-    def __init__(self, groups: list[Group], foreach: bool, separate: bool) -> None:
-        self.groups, self.foreach, self.separate = groups, foreach, separate
+    def __init__(self, groups: list[Group], kernels: ModuleType, separate: bool) -> None:
+        self.groups, self.kernels, self.separate = groups, kernels, separate
         self.sums: list[_Sum] = []
         self.in_place: list[tuple[Tensor, Tensor, int]] = []
         """Parameter, the tensor of g1 / alpha in its `.grad`, and that tensor's version."""
@@ -84,7 +84,7 @@ class Accumulation:
             # a compiled step has no hooks: a zeroing would go unnoticed
             nowhere = self.separate or compiling or group.alpha == 0
             for p, g1 in zip(group.params, group.g1, strict=True):
-                gradient = g1.clone() if _borrowed(g1, compiling) else g1
+                gradient = g1.clone() if _may_be_bucket_view(g1, compiling) else g1
                 if nowhere or not _can_accumulate(p, gradient, group.alpha):
                     total.apart.append(p)
                     total.g1.append(gradient)
@@ -96,7 +96,7 @@ class Accumulation:
                         p.grad = gradient
                     in_place.append((p, gradient))
             if here and group.alpha != 1:
-                multi_tensor.scale_(here, 1 / group.alpha, self.foreach)
+                self.kernels.scale_(here, 1 / group.alpha)
             self.sums.append(total)
         if compiling:  # there all of g1 is apart, and there is nothing to put back
             return
@@ -131,7 +131,7 @@ class Accumulation:
             if total.alpha != 1:
                 live = [p for p in total.collecting if p.requires_grad or p in held]
                 summed = [local(p.grad) for p in live if p.grad is not None]
-                multi_tensor.scale_(summed, total.alpha, self.foreach)
+                self.kernels.scale_(summed, total.alpha)
             for p, first in zip(total.apart, total.g1, strict=True):
                 p.grad = _weighted_sum(p, first, p.grad, total.alpha)
 
@@ -155,7 +155,7 @@ class Accumulation:
             p.grad = g1  # which model.zero_grad() has detached, or DDP, when it arranged its buckets anew
 
 
-def _borrowed(gradient: Tensor, compiling: bool) -> bool:
+def _may_be_bucket_view(gradient: Tensor, compiling: bool) -> bool:
     """Whether this is somebody else's memory: DDP writes the next gradient into the same bucket."""
     if compiling:  # where tensors can't be asked
         return _distributed()

@@ -25,18 +25,18 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
         model: the module whose sub-modules are held; others are not touched.
     """
     layers = [layer for layer in model.modules() if layer.training and has_running_stats(layer)]
-    obedient = [layer for layer in layers if _heeds_the_flag(layer) and layer.track_running_stats]
+    flagged = [layer for layer in layers if _respects_flag(layer) and layer.track_running_stats]
     # The others get copies to update. Writing the old values back instead would tell autograd that a tensor was
     # modified which graphs from before the context may still need.
-    buffers = [(layer, _statistics(layer)) for layer in layers if not _heeds_the_flag(layer)]
+    buffers = [(layer, _statistics(layer)) for layer in layers if not _respects_flag(layer)]
     try:
-        for batch_norm in obedient:
+        for batch_norm in flagged:
             batch_norm.track_running_stats = False
         for layer, own in buffers:
             _set_buffers(layer, {name: buffer.clone() for name, buffer in own.items()})
         yield
     finally:
-        for batch_norm in obedient:
+        for batch_norm in flagged:
             batch_norm.track_running_stats = True
         for layer, own in buffers:
             _set_buffers(layer, own)
@@ -58,7 +58,7 @@ def _statistics(layer: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in own.items() if buffer is not None}
 
 
-def _heeds_the_flag(layer: nn.Module) -> "TypeGuard[_BatchNorm]":
+def _respects_flag(layer: nn.Module) -> "TypeGuard[_BatchNorm]":
     """Whether it normalises by the batch and leaves its buffers alone in training mode if `track_running_stats` is off.
 
     InstanceNorm does not look at the flag, nor need a class with a forward of its own.

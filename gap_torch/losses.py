@@ -78,7 +78,7 @@ def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
         ValueError: logits of one class; the target is of another shape, or not of floating dtype.
     """
     _check_soft(logits, probabilities)
-    return -(probabilities * wide(logits).log_softmax(dim=1)).sum(dim=1).mean()
+    return -(probabilities * at_least_float32(logits).log_softmax(dim=1)).sum(dim=1).mean()
 
 
 def mean_squared(logits: Tensor, probabilities: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def mean_squared(logits: Tensor, probabilities: Tensor) -> Tensor:
     Args, result and errors as for `soft_cross_entropy`.
     """
     _check_soft(logits, probabilities)
-    return (wide(logits).softmax(dim=1) - probabilities).square().mean()
+    return (at_least_float32(logits).softmax(dim=1) - probabilities).square().mean()
 
 
 def check_classes(logits: Tensor) -> Tensor:
@@ -107,18 +107,18 @@ def check_classes(logits: Tensor) -> Tensor:
     return logits
 
 
-def wide(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     """`logits` in float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    losses = F.cross_entropy(wide(logits), target, reduction="none")
+    losses = F.cross_entropy(at_least_float32(logits), target, reduction="none")
     return losses.mean() if mask is None else torch.where(mask, losses, 0.0).mean()
 
 
 def _dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None, smooth: float) -> Tensor:
-    probabilities = wide(logits).softmax(dim=1)
+    probabilities = at_least_float32(logits).softmax(dim=1)
     index = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (target.ndim - 1))
     classes = target.unsqueeze(1) == index  # a byte each, where `one_hot` has eight
     if mask is not None:

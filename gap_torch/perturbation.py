@@ -1,14 +1,16 @@
 """theta -> theta* = theta + eps * g1 / ||g1||, and back to theta bit for bit (Algorithm 1, lines 6, 7 and 10)."""
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import multi_tensor, sharding
+from . import multi_tensor, sharding, single_tensor
 from .accumulation import Accumulation, Group
 from .rounding import HALF, warn_if_rounded_away
 from .sharding import all_local, local
+from .tensors import is_dense
 
 
 class Perturbation:
@@ -25,14 +27,15 @@ class Perturbation:
         self.accumulation: Accumulation | None = None
         """Of g1 and g2, while perturbed."""
         self.grad_norm: Tensor | None = None
-        self.foreach = True
+        self.kernels: ModuleType = multi_tensor
+        """Or `single_tensor`, chosen once a step."""
         self.rounding_checked = False
 
     def begin(self, groups: list[Group], *, foreach: bool, adaptive: bool, separate: bool) -> None:
         """Move the parameters of `groups` along their g1, and make room for g2 in `.grad`."""
-        self.foreach = foreach
+        self.kernels = multi_tensor if foreach else single_tensor
         groups = [group._replace(g1=[*map(sharding.laid_out_as, group.params, group.g1)]) for group in groups]
-        self.accumulation = Accumulation(groups, foreach, separate)
+        self.accumulation = Accumulation(groups, self.kernels, separate)
         directions = self._directions(groups, adaptive)
         self._move(groups, directions)
         if not (self.rounding_checked or torch.compiler.is_compiling() or _capturing()):
@@ -43,7 +46,7 @@ class Perturbation:
         """Put everything back that `begin` moved; `.grad` is not touched."""
         assert self.accumulation is not None
         params, theta = self.moved
-        multi_tensor.restore(all_local(params), theta, self.foreach)
+        self.kernels.restore(all_local(params), theta)
         self.accumulation.stop_watching()
         self.moved, self.accumulation = ([], []), None
 
@@ -52,13 +55,10 @@ class Perturbation:
         directions = [group.g1 for group in groups]
         if adaptive:
             directions = [_times_size(group.params, along) for group, along in zip(groups, directions, strict=True)]
-        self.grad_norm = self._norm([gradient for along in directions for gradient in along])
+        self.grad_norm = sharding.joint_norm(_concatenated(directions), self.kernels.global_norm)
         if adaptive:
             directions = [_times_size(group.params, along) for group, along in zip(groups, directions, strict=True)]
         return [all_local(along) for along in directions]
-
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        return sharding.joint_norm(gradients, lambda tensors: multi_tensor.global_norm(tensors, self.foreach))
 
     def _move(self, groups: list[Group], directions: list[list[Tensor]]) -> None:
         assert self.grad_norm is not None
@@ -67,10 +67,11 @@ class Perturbation:
         moving = [(group, along) for group, along in zip(groups, directions, strict=True) if group.moves]
         shards = [all_local(group.params) for group, _ in moving]
         theta = [self._memory(group.params, parts) for (group, _), parts in zip(moving, shards, strict=True)]
-        multi_tensor.backup(_flat(shards), _flat(theta), self.foreach)
-        self.moved = _flat([group.params for group, _ in moving]), _flat(theta)  # to be restored from now on
+        copies = _concatenated(theta)
+        self.kernels.backup(_concatenated(shards), copies)
+        self.moved = _concatenated([group.params for group, _ in moving]), copies  # to be restored from now on
         for (group, along), parts in zip(moving, shards, strict=True):
-            multi_tensor.perturb(parts, along, self.grad_norm, group.eps, self.foreach)
+            self.kernels.perturb(parts, along, self.grad_norm, group.eps)
 
     def _memory(self, params: list[Tensor], shards: list[Tensor]) -> list[Tensor]:
         """Where theta of `params` is to be kept."""
@@ -99,7 +100,7 @@ class Perturbation:
         return True
 
 
-def _flat(lists: list[list[Tensor]]) -> list[Tensor]:
+def _concatenated(lists: list[list[Tensor]]) -> list[Tensor]:
     return [tensor for tensors in lists for tensor in tensors]
 
 
@@ -111,7 +112,7 @@ def _times_size(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
 def _alike(a: Tensor, b: Tensor) -> bool:
     if a.dtype is not b.dtype or a.shape != b.shape or a.device != b.device:
         return False
-    return a.stride() == b.stride() or not multi_tensor.is_dense(a)  # of which there is no like
+    return a.stride() == b.stride() or not is_dense(a)  # of which there is no like
 
 
 def _capturing() -> bool:

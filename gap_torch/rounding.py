@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .multi_tensor import is_dense, same_order
+from .tensors import flattened
 from .warning import warn
 
 HALF = (torch.float16, torch.bfloat16)
 ENOUGH = 0.5
-# Elements that are widened at a time.
-PART = 2**16
+# That many elements are widened at a time.
+ELEMENTS_AT_ONCE = 2**16
 
 
 def warn_if_rounded_away(
@@ -42,23 +42,15 @@ def warn_if_rounded_away(
 
 
 def _norm(tensor: Tensor) -> float:
-    (flat,) = _flat(tensor)
-    return _joined([torch.linalg.vector_norm(part, dtype=torch.float32) for part in flat.split(PART)])
+    (flat,) = flattened(tensor)
+    return _joined([torch.linalg.vector_norm(part, dtype=torch.float32) for part in flat.split(ELEMENTS_AT_ONCE)])
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    x, y = _flat(a, b)
-    pairs = zip(x.split(PART), y.split(PART), strict=True)
+    x, y = flattened(a, b)
+    pairs = zip(x.split(ELEMENTS_AT_ONCE), y.split(ELEMENTS_AT_ONCE), strict=True)
     return _joined([torch.linalg.vector_norm(p.float() - q.float()) for p, q in pairs])
 
 
 def _joined(norms: list[Tensor]) -> float:
     return torch.linalg.vector_norm(torch.stack(norms)).item()
-
-
-def _flat(*tensors: Tensor) -> list[Tensor]:
-    """Their elements in one order, without a copy where they fill a block of memory each in the same order."""
-    first = tensors[0]
-    if is_dense(first) and all(same_order(first, other) for other in tensors):
-        return [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-    return [tensor.reshape(-1) for tensor in tensors]

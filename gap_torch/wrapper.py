@@ -230,7 +230,7 @@ class GAPWrapper(Optimizer):
                 ...
         """
         self._forbid_while_perturbed("set_aside()")
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = list(self._params())
         # a view is DDP's memory, which the backward inside would write to
         before = {p: p.grad.clone() if p.grad is not None and p.grad._is_view() else p.grad for p in params}
         _drop_gradients(params)

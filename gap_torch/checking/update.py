@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .report import Finding
-from .values import Copies, Move
+from .values import Move
 
 Pass = Literal["g1", "aside", "g2", "g_l"]
 """What a backward call adds to: the direction, what is set aside, the perturbed gradient, the labelled one."""
@@ -23,6 +23,12 @@ class Flow:
     """Those of them whose gradient is not small beside others."""
     by_hand: dict[bool, str] = field(default_factory=dict)
     """Whether the parameters had been moved by something else than `first_step` -> the first of them that saw that."""
+
+    def take_up(self, later: "Flow", by_hand: bool) -> None:
+        """Add what another backward call brought, `by_hand` being what it saw."""
+        self.samples |= later.samples
+        self.clearly |= later.clearly
+        self.by_hand.setdefault(by_hand, later.where)
 
 
 @dataclass
@@ -103,17 +109,6 @@ class Update:
     """What the backward calls of a pass were called on, summed up; None where one was no number."""
     norms: dict[str, float] = field(default_factory=dict)
     """Of g1, g2 and g_l (with what was set aside); none of sharded parameters."""
-    # ------------------------------------------------ copies, while they are needed
-    theta: Copies = field(default_factory=dict)
-    theta_star: Copies = field(default_factory=dict)
-    last: Copies = field(default_factory=dict)
-    """`.grad` as it was left by the last call that may change it at theta*."""
-    before_g2: Copies = field(default_factory=dict)
-    """`.grad` as first_step() left it."""
-    before_g_l: Copies = field(default_factory=dict)
-    """`.grad` as second_step() left it, with what was set aside."""
-    aside: Copies = field(default_factory=dict)
-    """What was set aside."""
 
     def call(self, name: str, where: str) -> None:
         """Add a line to the timeline."""

@@ -59,8 +59,8 @@ def moved(before: Copies) -> bool:
     """Whether the parameters are elsewhere, by more than the rounding of adding something and subtracting it again."""
     if unchanged(before):
         return False
-    distance = math.sqrt(sum(_squares(_wide(copy_of(p)) - _wide(copy)) for p, copy in before.items()))
-    size = math.sqrt(sum(_squares(_wide(copy)) for copy in before.values()))
+    distance = math.sqrt(sum(_squares(_double(copy_of(p)) - _double(copy)) for p, copy in before.items()))
+    size = math.sqrt(sum(_squares(_double(copy)) for copy in before.values()))
     return distance > 16 * max(torch.finfo(copy.dtype).eps for copy in before.values()) * size
 
 
@@ -74,18 +74,18 @@ def measure(theta: Copies, theta_star: Copies, g1: Copies, eps: dict[Tensor, flo
         eps: radius of each parameter's group.
         adaptive: as for the wrapper.
     """
-    sizes = {p: _wide(theta[p]).abs() if adaptive else 1.0 for p in g1}
-    norm = math.sqrt(sum(_squares(sizes[p] * _wide(g)) for p, g in g1.items()))
+    sizes = {p: _double(theta[p]).abs() if adaptive else 1.0 for p in g1}
+    norm = math.sqrt(sum(_squares(sizes[p] * _double(g)) for p, g in g1.items()))
     scale = 1 / norm if 0 < norm < math.inf else 0.0
     distance, wanted, exact = 0.0, 0.0, True
     for p, start in theta.items():
-        step = _wide(theta_star[p]) - _wide(start)
+        step = _double(theta_star[p]) - _double(start)
         along = torch.zeros_like(step)
         if p in g1 and scale:  # else its numbers may not be finite
-            along = eps[p] * scale * sizes[p] ** 2 * _wide(g1[p])
+            along = eps[p] * scale * sizes[p] ** 2 * _double(g1[p])
         rounding = torch.finfo(start.dtype)
         # ||g1|| is itself rounded, and a sum over many numbers is so more than once
-        slack = rounding.tiny + rounding.eps * (2 * _wide(start).abs() + 64 * along.abs())
+        slack = rounding.tiny + rounding.eps * (2 * _double(start).abs() + 64 * along.abs())
         distance, wanted = distance + _squares(step), wanted + _squares(along)
         exact = exact and bool(((step - along).abs() <= slack).all())
     return Move(math.sqrt(distance), math.sqrt(wanted), exact)
@@ -95,12 +95,12 @@ def norm_of(copies: Copies, less: Copies | None = None, more: Copies | None = No
     """L2 norm of `copies` - `less` + `more`, in float64; where one has no entry, it is zero."""
     total = 0.0
     for p, copy in copies.items():
-        wide = _wide(copy)
+        combined = _double(copy)
         if less is not None and p in less:
-            wide = wide - _wide(less[p])
+            combined = combined - _double(less[p])
         if more is not None and p in more:
-            wide = wide + _wide(more[p])
-        total += _squares(wide)
+            combined = combined + _double(more[p])
+        total += _squares(combined)
     return math.sqrt(total)
 
 
@@ -129,7 +129,7 @@ def sharded(params: list[Tensor]) -> bool:
     return any(is_sharded(p) for p in params)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _double(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 

@@ -13,8 +13,8 @@ in the first reading, soft and on the strong view in the second.
 import torch
 from torch import Tensor
 
-from ..losses import wide
-from .divergence import divergence
+from ..losses import at_least_float32
+from .divergence import kl_divergence
 from .method import Outputs, all_logits
 
 
@@ -39,4 +39,4 @@ def alignment(outputs: Outputs, before: Outputs) -> Tensor:
             "both must come from the same model in the same mode."
         )
     pairs = zip(after, fixed, strict=True)
-    return torch.stack([divergence(a, wide(b.detach()).softmax(dim=1)).mean() for a, b in pairs]).mean()
+    return torch.stack([kl_divergence(a, at_least_float32(b.detach()).softmax(dim=1)).mean() for a, b in pairs]).mean()

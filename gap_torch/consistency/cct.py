@@ -15,7 +15,7 @@ class CCT(Method):
     g learns from labels alone, the others from it alone, the encoder from all.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
         loss: d, called with logits and the main decoder's probabilities, both (B, K, *spatial).
         mode: the model's mode while its main decoder makes the targets (`targets.Mode`).
 

@@ -21,7 +21,7 @@ class CutMixSeg(PseudoLabel):
     pseudo-labels, pasted together with their confidence, so that the loss is FixMatch's.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
         cutmix: the boxes; `CutMix(p=1.0, share=(0.5, 0.5))` is nearest to the paper's.
         tau: least confidence of a pseudo-label that counts, or a threshold that adapts.
         loss: called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).

@@ -3,10 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import check_classes, wide
+from ..losses import at_least_float32, check_classes
 
 
-def divergence(logits: Tensor, probabilities: Tensor | None) -> Tensor:
+def kl_divergence(logits: Tensor, probabilities: Tensor | None) -> Tensor:
     """KL(probabilities || softmax(logits)) of every pixel, in nats.
 
     Args:
@@ -22,4 +22,5 @@ def divergence(logits: Tensor, probabilities: Tensor | None) -> Tensor:
     if probabilities is None or probabilities.shape != logits.shape:
         got = None if probabilities is None else (*probabilities.shape,)
         raise ValueError(f"probabilities must be of shape {(*logits.shape,)}, as the logits, got {got}.")
-    return F.kl_div(wide(check_classes(logits)).log_softmax(dim=1), probabilities, reduction="none").sum(dim=1)
+    log_p = at_least_float32(check_classes(logits)).log_softmax(dim=1)
+    return F.kl_div(log_p, probabilities, reduction="none").sum(dim=1)

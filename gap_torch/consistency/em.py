@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..losses import check_classes, wide
+from ..losses import at_least_float32, check_classes
 from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
 
 
@@ -13,7 +13,7 @@ class EntropyMinimisation(Method):
     """The entropy of the prediction on a view is the loss; there is no target.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
     """
 
     def __init__(self, weak: Augmentation) -> None:
@@ -32,5 +32,5 @@ class EntropyMinimisation(Method):
             ValueError: logits of one class, whose entropy is always 0.
         """
         logits = check_classes(logits_of(outputs[0]))
-        log_p = wide(logits).log_softmax(dim=1)
+        log_p = at_least_float32(logits).log_softmax(dim=1)
         return -(log_p.exp() * log_p).sum(dim=1).mean() / math.log(logits.shape[1])

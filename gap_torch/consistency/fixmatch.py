@@ -18,7 +18,7 @@ class FixMatch(PseudoLabel):
     """Pseudo-labels from a weak view, learnt on a strong one where they are confident.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial): geometry.
+        weak: weak augmentation of images (B, C, *spatial): geometry.
         strong: strong augmentation of the weak view: intensities alone, so that pseudo-labels stay in place.
         tau: least confidence of a pseudo-label that counts (equation 5), or a threshold that adapts
             (`CurriculumThreshold` of FlexMatch, `SelfAdaptiveThreshold` of FreeMatch).

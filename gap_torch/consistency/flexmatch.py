@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .thresholds import FixedThreshold, Threshold, check_classes, check_momentum, check_probabilities
+from .thresholds import FixedThreshold, Threshold, check_momentum, check_num_classes, check_probabilities
 
 
 class CurriculumThreshold(Threshold):
@@ -39,7 +39,7 @@ class CurriculumThreshold(Threshold):
 
     def __init__(self, num_classes: int, tau: float = 0.95, momentum: float = 0.99, warm_up: bool = True) -> None:
         super().__init__()
-        check_classes(num_classes)
+        check_num_classes(num_classes)
         check_momentum(momentum)
         self.fixed, self.momentum, self.warm_up = FixedThreshold(tau), momentum, warm_up
         self.register_buffer("confident", torch.zeros(num_classes))

@@ -6,7 +6,7 @@ The thresholds alone: FreeMatch's other half, a loss for fairness between the cl
 import torch
 from torch import Tensor
 
-from .thresholds import Threshold, check_classes, check_momentum, check_probabilities
+from .thresholds import Threshold, check_momentum, check_num_classes, check_probabilities
 
 
 class SelfAdaptiveThreshold(Threshold):
@@ -34,7 +34,7 @@ class SelfAdaptiveThreshold(Threshold):
 
     def __init__(self, num_classes: int, momentum: float = 0.999) -> None:
         super().__init__()
-        check_classes(num_classes)
+        check_num_classes(num_classes)
         check_momentum(momentum)
         self.momentum = momentum
         self.register_buffer("overall", torch.tensor(1 / num_classes))
@@ -44,14 +44,14 @@ class SelfAdaptiveThreshold(Threshold):
     def forward(self, probabilities: Tensor) -> Tensor:
         check_probabilities(probabilities, len(self.local))
         highest, label = probabilities.max(dim=1)
-        self._take_in(self.overall, highest.mean())
-        self._take_in(self.local, probabilities.mean([0, *range(2, probabilities.ndim)]))
+        self._update_average(self.overall, highest.mean())
+        self._update_average(self.local, probabilities.mean([0, *range(2, probabilities.ndim)]))
         return highest >= self.thresholds()[label]
 
     def thresholds(self) -> Tensor:
         """The present threshold of each class, (K,), float32."""
         return self.overall * self.local / self.local.max()
 
-    def _take_in(self, average: Tensor, latest: Tensor) -> None:
+    def _update_average(self, average: Tensor, latest: Tensor) -> None:
         finite = torch.where(latest.isfinite(), latest, average)  # a nan would never leave the average
         average.lerp_(finite.to(average.dtype), 1 - self.momentum)

@@ -18,7 +18,7 @@ class ICT(MixUp):
 
     Args:
         teacher: f', the moving average of the model to train.
-        weak: weak augmentation of a batch (B, C, *spatial), before the mix.
+        weak: weak augmentation of images (B, C, *spatial), before the mix.
         beta: of the Beta distribution.
         loss: called with logits and mixed probabilities, both (B, K, *spatial).
         mode: the teacher's mode (`targets.Mode`).

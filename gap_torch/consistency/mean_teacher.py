@@ -20,7 +20,7 @@ class MeanTeacher(Method):
 
     Args:
         teacher: the moving average of the model to train.
-        weak: weak augmentation of a batch (B, C, *spatial), for both.
+        weak: weak augmentation of images (B, C, *spatial), for both.
         noise: standard deviation of the noise, in units of the image's intensities.
         loss: called with logits and the teacher's probabilities, both (B, K, *spatial).
         mode: the teacher's mode (`targets.Mode`).

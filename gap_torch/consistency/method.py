@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..losses import Criterion
 
 Augmentation = Callable[[Tensor], Tensor]
-"""Of a batch (B, C, *spatial)."""
+"""Images (B, C, *spatial) to images of the same shape."""
 Outputs = Tensor | tuple[Tensor, ...]
 """Logits (B, K, *spatial); with auxiliary ones behind them where a method asks for those."""
 

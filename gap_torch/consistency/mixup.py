@@ -15,7 +15,7 @@ class MixUp(Method):
     Consistency Training (`ICT`) without its teacher. A batch of one is mixed with itself, which leaves it as it is.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
         beta: lambda is drawn from Beta(beta, beta), once a sample; the paper's alpha. Near 0 images hardly mix.
         loss: called with logits and target probabilities, both (B, K, *spatial).
         mode: the model's mode while it makes targets (`targets.Mode`).

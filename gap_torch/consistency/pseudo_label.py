@@ -6,17 +6,17 @@ from torch import Tensor, nn
 from ..losses import MaskedLoss, ce_dice_loss
 from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
 from .targets import Mode, check_mode, probabilities
-from .thresholds import Threshold, threshold
+from .thresholds import Threshold, as_threshold
 
 
 class PseudoLabel(Method):
     """The model's own confident classes on a view are the labels of that very view.
 
-    Lee labels every sample and lets the loss's weight grow over training instead: that is `tau=0`, and a weight that
-    the training loop gives to `loss`.
+    Lee labels every sample and lets the loss's weight grow over training instead: that is `tau=0`, and a `weight` that
+    grows with progress.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
         tau: least confidence of a pseudo-label that counts, or a threshold that adapts.
         loss: called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).
         mode: the model's mode while it makes pseudo-labels (`targets.Mode`).
@@ -34,7 +34,7 @@ class PseudoLabel(Method):
     ) -> None:
         super().__init__()
         check_mode(mode)
-        self.weak, self.threshold, self.criterion, self.mode = weak, threshold(tau), loss, mode
+        self.weak, self.threshold, self.criterion, self.mode = weak, as_threshold(tau), loss, mode
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..batchnorm import has_running_stats
-from ..losses import check_classes, wide
+from ..losses import at_least_float32, check_classes
 from .method import logits_of
 
 Mode = Literal["eval", "batch", "train"]
@@ -29,7 +29,7 @@ def probabilities(model: nn.Module, images: Tensor, mode: Mode) -> Tensor:
         outputs = model(images)
     torch.clear_autocast_cache()  # an autocast region around this and the loss would reuse casts without gradient
     logits = check_classes(logits_of(outputs))
-    return wide(logits).softmax(dim=1)
+    return at_least_float32(logits).softmax(dim=1)
 
 
 @contextmanager

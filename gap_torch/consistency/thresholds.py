@@ -30,12 +30,12 @@ class FixedThreshold(Threshold):
         return probabilities.amax(dim=1) >= self.tau
 
 
-def threshold(tau: float | Threshold) -> Threshold:
+def as_threshold(tau: float | Threshold) -> Threshold:
     """`tau` as a threshold: a number is a fixed one."""
     return tau if isinstance(tau, Threshold) else FixedThreshold(tau)
 
 
-def check_classes(num_classes: int) -> None:
+def check_num_classes(num_classes: int) -> None:
     """Raise ValueError unless there is more than one class to tell apart."""
     if num_classes < 2:
         raise ValueError(f"num_classes must be 2 or more, got {num_classes}.")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..losses import Criterion, check_classes, wide
+from ..losses import Criterion, at_least_float32, check_classes
 from .method import Augmentation, Batch, Method, Outputs, Views, auxiliary_logits, logits_of
 
 
@@ -25,7 +25,7 @@ class URPC(Method):
     The model returns the logits of its decoder's other levels behind its own, in the size of the input.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
     """
 
     def __init__(self, weak: Augmentation) -> None:
@@ -43,7 +43,8 @@ class URPC(Method):
         Raises:
             ValueError: `outputs` has one scale alone, or logits of one class.
         """
-        log_p = torch.stack([wide(check_classes(logits)).log_softmax(dim=1) for logits in _scales(outputs[0])])
+        scales = [at_least_float32(check_classes(logits)) for logits in _scales(outputs[0])]
+        log_p = torch.stack([logits.log_softmax(dim=1) for logits in scales])
         log_c = log_p.logsumexp(dim=0) - math.log(len(log_p))
         p, c = log_p.exp(), log_c.exp()
         divergence = (p * (log_p - log_c)).sum(dim=2).flatten(1)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..batchnorm import frozen_running_stats
-from ..losses import wide
-from .divergence import divergence
+from ..losses import at_least_float32
+from .divergence import kl_divergence
 from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
 from .targets import Mode, check_mode, in_mode, probabilities
-from .thresholds import Threshold, threshold
+from .thresholds import Threshold, as_threshold
 
 
 class VAT(Method):
@@ -26,7 +26,7 @@ class VAT(Method):
     difference of two nearly equal predictions is noise, and in bfloat16 all the more.
 
     Args:
-        weak: weak augmentation of a batch (B, C, *spatial).
+        weak: weak augmentation of images (B, C, *spatial).
         radius: of the perturbation that is learnt against.
         xi: of the one that is tried out in the power iteration.
         iterations: of the power iteration, 1 or more, each one forward and backward pass.
@@ -58,7 +58,7 @@ class VAT(Method):
         if not (isinstance(iterations, int) and iterations >= 1):
             raise ValueError(f"iterations must be an int of 1 or more, got {iterations}.")
         self.weak, self.radius, self.xi, self.iterations, self.mode = weak, radius, xi, iterations, mode
-        self.threshold = None if tau is None else threshold(tau)
+        self.threshold = None if tau is None else as_threshold(tau)
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
@@ -71,7 +71,7 @@ class VAT(Method):
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """Mean over the pixels of KL(f(u) || f(u + r_adv))."""
-        each = divergence(logits_of(outputs[0]), views.target)
+        each = kl_divergence(logits_of(outputs[0]), views.target)
         return each.mean() if views.mask is None else torch.where(views.mask, each, 0.0).mean()
 
     def _worst_direction(self, model: nn.Module, u: Tensor, target: Tensor) -> Tensor:
@@ -87,12 +87,13 @@ def _gradient(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
     """Of the divergence from `target` in `images`, and in nothing else: no parameter gets one."""
     images = images.detach().requires_grad_()
     # a sum, for a mean over so many pixels would vanish in float16
-    total = divergence(logits_of(model(images)), target).sum()
+    total = kl_divergence(logits_of(model(images)), target).sum()
     return torch.autograd.grad(total, images)[0]
 
 
 def _normalised(d: Tensor) -> Tensor:
     """`d` (B, ...) with a root mean square of 1 in each sample; zeros stay zeros."""
     over, tiny = tuple(range(1, d.ndim)), torch.finfo(torch.float32).tiny
-    unit = wide(d) / wide(d).abs().amax(over, keepdim=True).clamp(min=tiny)  # its squares don't underflow
+    exact = at_least_float32(d)
+    unit = exact / exact.abs().amax(over, keepdim=True).clamp(min=tiny)  # its squares don't underflow
     return (unit / unit.square().mean(over, keepdim=True).sqrt().clamp(min=tiny)).to(d.dtype)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gap_torch.consistency import alignment
-from gap_torch.consistency.divergence import divergence
+from gap_torch.consistency.divergence import kl_divergence
 
 
 def _logits(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -24,7 +24,7 @@ def test_a_pixel_by_hand() -> None:
 
 def test_a_class_of_probability_0_counts_nothing() -> None:
     probabilities, logits = torch.tensor([1.0, 0.0]).view(1, 2, 1), torch.tensor([3.0, 3.0]).view(1, 2, 1)
-    assert divergence(logits, probabilities).item() == pytest.approx(math.log(2))
+    assert kl_divergence(logits, probabilities).item() == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 5, 6), (2, 5, 3, 4, 2)])

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gap_torch import multi_tensor
+from gap_torch import multi_tensor, single_tensor
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-FOREACH = pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "loop"])
+KERNELS = pytest.mark.parametrize("kernels", [multi_tensor, single_tensor], ids=["foreach", "loop"])
 DTYPE = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
@@ -21,17 +21,17 @@ def exact_norm(tensors):
     return largest * np.linalg.norm(flat / largest) if largest else 0.0
 
 
-def copied(params, grads, eps, foreach=True):
+def copied(params, grads, eps, kernels):
     """The perturbation alone, of copies of `params`."""
     params = [p.clone(memory_format=torch.preserve_format) for p in params]
-    multi_tensor.perturb(params, grads, multi_tensor.global_norm(grads, foreach), eps, foreach)
+    kernels.perturb(params, grads, kernels.global_norm(grads), eps)
     return params
 
 
 # ---------------------------------------------------------------- norm
 
 
-@FOREACH
+@KERNELS
 @pytest.mark.parametrize(
     ("dtype", "value", "count"),
     [
@@ -48,13 +48,13 @@ def copied(params, grads, eps, foreach=True):
         (torch.float16, 1.0, 100_000),
     ],
 )
-def test_norm_of_extreme_values(dtype, value, count, foreach):
+def test_norm_of_extreme_values(dtype, value, count, kernels):
     tensors = [torch.full((count,), value, dtype=dtype), torch.full((3, 2), -value, dtype=dtype)]
-    assert multi_tensor.global_norm(tensors, foreach).item() == pytest.approx(exact_norm(tensors), rel=1e-6)
+    assert kernels.global_norm(tensors).item() == pytest.approx(exact_norm(tensors), rel=1e-6)
 
 
-@FOREACH
-def test_norm_spans_tensors_dtypes_layouts_and_complex_numbers(foreach):
+@KERNELS
+def test_norm_spans_tensors_dtypes_layouts_and_complex_numbers(kernels):
     tensors = [
         torch.randn(3, 4),
         torch.randn(5, dtype=torch.float64),
@@ -67,15 +67,15 @@ def test_norm_spans_tensors_dtypes_layouts_and_complex_numbers(foreach):
         torch.zeros(4),
         torch.empty(0, 3),
     ]
-    assert multi_tensor.global_norm(tensors, foreach).item() == pytest.approx(exact_norm(tensors), rel=1e-6)
+    assert kernels.global_norm(tensors).item() == pytest.approx(exact_norm(tensors), rel=1e-6)
 
 
-@FOREACH
+@KERNELS
 @DTYPE
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_norm_of_what_is_not_finite_is_not_finite(dtype, value, foreach):
+def test_norm_of_what_is_not_finite_is_not_finite(dtype, value, kernels):
     tensors = [torch.ones(3, dtype=dtype), torch.tensor([1.0, value], dtype=dtype)]
-    assert not multi_tensor.global_norm(tensors, foreach).isfinite()
+    assert not kernels.global_norm(tensors).isfinite()
 
 
 # ---------------------------------------------------------------- perturbation
@@ -84,14 +84,14 @@ def test_norm_of_what_is_not_finite_is_not_finite(dtype, value, foreach):
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
-@FOREACH
+@KERNELS
 @DTYPE
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), tensors=st.integers(1, 4), eps=st.floats(0.05, 100.0))
-def test_the_perturbation_has_length_eps_and_the_direction_of_g1(dtype, foreach, seed, tensors, eps):
+def test_the_perturbation_has_length_eps_and_the_direction_of_g1(dtype, kernels, seed, tensors, eps):
     generator = torch.Generator().manual_seed(seed)
     grads = [torch.randn(i + 1, 3, generator=generator).to(dtype) for i in range(tensors)]
-    r = copied([torch.zeros_like(g) for g in grads], grads, eps, foreach)
+    r = copied([torch.zeros_like(g) for g in grads], grads, eps, kernels)
     assert exact_norm(r) == pytest.approx(eps, rel=ROUNDING[dtype])
     for part, g in zip(r, grads, strict=True):
         expected = g.double() * (eps / exact_norm(grads))
@@ -106,19 +106,19 @@ EXPONENTS = {  # both the gradients and their norm stay in range; squares do not
 }
 
 
-@FOREACH
+@KERNELS
 @DTYPE
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
-def test_scaling_every_gradient_by_a_power_of_two_changes_nothing(dtype, foreach, device, data, seed):
+def test_scaling_every_gradient_by_a_power_of_two_changes_nothing(dtype, kernels, device, data, seed):
     generator = torch.Generator().manual_seed(seed)
     # multiples of 1/4 between 1/4 and 4, so that scaling is exact in float16 down to its subnormals
     grads = [torch.randint(1, 17, (n,), generator=generator).to(device, dtype) / 4 for n in (5, 3)]
     params = [torch.randn(n, generator=generator).to(device, dtype) for n in (5, 3)]
     factor = 2.0 ** data.draw(EXPONENTS[dtype])
     expected, scaled = (
-        copied(params, grads, 0.5, foreach),
-        copied(params, [g * factor for g in grads], 0.5, foreach),
+        copied(params, grads, 0.5, kernels),
+        copied(params, [g * factor for g in grads], 0.5, kernels),
     )
     for a, b in zip(expected, scaled, strict=True):
         torch.testing.assert_close(
@@ -126,30 +126,30 @@ def test_scaling_every_gradient_by_a_power_of_two_changes_nothing(dtype, foreach
         )
 
 
-@FOREACH
+@KERNELS
 @DTYPE
 @pytest.mark.parametrize("bad", [0.0, math.inf, -math.inf, math.nan])
-def test_without_a_finite_direction_nothing_moves(dtype, foreach, bad):
+def test_without_a_finite_direction_nothing_moves(dtype, kernels, bad):
     params = [torch.tensor([1.0, -0.0, 3.0], dtype=dtype), torch.ones(2, dtype=dtype)]
     grads = [
         torch.tensor([0.0, 0.0, bad], dtype=dtype),
         torch.full((2,), 0.0 if bad == 0 else 1.0, dtype=dtype),
     ]
-    for p, moved in zip(params, copied(params, grads, 0.5, foreach), strict=True):
+    for p, moved in zip(params, copied(params, grads, 0.5, kernels), strict=True):
         assert torch.equal(p, moved)
 
 
-@FOREACH
+@KERNELS
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("change", [lambda t: t.t(), lambda t: t[:, ::2], lambda t: t[:, None, :4]])
-def test_any_layout_of_parameter_and_gradient(change, contiguous, foreach):
+def test_any_layout_of_parameter_and_gradient(change, contiguous, kernels):
     memory, grad = torch.randn(4, 6), change(torch.randn(4, 6))
     grad = grad.contiguous() if contiguous else grad
     param = change(memory)
     expected = memory.clone()
     change(expected).add_(0.5 * grad / grad.norm())
-    norm = multi_tensor.global_norm([grad], foreach)
-    multi_tensor.perturb([param], [grad], norm, 0.5, foreach)
+    norm = kernels.global_norm([grad])
+    kernels.perturb([param], [grad], norm, 0.5)
     torch.testing.assert_close(memory, expected)  # what lies between the elements stays as it was
 
 
@@ -159,21 +159,21 @@ def test_mixed_dtypes_of_parameter_and_gradient():
     assert param.tolist() == [3.0, 0.0, 4.0]
 
 
-@FOREACH
+@KERNELS
 @DTYPE
-def test_perturbing_is_seen_by_autograd(dtype, foreach):
+def test_perturbing_is_seen_by_autograd(dtype, kernels):
     param = torch.ones(3, dtype=dtype)
     version = param._version
-    multi_tensor.perturb([param], [torch.ones_like(param)], torch.tensor(1.0), 0.5, foreach)
+    kernels.perturb([param], [torch.ones_like(param)], torch.tensor(1.0), 0.5)
     assert param._version > version
 
 
 # ---------------------------------------------------------------- restoration
 
 
-@FOREACH
+@KERNELS
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64], ids=str)
-def test_restore_is_bit_exact_where_subtraction_is_not(dtype, foreach):
+def test_restore_is_bit_exact_where_subtraction_is_not(dtype, kernels):
     params = [
         torch.randn(100).to(dtype) * 1e-3,
         torch.tensor([-0.0, 1e-7, 6e4], dtype=dtype),
@@ -184,10 +184,10 @@ def test_restore_is_bit_exact_where_subtraction_is_not(dtype, foreach):
     before = [p.clone() for p in params]
     copies = [torch.empty_like(p) for p in params]
 
-    multi_tensor.backup(params, copies, foreach)
-    multi_tensor.perturb(params, grads, multi_tensor.global_norm(grads, foreach), 10.0, foreach)
+    kernels.backup(params, copies)
+    kernels.perturb(params, grads, kernels.global_norm(grads), 10.0)
     moved = [p.clone() for p in params]
-    multi_tensor.restore(params, copies, foreach)
+    kernels.restore(params, copies)
 
     norm = exact_norm(grads)
     r = [(g * (10.0 / norm)).to(dtype) for g in grads]
@@ -196,10 +196,10 @@ def test_restore_is_bit_exact_where_subtraction_is_not(dtype, foreach):
         assert p.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
 
 
-@FOREACH
-def test_scale(foreach):
+@KERNELS
+def test_scale(kernels):
     tensors = [torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.complex64)]
-    multi_tensor.scale_(tensors, 0.25, foreach)
+    kernels.scale_(tensors, 0.25)
     assert all((t == 0.25).all() for t in tensors)
 
 
@@ -229,13 +229,13 @@ def test_gradients_that_differ_in_strides_of_size_one_take_the_fused_path(monkey
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [3, 24, 100, 1000])
-@FOREACH
-def test_every_element_moves_as_in_float32(dtype, size, foreach):
+@KERNELS
+def test_every_element_moves_as_in_float32(dtype, size, kernels):
     """Sizes beyond a vector register: torch's `add` rounds eps / ||g1|| to half precision there, on the CPU."""
     param, grad = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
     norm = multi_tensor.global_norm([grad])
     expected = (param.float() + 0.5 * grad.float() / norm.float()).to(dtype)
-    multi_tensor.perturb([param], [grad], norm, 0.5, foreach)
+    kernels.perturb([param], [grad], norm, 0.5)
     torch.testing.assert_close(param, expected)
 
 

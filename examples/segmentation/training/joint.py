@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gap_torch.consistency import Outputs
 from gap_torch.consistency.feature_perturbations import FeaturePerturbation
-from gap_torch.losses import wide
+from gap_torch.losses import at_least_float32
 from segmentation import ranks
 from segmentation.errors import InputError
 from segmentation.networks.dropout import Dropout3d, channel_mask, dropout_mask
@@ -70,10 +70,10 @@ class Joint(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         outputs = self.network(_Share.apply(images))
         if isinstance(outputs, Tensor):
-            return _Gather.apply(wide(outputs))
+            return _Gather.apply(at_least_float32(outputs))
         # As one tensor: then every parameter gets a gradient, zeros where the loss leaves some of them out, for which
         # DistributedDataParallel would wait in vain.
-        rows = [wide(output).flatten(1) for output in outputs]
+        rows = [at_least_float32(output).flatten(1) for output in outputs]
         parts = _Gather.apply(torch.cat(rows, dim=1)).split([part.shape[1] for part in rows], dim=1)
         return tuple(part.unflatten(1, output.shape[1:]) for part, output in zip(parts, outputs, strict=True))
 
@@ -182,7 +182,7 @@ def _joint_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     Variances around each rank's own mean, put together: sums of squares would cancel.
     """
     count = input.numel() // input.shape[1]
-    mean, var = torch.zeros(2, input.shape[1], dtype=wide(input[:0]).dtype)
+    mean, var = torch.zeros(2, input.shape[1], dtype=at_least_float32(input[:0]).dtype)
     F.batch_norm(input.detach(), mean, var, training=True, momentum=1.0)  # far faster than torch.var_mean
     means, variances = ranks.stacked(torch.stack([mean, var * ((count - 1) / count)])).unbind(1)
     return means.mean(0), variances.mean(0) + means.var(0, correction=0)

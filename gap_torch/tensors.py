@@ -1,0 +1,109 @@
+"""What kernels over lists of tensors need to know: kinds of tensors, their memory, and the size of a step."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST_SCALE = torch.finfo(torch.float32).max
+
+# ---------------------------------------------------------------------- kinds
+
+
+def by_device_and_dtype(tensors: Sequence[Tensor]) -> Mapping[tuple[torch.device, torch.dtype], Sequence[int]]:
+    """Device and dtype -> the indices of such tensors, in the order of their first one."""
+    kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
+    if len(kinds) == 1:
+        return {kinds.pop(): range(len(tensors))}
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        groups[tensor.device, tensor.dtype].append(index)
+    return groups
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A view of a complex tensor as real numbers; a real tensor itself."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def unconjugated(tensor: Tensor) -> Tensor:
+    """The same, to be read only, of a tensor that may be conjugated."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, for which the host waits only if that is the CPU."""
+    # a copy to the CPU that is not waited for could be read before it is there
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors of one shape have the same strides, but for dimensions of size 1, which do not count."""
+    if a.stride() == b.stride():
+        return True
+    return all(p == q or size == 1 for p, q, size in zip(a.stride(), b.stride(), a.shape, strict=True))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def flattened(*tensors: Tensor) -> list[Tensor]:
+    """Their elements in one order, without a copy where they fill a block of memory each in the same order."""
+    first = tensors[0]
+    if is_dense(first) and all(same_order(first, other) for other in tensors[1:]):
+        return [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    return [tensor.reshape(-1) for tensor in tensors]
+
+
+# ---------------------------------------------------------------------- sizes
+
+
+def norm_of_norms(norms: list[Tensor], device: torch.device) -> Tensor:
+    """L2 norm of 1-dim tensors of norms, 0-dim on `device`."""
+    norms = [to_device(n.to(norm_dtype(n.device)), device) for n in norms]
+    return torch.linalg.vector_norm(norms[0] if len(norms) == 1 else torch.cat(norms))
+
+
+def norm_dtype(device: torch.device) -> torch.dtype:
+    """What norms are added up in."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def usable_scale(eps: float | Tensor, norm: Tensor, device: torch.device, dtype: torch.dtype) -> float | Tensor:
+    """eps / norm for tensors of `dtype` on `device`; zero where it is not finite in float32.
+
+    A number for the CPU, where nothing has to be waited for. Else, and under torch.compile, a 0-dim tensor there.
+    """
+    radius = to_device(eps, device) if isinstance(eps, Tensor) else eps
+    scale = radius / to_device(norm, device)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        number = float(scale)
+        return number if 0 < number <= LARGEST_SCALE else 0.0
+    if dtype in (torch.float64, torch.complex128):  # which move in float64, all narrower ones in float32
+        scale = scale.double()
+        scale = torch.where(scale <= LARGEST_SCALE, scale, 0.0)
+    else:
+        scale = scale.float()
+    return scale.nan_to_num(0.0, 0.0, 0.0)  # one operation for a float32: on a GPU each is a launch
+
+
+def ones_of(grads: Sequence[Tensor]) -> list[Tensor]:
+    """A 0-dim one on the CPU for each of `grads`, of its dtype.
+
+    theta + scale * g * 1: addcmul computes that in float32 for half precision, where add rounds `scale` first.
+    """
+    ones = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in {g.dtype for g in grads}}
+    return [ones[g.dtype] for g in grads]
