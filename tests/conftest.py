@@ -74,7 +74,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
     if not dist.is_available():
         pytest.skip("needs torch.distributed")
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    multiprocessing.set_forkserver_preload(["gap_torch", "torch.nn.parallel", "segmentation.cli"])  # once, not each time
+    multiprocessing.set_forkserver_preload(["gap_torch", "torch.nn.parallel", "segmentation.cli"])  # imported once
 
     def run(worker: Callable[..., Any], *args: Any) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")
