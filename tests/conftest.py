@@ -1,5 +1,6 @@
 """For all tests: packages that may be missing, two gloo processes, and the number of threads."""
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -68,14 +69,16 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
     """`on_two_ranks(worker, *args)` runs `worker(rank, *args)` in two gloo processes.
 
     `worker` is a function of a test module; what it returns (tensors, numbers, strings, in dicts and lists) comes back
-    as a list, one entry a rank. Starting two processes takes seconds: gather a module's cases into one worker.
+    as a list, one entry a rank. Starting two processes takes a second: gather a module's cases into one worker.
     """
     if not dist.is_available():
         pytest.skip("needs torch.distributed")
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    multiprocessing.set_forkserver_preload(["gap_torch", "torch.nn.parallel", "segmentation.cli"])  # imported once
 
     def run(worker: Callable[..., Any], *args: Any) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")
-        torch.multiprocessing.spawn(_rank, args=(worker, args, str(folder)), nprocs=2)
+        torch.multiprocessing.start_processes(_rank, (worker, args, str(folder)), nprocs=2, start_method=method)
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
     return run

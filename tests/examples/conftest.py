@@ -1,4 +1,4 @@
-"""A tiny phantom and recipe that several tests share."""
+"""What several tests share: a tiny phantom and recipe, and runs without pictures."""
 
 from pathlib import Path
 
@@ -30,3 +30,25 @@ def tiny_recipe() -> Recipe:
         average_decay=0.5,
         statistics_samples=4,
     )
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For a test that looks at the pictures of its runs."""
+
+
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files, unless the test takes `drawn`: they cost more than all else in a tiny run."""
+    from segmentation import report
+    from segmentation.slice_task import SliceTask
+    from segmentation.volume_task import VolumeTask
+
+    def blank(path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+    if "drawn" not in request.fixturenames:
+        for task in (SliceTask, VolumeTask):
+            monkeypatch.setattr(task, "draw", lambda self, folder, cases: blank(folder / "predictions.png"))
+        monkeypatch.setattr(report, "save_curves", lambda path, logs: blank(path))

@@ -22,6 +22,8 @@ from segmentation.scoring.evaluate import Evaluation
 from segmentation.scoring.metrics import ClassScore
 from segmentation.training.loop import Progress
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # What people put under `label` where they have none.
 FILLERS = {
     "nothing": None,
@@ -73,7 +75,7 @@ def _run(data: Path | str, out: Path, *more: str) -> int:
     return acdc_gapmatch.main([*arguments, *more])
 
 
-def test_end_to_end(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_end_to_end(drawn, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert _run(data, out, "--method", "supervised", "fixmatch", "gapmatch") == 0
     printed = capsys.readouterr().out
@@ -370,9 +372,7 @@ def test_the_phantom_starts_anew_in_its_own_folder_alone(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    small = replace(acdc_gapmatch.ACDC, write_phantom=lambda root: shutil.copytree(data, root, dirs_exist_ok=True))
-    monkeypatch.setattr(acdc_gapmatch, "ACDC", small)
-    monkeypatch.setitem(acdc_gapmatch.ACDC.presets, "phantom", TINY)
+    _small_phantom(data, monkeypatch)
     quickstart = ["--device", "cpu", "--method", "fixmatch"]
     for iterations in ("4", "2"):
         assert acdc_gapmatch.main([*quickstart, "--iterations", iterations]) == 0
@@ -474,11 +474,17 @@ def test_a_damaged_checkpoint(data: Path, tmp_path: Path, capsys: pytest.Capture
     assert "last.pt" in capsys.readouterr().err
 
 
-def test_without_data_it_makes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(acdc_gapmatch.ACDC.presets, "phantom", TINY)
+def test_without_data_it_makes_its_own(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _small_phantom(data, monkeypatch)
     assert acdc_gapmatch.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
     for method in ("fixmatch", "gapmatch"):
         assert (tmp_path / method / "result.json").is_file()
+
+
+def _small_phantom(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(acdc_gapmatch.ACDC, write_phantom=lambda root: shutil.copytree(data, root, dirs_exist_ok=True))
+    monkeypatch.setattr(acdc_gapmatch, "ACDC", small)
+    monkeypatch.setitem(acdc_gapmatch.ACDC.presets, "phantom", TINY)
 
 
 def test_it_runs_as_a_script() -> None:

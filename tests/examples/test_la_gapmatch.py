@@ -17,9 +17,11 @@ from segmentation import cli
 from segmentation.data.crops import case_path
 from segmentation.data.files import read_list, write_list
 from segmentation.data.phantoms.atrium import write_atrium
-from segmentation.recipe import METHODS, Recipe, run_name
+from segmentation.recipe import Recipe
 from segmentation.training.step import Trainer
 from segmentation.volume_task import VolumeTask
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 # What people put under `label` where they have none.
 FILLERS = {
@@ -79,7 +81,7 @@ def _run(data: Path, out: Path, *more: str) -> int:
     return la_gapmatch.main([*arguments, *more])
 
 
-def test_end_to_end(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_end_to_end(drawn, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert _run(data, out, "--method", "supervised", "fixmatch", "gapmatch", "--stride", "8", "8", "8") == 0
     printed = capsys.readouterr().out
@@ -96,15 +98,6 @@ def test_end_to_end(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert result["validation_dice"] is None
         assert torch.load(out / method / "best.pt", weights_only=True)["dice"] is None
         assert len((out / method / "train.csv").read_text().splitlines()) == 5
-
-
-def test_every_method_in_3d(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VolumeTask, "draw", lambda *_: None)  # they take longer than everything else
-    runs = [run_name(method, gap=method != "supervised") for method in METHODS]
-    stride = ["--stride", "16", "16", "16"]
-    assert _run(data, tmp_path / "out", "--iterations", "1", "--method", *runs, *stride) == 0
-    for run in runs:
-        assert (tmp_path / "out" / run / "result.json").is_file()
 
 
 def test_another_stride_scores_a_finished_run_without_training(
@@ -183,9 +176,8 @@ def whole_run(tiny_atrium: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.mark.parametrize("label", FILLERS.values(), ids=FILLERS)
 def test_labels_of_unlabelled_cases_are_never_read(
-    data: Path, whole_run: Path, tmp_path: Path, label: Callable[[np.ndarray], np.ndarray] | None, monkeypatch
+    data: Path, whole_run: Path, tmp_path: Path, label: Callable[[np.ndarray], np.ndarray] | None
 ) -> None:
-    monkeypatch.setattr(VolumeTask, "draw", lambda *_: None)
     for name in read_list(data / "train.list")[1:]:
         _relabel(case_path(data, name), label)
     assert _run(data, tmp_path / "out", "--stride", "16", "16", "16") == 0
@@ -237,10 +229,7 @@ def _rename(data: Path, names: dict[str, str]) -> None:
         write_list(data / f"{split}.list", [names[name] for name in read_list(data / f"{split}.list")])
 
 
-def test_a_task_says_whose_a_case_is(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(VolumeTask, "draw", lambda *_: None)
+def test_a_task_says_whose_a_case_is(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _rename(data, {f"case00{n}": f"la_00{n}" for n in range(1, 6)})
     arguments = ["--data", str(data), "--patients", "1", "--preset", "cpu", "--device", "cpu", "--amp", "off"]
     arguments += ["--stride", "16", "16", "16", "--method", "supervised", "--out", str(tmp_path / "out")]
@@ -254,9 +243,8 @@ def test_a_task_says_whose_a_case_is(
 
 
 def test_two_scans_of_a_patient_are_kept_together(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(VolumeTask, "draw", lambda *_: None)
     _rename(data, dict(zip(map("case00{}".format, range(1, 6)), ("p1-a", "p1-b", "p2-a", "p2-b", "p3-a"), strict=True)))
     task = replace(la_gapmatch.LA, patient=lambda name: name.split("-")[0])
     arguments = ["--data", str(data), "--patients", "1", "--preset", "cpu", "--device", "cpu", "--amp", "off"]

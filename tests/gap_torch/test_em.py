@@ -73,8 +73,3 @@ def test_the_view_is_the_weak_one_and_has_no_target() -> None:
     assert torch.equal(views.inputs[0], torch.ones(1, 2, 3, 3))
     assert views.target is None
     assert views.mask is None
-
-
-def test_logits_of_one_class_are_an_error() -> None:
-    with pytest.raises(ValueError, match="logits must be of 2 classes or more"):
-        _loss(torch.zeros(1, 1, 4, 4))

@@ -96,10 +96,6 @@ def test_no_threshold_is_above_tau_and_the_order_does_not_matter(classes: int, s
     assert (one.thresholds() <= 0.95).all()
 
 
-def test_the_state_is_saved() -> None:
-    assert set(CurriculumThreshold(3).state_dict()) == {"confident", "predicted"}
-
-
 @pytest.mark.parametrize(
     "bad", [{"num_classes": 1}, {"tau": 1.1}, {"momentum": 1.0}, {"momentum": -0.1}], ids=lambda bad: str(bad)
 )

@@ -69,10 +69,6 @@ def test_a_prediction_that_is_not_finite_is_forgotten(bad: float) -> None:
     torch.testing.assert_close(threshold.thresholds(), unharmed.thresholds())
 
 
-def test_the_state_is_saved() -> None:
-    assert set(SelfAdaptiveThreshold(3).state_dict()) == {"overall", "local"}
-
-
 @pytest.mark.parametrize("bad", [{"num_classes": 1}, {"momentum": 1.0}, {"momentum": -0.1}], ids=lambda bad: str(bad))
 def test_bad_arguments_are_named(bad) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -16,6 +16,7 @@ from .conftest import SCRIPTS
 
 NEEDS = {"lightning_module": "lightning", "accelerate_loop": "accelerate", "monai_engine": "ignite"}
 ON_ONE = ["plain_pytorch", *NEEDS]
+FSDP2_ON_CPU = not torch.__version__.startswith("2.6.")
 UNDER_DDP = ["ddp", "accelerate_loop", "lightning_module"]
 
 
@@ -58,49 +59,35 @@ def test_micro_batches_give_the_weights_of_the_whole_batch(trained: Callable) ->
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], tuple[str, Path]]:
-    """`on_two_ranks(scripts)`: what torchrun prints, and the folder with the weights of each script on each rank."""
+def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the scripts print on two ranks, and the folder with the weights that each script gives each rank."""
     if not torch.distributed.is_available():
         pytest.skip("needs torch.distributed")
     out = tmp_path_factory.mktemp("weights")
-
-    def run(scripts: list[str]) -> tuple[str, Path]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        files = [str(SCRIPTS / f"{script}.py") for script in scripts]
-        command = [*launcher, str(Path(__file__).with_name("on_ranks.py")), str(out), *files]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, out
-
-    return run
+    scripts = [*filter(_installed, UNDER_DDP), *(["fsdp2"] if FSDP2_ON_CPU else [])]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    files = [str(SCRIPTS / f"{script}.py") for script in scripts]
+    command = [*launcher, str(Path(__file__).with_name("on_ranks.py")), str(out), *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, out
 
 
-@pytest.fixture(scope="module")
-def under_ddp(on_two_ranks: Callable) -> tuple[str, Path]:
-    return on_two_ranks([script for script in UNDER_DDP if _installed(script)])
-
-
-@pytest.fixture(scope="module")
-def under_fsdp2(on_two_ranks: Callable) -> tuple[str, Path]:
-    if torch.__version__.startswith("2.6."):
-        pytest.skip("torch 2.6 has no FSDP2 on the CPU")
-    return on_two_ranks(["fsdp2"])
-
-
-def test_ddp_says_that_its_ranks_agree(under_ddp: tuple[str, Path]) -> None:
-    assert "2 ranks agree" in under_ddp[0]
+def test_ddp_says_that_its_ranks_agree(under_torchrun: tuple[str, Path]) -> None:
+    assert "2 ranks agree" in under_torchrun[0]
 
 
 @pytest.mark.parametrize("script", UNDER_DDP)
-def test_ddp_gives_the_weights_of_one_process(script: str, under_ddp: tuple[str, Path], trained: Callable) -> None:
+def test_ddp_gives_the_weights_of_one_process(script: str, under_torchrun: tuple[str, Path], trained: Callable) -> None:
     if not _installed(script):
         pytest.skip(f"needs {NEEDS[script]}")
-    _assert_as_on_one_process(script, under_ddp[1], trained)
+    _assert_as_on_one_process(script, under_torchrun[1], trained)
 
 
-def test_fsdp2_gives_the_weights_of_one_process(under_fsdp2: tuple[str, Path], trained: Callable) -> None:
-    assert "FSDP2: loss" in under_fsdp2[0]
-    _assert_as_on_one_process("fsdp2", under_fsdp2[1], trained)
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason="torch 2.6 has no FSDP2 on the CPU")
+def test_fsdp2_gives_the_weights_of_one_process(under_torchrun: tuple[str, Path], trained: Callable) -> None:
+    assert "FSDP2: loss" in under_torchrun[0]
+    _assert_as_on_one_process("fsdp2", under_torchrun[1], trained)
 
 
 def _assert_as_on_one_process(script: str, folder: Path, trained: Callable) -> None:
