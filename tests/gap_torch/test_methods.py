@@ -1,6 +1,7 @@
 """What holds for every consistency method: who gets a gradient, what stays fixed, what a batch's order may change.
 
-A new method is one line in METHODS. What is its own (values by hand, where its loss is least) is in its own file.
+A method of the examples' table is here by itself. What is its own (values by hand, where its loss is least) is in a file
+of its own.
 """
 
 from collections.abc import Callable
@@ -10,25 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency import (
-    CCT,
-    ICT,
-    URPC,
-    VAT,
-    Batch,
-    CurriculumThreshold,
-    CutMix,
-    CutMixSeg,
-    EntropyMinimisation,
-    FixMatch,
-    MeanTeacher,
-    Method,
-    MixUp,
-    PseudoLabel,
-    SelfAdaptiveThreshold,
-    Teacher,
-    Views,
-)
+from gap_torch.consistency import VAT, Batch, CutMixSeg, FixMatch, Method, Teacher, Views
+from gap_torch.losses import ce_dice_loss
+from segmentation.methods import TABLE, Setting
 
 
 def _weak(images: Tensor) -> Tensor:
@@ -39,24 +24,22 @@ def _strong(images: Tensor) -> Tensor:
     return 0.8 * images + 0.1
 
 
-METHODS: dict[str, Callable[[nn.Module, int], Method]] = {  # called with the model and its number of classes
-    "em": lambda model, classes: EntropyMinimisation(_weak),
-    "pseudo label": lambda model, classes: PseudoLabel(_weak, tau=0.6),
-    "mixup": lambda model, classes: MixUp(_weak),
-    "cutmix": lambda model, classes: CutMixSeg(_weak, tau=0.6),
-    "cutmix, teacher": lambda model, classes: CutMixSeg(_weak, tau=0.6, teacher=Teacher(model)),
-    "fixmatch": lambda model, classes: FixMatch(_weak, _strong, tau=0.6),
-    "fixmatch, cutmix": lambda model, classes: FixMatch(_weak, _strong, tau=0.6, cutmix=CutMix(p=1.0)),
-    "flexmatch": lambda model, classes: FixMatch(_weak, _strong, tau=CurriculumThreshold(classes)),
-    "freematch": lambda model, classes: FixMatch(_weak, _strong, tau=SelfAdaptiveThreshold(classes)),
-    "ict": lambda model, classes: ICT(Teacher(model), _weak),
-    "vat": lambda model, classes: VAT(_weak),
+def _of_table(name: str) -> Callable[[nn.Module, int], Method]:
+    """Builds the method of the examples' table called `name` from a model and its number of classes."""
+
+    def build(model: nn.Module, classes: int) -> Method:
+        return TABLE[name].build(Setting(model, _weak, _strong, classes, 0.6, ce_dice_loss, "eval"))
+
+    return build
+
+
+METHODS: dict[str, Callable[[nn.Module, int], Method]] = {
+    **{name: _of_table(name) for name, entry in TABLE.items() if entry.build is not None},
+    "cutmix, no teacher": lambda model, classes: CutMixSeg(_weak, tau=0.6),
+    "fixmatch, no cutmix": lambda model, classes: FixMatch(_weak, _strong, tau=0.6),
     "vat, confident": lambda model, classes: VAT(_weak, tau=0.6),
-    "mean teacher": lambda model, classes: MeanTeacher(Teacher(model), _weak),
-    "urpc": lambda model, classes: URPC(_weak),
-    "cct": lambda model, classes: CCT(_weak),
 }
-AUXILIARY = ("urpc", "cct")  # learn from further logits
+AUXILIARY = {name for name, entry in TABLE.items() if entry.attachment is not None}  # learn from further logits
 SPATIAL = [(6, 8), (4, 6, 8)]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 

@@ -3,7 +3,8 @@
 The field scores these benchmarks with `medpy.metric.binary.dc` and `.asd`: ASD from the prediction's surface
 to the reference's, in voxels (unit spacing). MONAI's `symmetric=False` is the same quantity as it stands:
 both libraries find the surface by eroding with the six face neighbours, count what lies outside the volume as
-background, and measure exact Euclidean distances. `tests/examples/segmentation/scoring/test_metrics.py` holds them together.
+background, and measure exact Euclidean distances. `tests/examples/segmentation/scoring/test_metrics.py` holds them
+together.
 """
 
 import warnings
