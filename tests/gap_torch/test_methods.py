@@ -1,7 +1,7 @@
 """What holds for every consistency method: who gets a gradient, what stays fixed, what a batch's order may change.
 
-A method of the examples' table is here by itself. What is its own (values by hand, where its loss is least) is in a file
-of its own.
+Each method of the examples' table is here. What is its own (values by hand, where its loss is least) is in a file of
+its own.
 """
 
 from collections.abc import Callable
