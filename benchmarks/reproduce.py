@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import FIGURES, RESULTS, ROOT, show
-from benchmarks.lab import grid
-from benchmarks.lab import report as lab_report
+from benchmarks.lab import grid, page
 from benchmarks.lab.grid import Cell
 from benchmarks.lab.plan import estimate
 from benchmarks.lab.records import Records, changed
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         if arguments.report:
-            lab_report.report(Records(arguments.records), arguments.page, arguments.figures)
+            page.write(Records(arguments.records), arguments.page, arguments.figures)
             return 0
         _refuse_bad_numbers(arguments)
         lab = _lab(arguments)

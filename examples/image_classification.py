@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 
 from classification.data import CIFAR10_NAME, CLASSES, Data, labelled_indices, load
 from classification.networks import cifar_network, small_network
-from classification.report import Point, save_curves, save_logs, show_table
+from classification.results import Point, save_curves, save_logs, show_table
 from gap_torch import GAPWrapper
 from gap_torch.consistency import Batch, FixMatch, Views
 from gap_torch.losses import cross_entropy

@@ -26,7 +26,7 @@ from segmentation.printing import show_every_character
 from toy.margin import Score, probability_over_window, score
 from toy.moons import Data, two_moons
 from toy.pictures import Film, State, save_pictures
-from toy.report import duels, spread, table
+from toy.tables import duels, spread, table
 
 FRAMES = 25  # of the film
 GAPMATCH = "both: GapMatch"

@@ -37,7 +37,7 @@ TINY = {
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The lab's modules, with study runs of four tiny iterations."""
     from benchmarks import reproduce
-    from benchmarks.lab import grid, plan, plots, published, records, report, runs, scores
+    from benchmarks.lab import grid, page, plan, plots, published, records, runs, scores
 
     monkeypatch.setitem(grid.TASKS["ACDC"].presets, "study", TINY)
     threads = torch.get_num_threads()
@@ -47,7 +47,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         plan=plan,
         plots=plots,
         records=records,
-        report=report,
+        page=page,
         runs=runs,
         scores=scores,
         published=published,
@@ -537,7 +537,7 @@ def test_means_deviations_and_gains_by_hand(lab: SimpleNamespace) -> None:
             found[cell] = _record(cell, value, asd=3.0 - gap - 0.5 * seed * gap)
     rows = {
         row[0]: row
-        for table in lab.report.comparisons(found, "ACDC", "study")
+        for table in lab.page.comparisons(found, "ACDC", "study")
         if "Table 2" in table.title
         for row in table.rows[-3:]
     }
@@ -569,7 +569,7 @@ def test_single_runs_losses_failures_and_collapses_are_shown(lab: SimpleNamespac
         failed: _record(failed, state="failed", reason="nan"),
     }
     found[with_gap]["test"]["empty"] = 61  # of 120
-    table = next(t for t in lab.report.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
+    table = next(t for t in lab.page.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
     rows = {row[0]: row[1] for row in table.rows[:3]}
     assert rows["EM"] == "60.0 ± -\n2.00 ± - (n = 1 of 3)"
     assert rows["EM + GAP"] == "20.0 ± -\n2.00 ± -† (n = 1 of 3), 1 failed\n50.8 % empty"
@@ -579,7 +579,7 @@ def test_single_runs_losses_failures_and_collapses_are_shown(lab: SimpleNamespac
 def test_columns_that_say_nothing_are_left_out(lab: SimpleNamespace) -> None:
     cell = lab.grid.cell("ACDC", "study", ("flexmatch", False), 1, 0)
     tables = {
-        table.title.split(" on ")[0]: table for table in lab.report.comparisons({cell: _record(cell)}, "ACDC", "study")
+        table.title.split(" on ")[0]: table for table in lab.page.comparisons({cell: _record(cell)}, "ACDC", "study")
     }
     thresholds, table_2 = tables["FixMatch with thresholds that adapt"], tables["Table 2"]
     assert list(thresholds.header) == ["Method", "1 %, ours"]  # the paper has no such row
@@ -595,7 +595,7 @@ def test_empty_predictions_are_counted_over_all_seeds(lab: SimpleNamespace) -> N
     found[cells[False, 2]]["test"]["empty"] = 12
 
     def shown() -> list[str]:
-        table = next(t for t in lab.report.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
+        table = next(t for t in lab.page.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
         return [row[1].split("(n = ")[0][-2:] + row[1].split(")")[1] for row in table.rows[:3]]
 
     assert shown() == ["0 \n20.0 % empty", "0 ", "0 "]  # 72 of 360
@@ -613,7 +613,7 @@ def test_a_run_at_its_best_in_the_warm_up_is_marked(lab: SimpleNamespace) -> Non
         plain: _record(plain, chosen_iteration=plain.recipe.warm_up),
         with_gap: _record(with_gap, chosen_iteration=plain.recipe.warm_up + 1),
     }
-    table = next(t for t in lab.report.comparisons(found, "ACDC", "study") if "Table 1" in t.title)
+    table = next(t for t in lab.page.comparisons(found, "ACDC", "study") if "Table 1" in t.title)
     assert ["‡" in row[1] for row in table.rows] == [False, True, False, True]
     names = [label.get_text() for label in lab.plots.gain_by_method(found).axes[0].get_xticklabels()]
     assert "FixMatch‡" in names
@@ -625,7 +625,7 @@ def test_sweeps_compare_validation_over_the_same_seeds(lab: SimpleNamespace) -> 
     default = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed) for seed in range(3)]
     strong = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed, {"eps": 0.5, "alpha": 2.0}) for seed in range(2)]
     found = {cell: _record(cell, 40.0 + 10 * cell.seed) for cell in (*default, *strong)}
-    eps_alpha, _, tau, *_ = lab.report.sweeps(found)
+    eps_alpha, _, tau, *_ = lab.page.sweeps(found)
     assert eps_alpha.rows[-1] == ["0.5", "open", "open", "45.0 ± 7.1 (n = 2)"]
     assert ["0.95", "45.0 ± 7.1 (n = 2), default"] in tau.rows  # seed 2 is not in the study
 
@@ -643,7 +643,7 @@ def test_a_second_preset_has_sections_and_pictures_of_its_own(
             if cell.seed == 0:
                 records.write(cell, _record(cell))
     page = tmp_path / "results.md"
-    lab.report.report(records, page, tmp_path)
+    lab.page.write(records, page, tmp_path)
     headings = [line for line in page.read_text().splitlines() if line.startswith("#")]
     assert len(set(headings)) == len(headings)
     for name in lab.plots.CAPTIONS:
@@ -657,7 +657,7 @@ def test_a_second_preset_has_sections_and_pictures_of_its_own(
 
 def test_the_report_of_nothing_is_all_open(lab: SimpleNamespace, tmp_path: Path) -> None:
     page = tmp_path / "docs" / "results.md"
-    lab.report.report(lab.records.Records(tmp_path / "cells"), page, tmp_path / "docs" / "figures")
+    lab.page.write(lab.records.Records(tmp_path / "cells"), page, tmp_path / "docs" / "figures")
     text = page.read_text()
     assert "open" in text
     assert "png" not in text

@@ -12,7 +12,7 @@ from torch import nn
 
 import image_classification as example
 from classification.data import labelled_indices
-from classification.report import Point, save_curves, show_table
+from classification.results import Point, save_curves, show_table
 from classification.shapes import NAMES, shapes
 from gap_torch import GAPWrapper
 from gap_torch.consistency import FixMatch

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import toy_boundary
 from toy.margin import GRID, WINDOW, Score, boundary, distances, probability_over_window, score
 from toy.moons import Data, two_moons
-from toy.report import duels, spread
+from toy.tables import duels, spread
 
 NAMES = ["labels alone", "instance perturbation", "model perturbation", "both: GapMatch"]
 

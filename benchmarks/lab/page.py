@@ -81,7 +81,7 @@ class Table(NamedTuple):
         return f"### {self.title}\n\n{markdown_table(self.header, self.rows)}\n"
 
 
-def report(records: Records, page: Path, figures: Path) -> None:
+def write(records: Records, page: Path, figures: Path) -> None:
     """Print all tables, and write `page` and its figures."""
     cells = grid.cells()
     found = records.of(cells)
