@@ -1,4 +1,4 @@
-"""What the recipes' tests share: import paths, the code of a page, a network to train, gradients at the step."""
+"""What the recipes' tests share: an import path, the code of a page, a network to train, gradients at the step."""
 
 import re
 import sys
@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [
-    str(ROOT / "examples" / "integrations"),
-    str(Path(__file__).parent),
-]  # the pages' files of code; loops.py
+sys.path.insert(0, str(ROOT / "examples" / "integrations"))  # the pages' files of code
 
 Lines = Callable[[str, str], list[str]]
 Gradients = Callable[[Optimizer], list[Tensor | None]]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import Loop, is_the_plain_loop_without_the_lines, takes_the_step_of_gap
 from torch import Tensor, nn
+
+from .loops import Loop, is_the_plain_loop_without_the_lines, takes_the_step_of_gap
 
 U_WEIGHT, SIZE, DECAY = 0.4, 6, 0.99
 

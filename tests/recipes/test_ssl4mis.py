@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import Loop, is_the_plain_loop_without_the_lines, takes_the_step_of_gap
 from torch import Tensor, nn
 
 import gap_torch
 from gap_torch import GAPWrapper
+
+from .loops import Loop, is_the_plain_loop_without_the_lines, takes_the_step_of_gap
 
 WEIGHT, LABELLED, UNLABELLED, DECAY = 0.7, 2, 3, 0.9
 

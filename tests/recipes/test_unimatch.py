@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from loops import Loop, is_the_plain_loop_without_the_lines, takes_the_step_of_gap
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_torch import RNGState
+
+from .loops import Loop, is_the_plain_loop_without_the_lines, takes_the_step_of_gap
 
 LABELLED, UNLABELLED, TAU = 2, 3, 0.36
 

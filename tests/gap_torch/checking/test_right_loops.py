@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from scene import Scene
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
@@ -20,6 +19,8 @@ import gap_torch
 from gap_torch import GAPWrapper, RNGState, frozen_running_stats
 from gap_torch.checking import Report
 from gap_torch.consistency import VAT, Batch
+
+from .scene import Scene
 
 
 def plain(s: Scene) -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from scene import Scene
 from torch import Tensor, nn
 
 import gap_torch
 from gap_torch import GAPWrapper, frozen_running_stats
 from gap_torch.checking import Report
 from gap_torch.consistency import Batch
+
+from .scene import Scene
 
 # ---------------------------------------------------------------- order
 

@@ -16,7 +16,7 @@ from segmentation.training import checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-DEATHS = 3
+DEATHS = 2
 KINDS = ["after a while", "at a line", "at a line that writes a checkpoint", "half-way through a checkpoint"]
 
 # Imports once and forks a process for every life of a run, which is much quicker than to import anew.

@@ -42,7 +42,7 @@ sys.exit(acdc_gapmatch.main())
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_one_process_goes_on_where_torchrun_was_interrupted(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    undrawn, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     arguments = ["--data", str(tiny_data), "--patients", "1", "--device", "cpu", "--preset", "cpu", "--out", str(out)]

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -296,42 +294,6 @@ def test_labels_train_what_the_method_says(slices, tiny_recipe: Recipe) -> None:
         trainer.step(0)
         moved = [not torch.equal(new, old) for new, old in zip(attachment.parameters(), before, strict=True)]
         assert (all if learn else any)(moved) is learn
-
-
-KILLED = """
-import os, signal, sys, pickle
-from pathlib import Path
-from types import SimpleNamespace
-import torch
-from acdc_gapmatch import ACDC
-from segmentation.training.identity import identity
-from segmentation.training.loop import fit
-from segmentation.training.step import Trainer
-recipe, slices, validation = pickle.loads(Path(sys.argv[1]).read_bytes())
-trainer = Trainer(ACDC, recipe, *slices, torch.device("cpu"), None)
-step = trainer.step
-def die(iteration):
-    if iteration == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(iteration)
-trainer.step = die
-fit(trainer, validation, Path(sys.argv[2]), identity("ACDC", recipe, [], None, {}))
-"""
-
-
-def test_a_killed_run_goes_on_to_the_same_weights(slices, validation, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    import pickle
-
-    problem = tmp_path / "problem.pickle"
-    problem.write_bytes(pickle.dumps((tiny_recipe, slices, validation)))
-    folder = _folder(tmp_path / "killed")
-    killed = subprocess.run([sys.executable, "-c", KILLED, problem, folder, "5"], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    resumed = _trainer(tiny_recipe, slices)
-    _fit(resumed, validation, folder, resume=True)
-    whole = _trainer(tiny_recipe, slices)
-    _fit(whole, validation, _folder(tmp_path / "whole"), resume=False)
-    _assert_equal(_weights(resumed), _weights(whole))
 
 
 def test_a_finished_run_is_not_trained_again(slices, validation, tiny_recipe: Recipe, tmp_path: Path) -> None:
