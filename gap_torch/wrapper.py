@@ -250,7 +250,8 @@ class GAPWrapper(Optimizer):
 
         Args:
             closure: as for the base.
-            args, kwargs: further arguments of the base's own `step`.
+            *args: further arguments of the base's own `step`.
+            **kwargs: the same.
 
         Raises:
             RuntimeError: the parameters are perturbed, or a set-aside gradient has not come back.

@@ -39,7 +39,7 @@ python benchmarks/reproduce.py --run --data-acdc data/ACDC --budget 60  # for an
 python benchmarks/reproduce.py --report  # this page and its figures
 ```
 
-The grid is declared in [`benchmarks/grid.py`](../benchmarks/grid.py). Every run leaves one JSON file in
+The grid is declared in [`benchmarks/lab/grid.py`](../benchmarks/lab/grid.py). Every run leaves one JSON file in
 [`benchmarks/results/cells`](../benchmarks/results/cells). `--run` stops when its budget is spent and goes on from there
 the next time; on a GPU it takes the full-scale cells, on a CPU the reduced ones.
 
