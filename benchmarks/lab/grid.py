@@ -5,7 +5,7 @@ To add runs, add a block, or a value to a sweep. A cell's name tells it from all
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -103,12 +103,18 @@ def title(method: Run) -> str:
 def cell(
     data_set: str, preset: str, method: Run, share: int, seed: int, changes: Mapping[str, Any] | None = None
 ) -> Cell:
-    """A cell of the grid. Changes that change nothing are left out, so that one recipe has one name."""
+    """A cell of the grid. Changes that change nothing are left out, so that one recipe has one name.
+
+    Raises:
+        TypeError: a change is of no field of the recipe.
+        InputError: a value is not one, or the method has no such option.
+    """
     plain = Cell(data_set, preset, *method, share, seed)
     if not changes:
         return plain
-    values = plain.recipe.to_dict()
-    real = tuple((name, changes[name]) for name in values if name in changes and changes[name] != values[name])
+    recipe, changed = plain.recipe, replace(plain.recipe, **changes)
+    names = [field.name for field in fields(Recipe)]
+    real = tuple((name, getattr(changed, name)) for name in names if getattr(changed, name) != getattr(recipe, name))
     return Cell(data_set, preset, *method, share, seed, real)
 
 
@@ -165,6 +171,8 @@ def cells(groups: Collection[str] | None = None, presets: Collection[str] | None
 
 
 def _change(name: str, value: Any) -> str:
+    if name == "options":
+        return "_".join(_change(*option) for option in value)
     if isinstance(value, bool):
         return name if value else f"no_{name}"
     return f"{name}{value:g}" if isinstance(value, float | int) else f"{name}_{value}"

@@ -58,7 +58,8 @@ def changed(cell: Cell, record: Record) -> list[str]:
 
     A field that it lacks is newer than it; its default is what there was before.
     """
-    now, defaults = (json.loads(json.dumps(recipe.to_dict())) for recipe in (cell.recipe, Recipe()))
+    plain = Recipe(method=cell.method, gap=cell.gap)
+    now, defaults = (json.loads(json.dumps(recipe.to_dict())) for recipe in (cell.recipe, plain))
     then = {**defaults, **record["recipe"]}
     idle = {*GAP_FIELDS * (not cell.gap), *METHOD_FIELDS * (cell.method == "supervised")}
     return [name for name in now if name not in idle and then[name] != now[name]]

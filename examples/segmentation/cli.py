@@ -46,7 +46,8 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     """The arguments of an example for `task`."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    parser.add_argument("--data", type=Path, help=f"{task.name} in the h5 layout; without it a phantom is made")
+    otherwise = "" if task.write_phantom is None else "; without it a phantom is made"
+    parser.add_argument("--data", type=Path, help=f"folder of {task.name}{otherwise}")
     parser.add_argument(
         "--labelled", "--labeled", type=int, choices=(1, 5, 10), help="labelled share in percent (default: 1)"
     )
@@ -67,6 +68,7 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     parser.add_argument(
         "--option",
         nargs="+",
+        action="extend",
         metavar="NAME=VALUE",
         help=f"of a method itself: {_there_are()}",
     )
@@ -107,6 +109,8 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     _refuse_contradictions(arguments)
     device = ranks.together(ranks.usable_device)(arguments.device)
     phantom = arguments.data is None
+    if phantom and (task.write_phantom is None or "phantom" not in task.presets):
+        raise InputError(f"--data: {task.name} has no phantom to stand in for it; give the folder of the data.")
     out = arguments.out or (_folder(task).with_name(f"{_folder(task).name}-phantom") if phantom else _folder(task))
     preset = "phantom" if phantom else arguments.preset or ("cpu" if device.type == "cpu" else "paper")
     knobs = {name: getattr(arguments, name) for name in KNOBS}
@@ -137,26 +141,36 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     )
 
 
-def _options(given: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for name, value in (parsed(option, methods) for option in given):
+def _options(given: Sequence[str], methods: Sequence[str]) -> dict[str, str]:
+    """Name -> text. Raises InputError for what none of `methods` has."""
+    options: dict[str, str] = {}
+    for option in given:
+        name, equals, text = option.partition("=")
+        if not equals:
+            raise InputError(f"--option {option}: must be NAME=VALUE.")
+        if not any(name in TABLE[method].options for method in methods):
+            there_are = "; ".join(f"{m}: {', '.join(TABLE[m].options) or 'none'}" for m in dict.fromkeys(methods))
+            raise InputError(f"--option {option}: there is no {name!r} here. Options of {there_are}.")
         if name in options:
             raise InputError(f"--option {name}: is given twice; leave one out.")
-        options[name] = value
+        options[name] = text
     return options
 
 
 def _there_are() -> str:
     """The options of each method that has any, with their defaults."""
     each = [(name, entry.options) for name, entry in TABLE.items() if entry.options]
-    return "; ".join(f"{name} {', '.join(f'{n}={v:.3g}' for n, v in options.items())}" for name, options in each)
+    return "; ".join(f"{name} {', '.join(f'{n}={_short(v)}' for n, v in options.items())}" for name, options in each)
 
 
-def _of_run(recipe: Recipe, run: Run, options: Mapping[str, Any]) -> Recipe:
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _of_run(recipe: Recipe, run: Run, options: Mapping[str, str]) -> Recipe:
     """`recipe` for one of several runs, with those of the options that it has."""
     method, gap = run
-    own = {name: value for name, value in options.items() if name in TABLE[method].options}
-    return replace(recipe, method=method, gap=gap, options=own)
+    return replace(recipe, method=method, gap=gap, options=parsed(method, options))
 
 
 def _folder(task: Task) -> Path:
@@ -246,6 +260,7 @@ def _phantom(task: Task, root: Path) -> Path:
 
 @ranks.on_main  # the others read it
 def _write_phantom(task: Task, root: Path) -> None:
+    assert task.write_phantom is not None
     try:
         task.write_phantom(root)
     except OSError as error:

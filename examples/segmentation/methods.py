@@ -5,7 +5,7 @@ examples asks which method runs.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from gap_torch.consistency import (
 )
 from gap_torch.consistency.method import Augmentation
 from gap_torch.consistency.targets import Mode
-from gap_torch.losses import MaskedLoss
+from gap_torch.losses import MaskedLoss, dice_loss
 from segmentation.errors import InputError
 from segmentation.networks.attachments import Attach, PerturbedDecoders, Pyramid
 
@@ -126,6 +126,11 @@ class Entry:
     thresholded: bool = False
     with_gap: str = ""
 
+    def __post_init__(self) -> None:
+        for name, default in self.options.items():
+            if type(default) not in (bool, int, float, str):
+                raise TypeError(f"{self.label}: option {name} must have a number, word or truth value as its default.")
+
     @property
     def options(self) -> dict[str, Any]:
         """Name of each option -> its default."""
@@ -168,19 +173,26 @@ def build(method: str, setting: Setting, options: Mapping[str, Any]) -> Method |
         raise InputError(f"--option of {method}: {error}") from None
 
 
-def parsed(option: str, methods: Sequence[str]) -> tuple[str, Any]:
-    """Name and value of NAME=VALUE, for at least one of `methods`.
+def parsed(method: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """Those of `options`, name -> text, that `method` has, as values of the type of its defaults.
 
     Raises:
-        InputError: there is no such option, which lists those that there are, or no such value.
+        InputError: no such value, or out of range.
     """
-    name, _, text = option.partition("=")
-    known = {n: default for method in methods for n, default in TABLE[method].options.items()}
-    if name not in known:
-        there_are = "; ".join(f"{m}: {', '.join(TABLE[m].options) or 'none'}" for m in dict.fromkeys(methods))
-        raise InputError(f"--option {option}: there is no {name!r} here. Options of {there_are}.")
-    kind = type(known[name])
+    defaults = TABLE[method].options
+    values = {name: _value(name, text, type(defaults[name])) for name, text in options.items() if name in defaults}
+    if values:
+        build(method, _STAND_IN, values)
+    return values
+
+
+def _value(name: str, text: str, kind: type) -> Any:
+    words = {"true": True, "false": False}
     try:
-        return name, kind(text)
-    except ValueError:
-        raise InputError(f"--option {option}: {text!r} is not a value of {name}, {kind.__name__}.") from None
+        return words[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise InputError(f"--option {name}={text}: {text!r} is not a value of {name}, {kind.__name__}.") from None
+
+
+_STAND_IN = Setting(nn.PReLU(), nn.Identity(), nn.Identity(), num_classes=2, tau=0.95, loss=dice_loss, targets="eval")
+"""To find out what a method says to its options before the data are read."""

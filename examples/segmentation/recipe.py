@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from segmentation.errors import InputError
@@ -13,7 +13,7 @@ Run = tuple[str, bool]
 METHODS = tuple(TABLE)
 GAPMATCH: Run = ("fixmatch", True)
 NO_GAP: Run = ("supervised", True)  # nothing to perturb by
-METHOD_FIELDS = ("warm_up", "tau", "targets", "unlabelled_loss", "weight", "options")  # mean nothing without a method
+METHOD_FIELDS = ("warm_up", "tau", "targets", "unlabelled_loss", "weight")  # mean nothing without a method
 GAP_FIELDS = ("eps", "alpha", "aligned", "freeze_statistics", "replay_dropout")  # mean nothing without GAP
 WITH_GAP = "+gap"  # what a run's name ends with
 AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
@@ -59,8 +59,8 @@ class Recipe:
     """Of the consistency loss, at theta and at theta*."""
     warm_up: int = 0
     """Iterations on labelled images alone, before the method joins."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """The method's own, by name, where they differ from its defaults (`methods.Entry.options`)."""
+    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    """The method's own, by name; kept as sorted pairs, without those at their defaults (`methods.Entry.options`)."""
 
     # GAP
     eps: float = 0.1
@@ -86,10 +86,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in TABLE:
             raise InputError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}.")
-        unknown = [name for name in self.options if name not in TABLE[self.method].options]
-        if unknown:
-            there_are = ", ".join(TABLE[self.method].options) or "none"
-            raise InputError(f"options: {self.method} has no {unknown[0]!r}; its options: {there_are}.")
+        given, defaults = dict(self.options), TABLE[self.method].options
+        for name in given:
+            if name not in defaults:
+                there_are = ", ".join(defaults) or "none"
+                raise InputError(f"options: {self.method} has no {name!r}; its options: {there_are}.")
+        changed = {name: value for name, value in given.items() if value != defaults[name]}
+        object.__setattr__(self, "options", tuple(sorted(changed.items())))  # one recipe, one form; and a hash
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
@@ -134,12 +137,14 @@ class Recipe:
         entry = TABLE[self.method]
         return (entry.with_gap or f"{entry.label} + GAP") if self.gap else entry.label
 
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """Of the method, by name, defaults among them."""
+        return {**TABLE[self.method].options, **dict(self.options)}
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON and checkpoints; without options where there are none, as once."""
-        fields = asdict(self)
-        if not self.options:
-            del fields["options"]
-        return fields
+        """Plain numbers and strings, for JSON and checkpoints, with all options: a default may change."""
+        return {**asdict(self), "options": self.all_options}
 
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -76,14 +76,14 @@ class Task(ABC):
     Attributes:
         name: of the data set.
         classes: names of the foreground classes 1, 2, ...
-        presets: the fields in which each preset differs from `Recipe`'s defaults; among
-            them `paper`, `cpu` and `phantom`.
+        presets: the fields in which each preset differs from `Recipe`'s defaults; among them `paper` and `cpu`.
         training_list: name of the list file of training samples, without `.list`.
         validation_list: of the volumes to choose an iteration on; None where the field takes the last one.
         test_list: of the volumes that are scored in the end.
         training_patients: how many there are, for labelled shares in percent.
         published: scores of the paper: labelled share in percent -> method -> scores.
-        write_phantom: writes a small data set in the same layout, to try everything without data.
+        write_phantom: writes a small data set in the same layout, to try everything without data, with the preset
+            `phantom`.
         patient: whose a case or slice is, by its name. A patient is in one list alone, and the labelled share is one of
             patients.
         channels: of an image; more than one are photographs' (`image_task.ImageTask`).
@@ -99,7 +99,7 @@ class Task(ABC):
     test_list: str
     training_patients: int
     published: Mapping[int, Mapping[str, Scores]]
-    write_phantom: Callable[[Path], None]
+    write_phantom: Callable[[Path], None] | None = None
     patient: Callable[[str], str] = patient_of
     channels: int = 1
     intensities: tuple[float, float] | None = None

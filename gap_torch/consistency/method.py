@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,13 +34,18 @@ class Views:
     """What `prepare` fixes at theta, for any number of passes."""
 
     inputs: tuple[Tensor, ...]
-    """What the model predicts on, one training pass each, (B, C, *spatial). Every pass reads them, so a model must not
+    """What the model predicts on, one training pass each, (B, C, *spatial); none where a method has but its
+    `labelled_loss`. Every pass reads them, so a model must not
     write to them: a first layer that works in place (`nn.ReLU(inplace=True)`) would hand the next pass something else.
     """
     target: Tensor | None = None
     """Class indices (B, *spatial), int64, or probabilities (B, K, *spatial); None where a loss needs none."""
     mask: Tensor | None = None
     """Where the target counts, (B, *spatial), bool; None for everywhere."""
+    fixed: Any = None
+    """What else `compare` reads: a method's own, of any type."""
+    labelled: Tensor | None = None
+    """Images for the labelled pass in place of `Batch.labelled`, of the same shape; None for those themselves."""
 
 
 class Method(nn.Module, ABC):
@@ -68,8 +74,14 @@ class Method(nn.Module, ABC):
         """What the loss counts beside the labelled one's, `progress` being in [0, 1): 1, unless a method ramps up."""
         return 1.0
 
-    def labelled_loss(self, criterion: Criterion, outputs: Outputs, target: Tensor) -> Tensor:
-        """`criterion` of labelled images' logits: of the model's own alone, unless a method trains auxiliary ones."""
+    def labelled_loss(
+        self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
+    ) -> Tensor:
+        """`criterion` of labelled images' logits: of the model's own alone, unless a method trains auxiliary ones.
+
+        `views` are the iteration's, for a method that has other labelled images in them (`Views.labelled`); None before
+        the method joins, as in a warm-up.
+        """
         return criterion(logits_of(outputs), target)
 
     def update(self, model: nn.Module, batch: Batch) -> None:

@@ -52,7 +52,9 @@ class URPC(Method):
         distance = (p - c).square().sum(dim=2).flatten(1)
         return ((weight * distance).sum(dim=1) / weight.sum(dim=1) + divergence.mean(dim=1)).mean()
 
-    def labelled_loss(self, criterion: Criterion, outputs: Outputs, target: Tensor) -> Tensor:
+    def labelled_loss(
+        self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
+    ) -> Tensor:
         """`criterion` of labelled images' logits, mean over the scales.
 
         Raises:

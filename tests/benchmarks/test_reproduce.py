@@ -119,6 +119,11 @@ def test_names_say_what_is_run(lab: SimpleNamespace) -> None:
     assert changed.name == "acdc_1pct_study_gapmatch_eps0.2_alpha2_seed1"
     still = cell("ACDC", "study", gapmatch, 1, 1, {"freeze_statistics": False, "aligned": "predictions"})
     assert still.name == "acdc_1pct_study_gapmatch_aligned_predictions_no_freeze_statistics_seed1"
+    vat = cell("ACDC", "study", ("vat", False), 1, 0, {"options": {"xi": 0.01, "radius": 6 / 256}})
+    assert vat.name == "acdc_1pct_study_vat_xi0.01_seed0"
+    assert vat.recipe.all_options["xi"] == 0.01
+    with pytest.raises(TypeError, match="radius"):
+        cell("ACDC", "study", ("vat", False), 1, 0, {"radius": 0.05})
 
 
 def test_a_change_to_the_default_is_no_change(lab: SimpleNamespace) -> None:
@@ -506,6 +511,8 @@ def test_a_field_that_a_record_lacks_had_its_default(lab: SimpleNamespace, here:
         (lab.grid.cell("ACDC", "study", lab.grid.FIXMATCH, 1, 0, {"warm_up": 1}), "warm_up", "stale"),
         (_supervised(lab, aligned="predictions"), "aligned", "done"),  # means nothing without GAP
         (lab.grid.cell("ACDC", "study", lab.grid.GAPMATCH, 1, 0, {"aligned": "predictions"}), "aligned", "stale"),
+        (lab.grid.cell("ACDC", "study", ("vat", False), 1, 0), "options", "done"),
+        (lab.grid.cell("ACDC", "study", ("vat", False), 1, 0, {"options": {"xi": 0.01}}), "options", "stale"),
     ):
         record = _record(cell)
         del record["recipe"][field]

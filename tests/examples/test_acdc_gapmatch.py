@@ -126,11 +126,27 @@ def test_options_go_to_the_methods_that_have_them(data: Path, tmp_path: Path) ->
     asked = ["--method", "vat", "ict+gap", "em", "--option", "radius=0.05", "decay=0.9"]
     assert _run(data, out, "--iterations", "1", *asked) == 0
     recipes = {run: json.loads((out / run / "result.json").read_text())["recipe"] for run in ("vat", "ict+gap", "em")}
-    assert recipes["vat"]["options"] == {"radius": 0.05}
-    assert recipes["ict+gap"]["options"] == {"decay": 0.9}
-    assert "options" not in recipes["em"]  # as in results from before there were any
-    assert _run(data, out, "--iterations", "1", *asked, "--resume") == 0
-    assert _run(data, out, "--iterations", "1", *asked[:-2], "radius=0.06", "decay=0.9", "--resume") == 2
+    assert recipes["vat"]["options"] == {"radius": 0.05, "xi": 10 / 256, "iterations": 1}
+    assert recipes["ict+gap"]["options"] == {"beta": 0.1, "decay": 0.9}
+    assert recipes["em"]["options"] == {}
+
+
+@pytest.mark.parametrize(
+    ("made_with", "resumed_with", "status"),
+    [
+        (["radius=0.05"], ["radius=0.05"], 0),
+        (["radius=0.05"], ["radius=0.06"], 2),
+        (["radius=0.05"], [], 2),
+        ([], ["radius=0.05"], 2),
+        ([], ["radius=0.0234375"], 0),  # the default
+        (["radius=0.05", "--option", "xi=0.01"], ["xi=0.01", "radius=0.05"], 0),  # no flag hides another
+    ],
+)
+def test_a_run_goes_on_with_its_own_options_alone(made_with, resumed_with, status: int, data: Path, tmp_path: Path):
+    command = ["--iterations", "1", "--method", "vat"]
+    first, second = (["--option", *options] if options else [] for options in (made_with, resumed_with))
+    assert _run(data, tmp_path / "out", *command, *first) == 0
+    assert _run(data, tmp_path / "out", *command, *second, "--resume") == status
 
 
 def test_resume_repeats_a_finished_job_without_training(
@@ -316,7 +332,8 @@ def test_bad_data_is_one_line_before_any_training(
             "there is no 'radios' here. Options of vat: radius, xi, iterations; em: none",
         ),
         (["--method", "vat", "--option", "radius=far"], "'far' is not a value of radius, float"),
-        (["--method", "vat", "--option", "radius"], "'' is not a value of radius, float"),
+        (["--method", "vat", "--option", "radius"], "--option radius: must be NAME=VALUE"),
+        (["--method", "vat", "--option", "radius="], "'' is not a value of radius, float"),
         (["--method", "ict", "--option", "beta=-1"], "--option of ict: beta must be between"),
         (["--method", "vat", "--option", "radius=1", "radius=2"], "radius: is given twice"),
     ],
@@ -326,6 +343,12 @@ def test_bad_arguments_are_one_line(
 ) -> None:
     assert _run(data, tmp_path / "out", *arguments) == 2
     _assert_one_line(capsys, telling)
+
+
+@pytest.mark.parametrize("lacks", [{"write_phantom": None}, {"presets": {"paper": {}, "cpu": {}}}])
+def test_a_data_set_without_a_phantom_needs_its_data(lacks: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(replace(acdc_gapmatch.ACDC, **lacks), "", []) == 2
+    _assert_one_line(capsys, "--data: ACDC has no phantom")
 
 
 @pytest.mark.parametrize("option", [["--labelled", "5"], ["--preset", "paper"]])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from segmentation.errors import OldRunError
+from segmentation.methods import TABLE
 from segmentation.recipe import Recipe
 
 Identity = dict[str, Any]
@@ -44,6 +45,7 @@ def require_same(path: Path, theirs: Any, ours: Identity) -> None:
     """Raise OldRunError, naming the first difference, unless the checkpoint at `path` is of this very run."""
     if not isinstance(theirs, Mapping):
         raise OldRunError(f"{path}: does not say which run it is of", "choose another --out")
+    theirs = {"options": TABLE[ours["method"]].options, **theirs}  # from before there were any
     for key, value in ours.items():
         found = theirs.get(key)
         if found != value:

@@ -101,7 +101,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = Average(self.model, recipe.average_decay)
         self.weak = task.weak()
-        self.method = methods.build(recipe.method, self._setting(), recipe.options)
+        self.method = methods.build(recipe.method, self._setting(), recipe.all_options)
 
     def step(self, iteration: int) -> dict[str, Tensor]:
         """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device."""
@@ -124,10 +124,12 @@ class Trainer:
         labels = labels.long()
         batch = Batch(inputs.unlabelled, images, labels, iteration / self.recipe.iterations)
         warm = iteration >= self.recipe.warm_up
-        values = self._consistency(method, batch) if method is not None and warm else {}
+        views = method.prepare(self.joint, batch) if method is not None and warm else None
+        values = self._consistency(method, batch, views) if method is not None and views and views.inputs else {}
 
-        criterion = ce_dice_loss if method is None else partial(method.labelled_loss, ce_dice_loss)
-        loss = criterion(self.joint(images), labels)
+        outputs = self.joint(images if views is None or views.labelled is None else views.labelled)
+        criterion = ce_dice_loss if method is None else partial(method.labelled_loss, ce_dice_loss, views=views)
+        loss = criterion(outputs, labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -138,11 +140,10 @@ class Trainer:
             self.average.update(self.model)
         return {"loss_labelled": loss.detach(), **values}
 
-    def _consistency(self, method: Method, batch: Batch) -> dict[str, Tensor]:
+    def _consistency(self, method: Method, batch: Batch, views: Views) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
         model, optimizer = self.joint, self.optimizer
         weight = self.recipe.weight * method.weight(batch.progress)
-        views = method.prepare(model, batch)
         rng = RNGState.now([self.device] if self.device.type == "cuda" else []) if self.recipe.replay_dropout else None
         outputs = tuple(model(images) for images in views.inputs)
         loss = weight * method.compare(outputs, views)

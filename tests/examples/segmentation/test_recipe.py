@@ -4,7 +4,9 @@ import pytest
 
 import acdc_gapmatch
 import la_gapmatch
+from gap_torch.consistency import MixUp
 from segmentation.errors import InputError
+from segmentation.methods import TABLE, Entry, Setting, parsed
 from segmentation.recipe import METHODS, RUNS, Recipe, method_of
 from segmentation.task import Task
 
@@ -53,6 +55,38 @@ def test_a_warm_up_is_of_all_methods() -> None:
 def test_an_unknown_word_is_answered_with_the_known_ones() -> None:
     with pytest.raises(InputError, match="aligned must be one of targets, predictions, not 'prediction'"):
         Recipe(aligned="prediction")  # type: ignore[arg-type]
+
+
+def test_options_have_one_form() -> None:
+    vat = Recipe(method="vat", gap=False, options={"xi": 0.01, "radius": 6 / 256})
+    assert vat == Recipe(method="vat", gap=False, options=(("xi", 0.01),))
+    assert vat != Recipe(method="vat", gap=False)
+    assert hash(vat) != hash(Recipe(method="vat", gap=False))
+    assert vat.to_dict()["options"] == {"radius": 6 / 256, "xi": 0.01, "iterations": 1}
+    assert Recipe(**vat.to_dict()) == vat
+    with pytest.raises(InputError, match="options: vat has no 'beta'; its options: radius, xi, iterations"):
+        Recipe(method="vat", options={"beta": 0.1})
+
+
+def test_options_are_read_by_the_type_of_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(s: Setting, *, detach: bool = True, head: str = "small", steps: int = 2) -> MixUp:
+        return MixUp(s.weak)
+
+    monkeypatch.setitem(TABLE, "new", Entry("New", built, (0, 1)))
+    assert parsed("new", {"detach": "false", "head": "large", "radius": "1"}) == {"detach": False, "head": "large"}
+    for bad in ({"detach": "0"}, {"steps": "2.5"}):
+        with pytest.raises(InputError, match="is not a value of"):
+            parsed("new", bad)
+    with pytest.raises(InputError, match="--option of vat: radius must"):
+        parsed("vat", {"radius": "-1"})
+
+
+def test_a_default_that_no_text_can_become_is_refused() -> None:
+    def built(s: Setting, *, sizes: tuple[int, ...] = (1, 2)) -> MixUp:
+        raise AssertionError
+
+    with pytest.raises(TypeError, match="option sizes must have"):
+        Entry("New", built, (0, 1))
 
 
 def test_names_and_back() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from acdc_gapmatch import ACDC
+from gap_torch.consistency import Batch, Method, Views
 from gap_torch.losses import ce_dice_loss
 from gap_torch.reference import algorithm_1
 from segmentation import methods
@@ -233,6 +234,37 @@ def test_a_methods_weight_grows_with_the_progress(slices, tiny_recipe: Recipe, m
     assert ramped.step(0)["loss_unlabelled"] == plain[0] / 4
     ramped.step(1)
     assert seen == [0, 1 / tiny_recipe.iterations]
+
+
+class Mixture(Method):
+    """Adds the unlabelled images to the labelled ones, and has no loss of its own but at theta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Views | None] = []
+
+    def prepare(self, model: torch.nn.Module, batch: Batch) -> Views:
+        return Views((), fixed={"share": 0.5}, labelled=(batch.labelled + batch.unlabelled) / 2)
+
+    def compare(self, outputs, views):
+        raise AssertionError
+
+    def labelled_loss(self, criterion, outputs, target, views=None):
+        self.seen.append(views)
+        return criterion(outputs, target) * (1 if views is None else views.fixed["share"])
+
+
+def test_a_method_may_replace_the_labelled_images_and_have_no_inputs(slices, tiny_recipe: Recipe) -> None:
+    recipe = replace(tiny_recipe, warm_up=1)
+    trainer = _trainer(recipe, slices)
+    trainer.method, shown = Mixture(), []
+    trainer.model.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
+    for iteration in range(2):
+        assert trainer.step(iteration).keys() == {"loss_labelled"}
+    warm, views = trainer.method.seen
+    assert warm is None
+    assert len(shown) == 2
+    assert shown[1] is views.labelled
 
 
 def test_a_teacher_follows_and_is_not_trained(slices, tiny_recipe: Recipe) -> None:
