@@ -133,11 +133,11 @@ def save_plot(figure: Figure, path: Path) -> None:
 # ---------------------------------------------------------------- time
 
 
-Task = Callable[[Callable[[], float]], float]
+Timed = Callable[[Callable[[], float]], float]
 """Gets a clock, and returns the seconds that it counts."""
 
 
-def interleaved(tasks: Mapping[str, Task], device: str, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+def interleaved(tasks: Mapping[str, Timed], device: str, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each task in each round. All take turns, so that a busy moment of the machine hits all alike."""
     clock = _clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
@@ -149,7 +149,7 @@ def interleaved(tasks: Mapping[str, Task], device: str, rounds: int, warm_up: in
     return seconds
 
 
-def whole(call: Callable[[], object]) -> Task:
+def whole(call: Callable[[], object]) -> Timed:
     """`call` as a task that counts all of it."""
 
     def task(clock: Callable[[], float]) -> float:

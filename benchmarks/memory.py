@@ -32,7 +32,7 @@ from benchmarks.common import (
     write_results,
 )
 from benchmarks.overhead import SETS
-from benchmarks.peers import methods
+from benchmarks.peers import contestants
 
 MARK = "the steps"
 QUESTION = "Extra peak memory of two times first_step, a backward and second_step, in copies of the parameters"
@@ -78,7 +78,7 @@ def _size(params: list[nn.Parameter]) -> int:
 def measure(name: str, device: str, dtype: str, shrink: int) -> list[dict[str, Any]]:
     rows = []
     shapes = shrunk(SETS[name](), shrink)
-    for label, method in methods().items():
+    for label, method in contestants().items():
         extra, size = extra_bytes(method, shapes, device, getattr(torch, dtype))
         row = {"method": label, "parameters": name, "dtype": dtype, "millions": numel(shapes) / 1e6}
         rows.append({**row, "extra copies": extra / size})

@@ -21,7 +21,7 @@ from benchmarks.common import (
     FIGURES,
     RESULTS,
     Shapes,
-    Task,
+    Timed,
     device_kind,
     equal,
     grouped_bars,
@@ -40,7 +40,7 @@ from benchmarks.common import (
     vnet,
     write_results,
 )
-from benchmarks.peers import methods
+from benchmarks.peers import contestants
 
 QUESTION = "Seconds of first_step + second_step, and over the floor of 7 parameter-sized transfers"
 TRANSFERS = 7
@@ -69,7 +69,7 @@ def measure(
     flat = torch.randn(numel(shapes), device=device).to(dtype)
     other = torch.empty_like(flat)
 
-    def task(make_method: Any) -> Task:
+    def task(make_method: Any) -> Timed:
         params = shared or make(shapes, device, dtype)
         method = make_method(params)
         theta = [p.detach()[:1].clone() for p in params]
@@ -124,7 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    chosen = methods(arguments.compiled)
+    chosen = contestants(arguments.compiled)
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
         for name in arguments.sets:

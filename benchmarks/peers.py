@@ -147,7 +147,7 @@ class NaiveAlgorithm1:
         self.theta, self.g1 = [], []
 
 
-METHODS = {
+PEERS = {
     "gap-torch": Ours,
     "pytorch_optimizer.SAM": PytorchOptimizerSAM,
     "plain SAM": PlainSAM,
@@ -155,9 +155,9 @@ METHODS = {
 }
 
 
-def methods(compiled: bool = False) -> dict[str, Any]:
+def contestants(compiled: bool = False) -> dict[str, Any]:
     """What is worth a row, with our compiled path if wanted."""
     ours: dict[str, Any] = {"gap-torch": Ours}
     if compiled:
         ours["gap-torch compiled"] = OursCompiled
-    return {**ours, **METHODS}
+    return {**ours, **PEERS}

@@ -32,7 +32,7 @@ from benchmarks.common import (
     write_results,
 )
 from benchmarks.overhead import TRANSFERS, measure
-from benchmarks.peers import methods
+from benchmarks.peers import contestants
 from gap_torch import GAPWrapper
 from presentation.palette import COLOURS, MARKERS
 
@@ -53,7 +53,7 @@ def over_tensors(total: int, device: str, repetitions: int) -> list[dict[str, An
 
 
 def _point(parameters: int, tensors: int, device: str, repetitions: int) -> dict[str, Any]:
-    chosen = methods()
+    chosen = contestants()
     seconds = measure(equal(parameters, tensors), device, torch.float32, repetitions, chosen)
     floor = TRANSFERS / 2 * seconds["copy"]["min"] * 1e3
     taken = {f"{method} ms": seconds[method]["min"] * 1e3 for method in chosen}

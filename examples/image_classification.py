@@ -33,7 +33,7 @@ from segmentation.errors import InputError
 from segmentation.printing import show_every_character
 from segmentation.ranks import usable_device
 
-METHODS = {"supervised": "Supervised", "fixmatch": "FixMatch", "gapmatch": "GapMatch"}
+LABELS = {"supervised": "Supervised", "fixmatch": "FixMatch", "gapmatch": "GapMatch"}
 GROUP = 8  # images that share a draw of the augmentations: one an image would take longer than the network
 POINTS = 20  # of a curve
 
@@ -133,7 +133,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--data", type=Path, help="folder of cifar-10-batches-py (default: data, if it is there)")
     parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--method", nargs="+", choices=LABELS, default=[*LABELS])
     parser.add_argument("--gap", action=argparse.BooleanOptionalAction, default=True, help="--no-gap: no GapMatch")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ..., mps or xpu (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/classification"))
@@ -143,7 +143,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    methods = [name for name in METHODS if name in arguments.method and (arguments.gap or name != "gapmatch")]
+    methods = [name for name in LABELS if name in arguments.method and (arguments.gap or name != "gapmatch")]
     if not methods:
         raise InputError("--no-gap: leaves none of the methods of --method")
     given = {f.name: getattr(arguments, f.name) for f in fields(Settings) if getattr(arguments, f.name) is not None}
@@ -158,8 +158,8 @@ def run(arguments: argparse.Namespace) -> None:
         for name in methods:
             torch.manual_seed(settings.seed)
             model = (cifar_network if real else small_network)().to(device)
-            task = progress.add_task(METHODS[name], total=settings.iterations)
-            runs[METHODS[name]] = train(name, model, data, settings, partial(progress.advance, task))
+            task = progress.add_task(LABELS[name], total=settings.iterations)
+            runs[LABELS[name]] = train(name, model, data, settings, partial(progress.advance, task))
     title = f"{data.name}, {settings.labels} labels, seed {settings.seed}"
     save_logs(arguments.out, runs)
     save_curves(arguments.out / "curves.png", runs, title)

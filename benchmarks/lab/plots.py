@@ -19,7 +19,7 @@ from presentation.palette import COLOURS, MARKERS, METHOD_COLOURS
 from segmentation.recipe import Run
 
 GAINING = ("fixmatch", "flexmatch", "freematch", *grid.INSTANCE_PERTURBATIONS)
-METHODS: tuple[Run, ...] = (SUPERVISED, FIXMATCH, GAPMATCH)
+SHOWN: tuple[Run, ...] = (SUPERVISED, FIXMATCH, GAPMATCH)
 CAPTIONS = {
     "gain_by_method": "What GAP adds to the test Dice on ACDC, by method and labelled share: a dot a seed, a line for "
     "their mean, the paper's gain as a diamond; † and ‡ as in the tables.",
@@ -85,13 +85,13 @@ def _marks(found: Found, presets: Iterable[str], method: str, share: int) -> str
 def dice_over_share(found: Found) -> Figure | None:
     """A panel a data set and preset."""
     wanted = dict.fromkeys((batch.data_set, batch.preset) for batch in grid.BLOCKS if batch.group == "table 1")
-    scores = {key: {method: _dice_by_share(found, *key, method) for method in METHODS} for key in wanted}
+    scores = {key: {method: _dice_by_share(found, *key, method) for method in SHOWN} for key in wanted}
     shown = [key for key, methods in scores.items() if any(dice for of in methods.values() for dice in of.values())]
     if not shown:
         return None
     figure, panels = _panels([f"{data_set}, {_scale(preset)}" for data_set, preset in shown], height=4.0)
     for axes, key in zip(panels, shown, strict=True):
-        for method, colour, marker in zip(METHODS, METHOD_COLOURS, MARKERS, strict=False):
+        for method, colour, marker in zip(SHOWN, METHOD_COLOURS, MARKERS, strict=False):
             _line(axes, scores[key][method], colour, marker, title(method))
             if published := PUBLISHED[key[0]].get(method):
                 axes.plot([*published], [dice for dice, _ in published.values()], "--", color=colour, linewidth=1)

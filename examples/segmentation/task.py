@@ -42,7 +42,7 @@ class Pool(Protocol):
         """The same images and their labels (B, *size); of labelled samples alone."""
 
 
-class Augmentation(Protocol):
+class WeakAugmentation(Protocol):
     """A weak view: geometry."""
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def weak(self) -> Augmentation:
+    def weak(self) -> WeakAugmentation:
         """The weak augmentation."""
 
     @abstractmethod

@@ -108,7 +108,7 @@ class Trainer:
         return self.compute(self.inputs(iteration))
 
     def inputs(self, iteration: int) -> Inputs:
-        """What the host decides: samples, crops, the learning rate, and the seed of all else that is random."""
+        """What the host decides, the same for all methods: samples, crops, the learning rate, the seed of all else."""
         recipe = self.recipe
         inputs = Inputs(*self.labelled_batch(iteration), self.unlabelled_batch(iteration), iteration)
         for group in self.optimizer.param_groups:
