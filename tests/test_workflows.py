@@ -1,5 +1,6 @@
 """The workflows can't run here; what would break one unseen, or give it more rights than it needs, is looked up."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ def test_what_a_command_names_exists(name: str) -> None:
     extras = [extra for word in words for found in re.findall(r'"\.\[(.*)\]"', word) for extra in found.split(",")]
     assert [path for path in paths if not (ROOT / path).is_file()] == []
     assert [extra for extra in extras if f"\n{extra} = [" not in PYPROJECT] == []
+
+
+def test_what_is_run_by_its_name_is_executable() -> None:
+    """Of what begins a line; others are given to `python`."""
+    lines = [line for name in WORKFLOWS for command in _commands(name) for line in command.splitlines()]
+    scripts = {line.split()[0] for line in lines if line.startswith(".ci/")}
+    assert scripts == {".ci/run"}
+    assert [script for script in scripts if not os.access(ROOT / script, os.X_OK)] == []
 
 
 @every_workflow

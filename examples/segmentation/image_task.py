@@ -11,6 +11,7 @@ from torch import nn
 from segmentation.data import photos
 from segmentation.data.files import Volume
 from segmentation.data.slices import Slices, require_foreground
+from segmentation.errors import InputError
 from segmentation.figures.slices import save_predictions
 from segmentation.recipe import Recipe
 from segmentation.scoring.slicewise import predict_image, segment_image
@@ -24,6 +25,10 @@ class ImageTask(SliceTask):
 
     channels: int = 3
     patient: Callable[[str], str] = str
+
+    def __post_init__(self) -> None:
+        if self.channels not in photos.MODES:
+            raise InputError(f"{self.name}: channels must be 1 (grey) or 3 (colours), got {self.channels}")
 
     def training_path(self, root: Path, name: str) -> Path:
         return photos.photo_path(root, name)

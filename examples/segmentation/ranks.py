@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,6 +23,10 @@ S = TypeVar("S")
 T = TypeVar("T")
 P = ParamSpec("P")
 
+PATIENCE = timedelta(days=1)
+"""How long a rank waits for another. By default half an hour over gloo, which rank 0 may need to draw pictures of large
+volumes; where one dies, torchrun ends the others."""
+
 
 @contextmanager
 def joined() -> Iterator[None]:
@@ -31,7 +36,7 @@ def joined() -> Iterator[None]:
         return
     # Objects and flags go over gloo even where gradients go over NCCL, so that asking for one does not wait for a GPU.
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE)
     with _silent_but_for_main():
         yield
     # Not after an exception: NCCL would wait for the other ranks, and nobody would see what has happened.

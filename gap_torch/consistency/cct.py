@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import SoftLoss, mean_squared
-from .method import Augmentation, Batch, Method, Outputs, Views, auxiliary_logits
+from .method import Augmentation, Batch, Method, Outputs, Views, auxiliary_logits, only, unlabelled_of
 from .targets import Mode, check_mode, probabilities
 
 
@@ -31,7 +31,7 @@ class CCT(Method):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """Weak views of the unlabelled images, and the main decoder's probabilities for them."""
-        weak = self.weak(batch.unlabelled)
+        weak = self.weak(unlabelled_of(batch))
         return Views((weak,), probabilities(model, weak, self.mode))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
@@ -40,4 +40,4 @@ class CCT(Method):
         Raises:
             ValueError: `outputs` has no auxiliary logits.
         """
-        return torch.stack([self.criterion(logits, views.target) for logits in auxiliary_logits(outputs[0])]).mean()
+        return torch.stack([self.criterion(logits, views.target) for logits in auxiliary_logits(only(outputs))]).mean()

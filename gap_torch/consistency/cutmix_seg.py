@@ -5,7 +5,7 @@ from torch import nn
 
 from ..losses import MaskedLoss, ce_dice_loss
 from .cutmix import CutMix
-from .method import Augmentation, Batch, Views
+from .method import Augmentation, Batch, Views, unlabelled_of
 from .pseudo_label import PseudoLabel
 from .targets import Mode
 from .teacher import Teacher
@@ -47,7 +47,7 @@ class CutMixSeg(PseudoLabel):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """The weak view of the unlabelled images and its pseudo-labels, with the same boxes in all of them."""
-        weak = self.weak(batch.unlabelled)
+        weak = self.weak(unlabelled_of(batch))
         labels = self.labels(model if self.teacher is None else self.teacher, weak)
         mixed, pseudo_label, confident = self.cutmix(weak, *labels)
         return Views((mixed,), pseudo_label, confident)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import at_least_float32, check_classes
-from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of, only, unlabelled_of
 
 
 class EntropyMinimisation(Method):
@@ -23,7 +23,7 @@ class EntropyMinimisation(Method):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """The weak view of the unlabelled images."""
-        return Views((self.weak(batch.unlabelled),))
+        return Views((self.weak(unlabelled_of(batch)),))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """-sum p log p / log K, mean over pixels: from 0 where the model is certain to 1 where all K are as likely.
@@ -31,6 +31,6 @@ class EntropyMinimisation(Method):
         Raises:
             ValueError: logits of one class, whose entropy is always 0.
         """
-        logits = check_classes(logits_of(outputs[0]))
+        logits = check_classes(logits_of(only(outputs)))
         log_p = at_least_float32(logits).log_softmax(dim=1)
         return -(log_p.exp() * log_p).sum(dim=1).mean() / math.log(logits.shape[1])

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..losses import MaskedLoss, ce_dice_loss
 from .cutmix import CutMix
-from .method import Augmentation, Batch, Views
+from .method import Augmentation, Batch, Views, unlabelled_of
 from .pseudo_label import PseudoLabel
 from .targets import Mode
 from .thresholds import Threshold
@@ -45,7 +45,7 @@ class FixMatch(PseudoLabel):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """The strong view of the unlabelled images and the weak view's pseudo-labels (equations 4 and 5)."""
-        weak = self.weak(batch.unlabelled)
+        weak = self.weak(unlabelled_of(batch))
         pseudo_label, confident = self.labels(model, weak)
         strong = self.strong(weak)
         if self.cutmix is not None:

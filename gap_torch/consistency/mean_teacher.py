@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import SoftLoss, mean_squared
-from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of, only, unlabelled_of
 from .targets import Mode, check_mode, probabilities
 from .teacher import Teacher
 
@@ -46,13 +46,13 @@ class MeanTeacher(Method):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """Noisy weak views of the unlabelled images, and the teacher's probabilities for the clean ones."""
-        weak = self.weak(batch.unlabelled)
+        weak = self.weak(unlabelled_of(batch))
         noise = self.noise * torch.randn_like(weak).clamp(-2, 2)
         return Views((weak + noise,), probabilities(self.teacher, weak, self.mode))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """`loss` between the student's prediction and the teacher's."""
-        return self.criterion(logits_of(outputs[0]), views.target)
+        return self.criterion(logits_of(only(outputs)), views.target)
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         """The teacher follows `model`."""

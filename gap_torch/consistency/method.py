@@ -88,6 +88,35 @@ class Method(nn.Module, ABC):
         """To be called after each optimizer step; a teacher follows `model` here."""
 
 
+def unlabelled_of(batch: Batch) -> Tensor:
+    """The unlabelled images of `batch`.
+
+    Raises:
+        TypeError: it is no `Batch`; a tensor would be what `prepare` took before there were batches.
+    """
+    if not isinstance(batch, Batch):
+        raise TypeError(f"prepare takes a Batch, got {type(batch).__name__}; write Batch(unlabelled).")
+    return batch.unlabelled
+
+
+def only(outputs: tuple[Outputs, ...]) -> Outputs:
+    """What the model made of the one view of a method that has no other.
+
+    Raises:
+        TypeError: `outputs` is no tuple or list, or has not one entry. A tensor's first sample, or the logits before
+            auxiliary ones, would give a number all the same, and a wrong one.
+    """
+    got = type(outputs).__name__
+    if isinstance(outputs, (tuple, list)):
+        if len(outputs) == 1:
+            return outputs[0]
+        got += f" of {len(outputs)}"
+    raise TypeError(
+        "compare takes a tuple, what the model made of each of views.inputs, here of one, got a "
+        f"{got}; write compare((outputs,), views), or loss(model, views)."
+    )
+
+
 def all_logits(outputs: Outputs) -> tuple[Tensor, ...]:
     """The model's own logits and the auxiliary ones behind them.
 

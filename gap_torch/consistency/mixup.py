@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import SoftLoss, mean_squared
-from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of, only, unlabelled_of
 from .targets import Mode, check_mode, probabilities
 
 
@@ -41,14 +41,14 @@ class MixUp(Method):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """Mixes of the weak view of the unlabelled images, and of its predictions."""
-        weak = self.weak(batch.unlabelled)
+        weak = self.weak(unlabelled_of(batch))
         targets = probabilities(model, weak, self.mode)
         images, mixed_targets = mixed(self.beta, weak, targets, generator=self.generator)
         return Views((images,), mixed_targets)
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """The loss between the prediction on the mix and the mix of predictions."""
-        return self.criterion(logits_of(outputs[0]), views.target)
+        return self.criterion(logits_of(only(outputs)), views.target)
 
 
 def mixed(beta: float, *tensors: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import MaskedLoss, ce_dice_loss
-from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of, only, unlabelled_of
 from .targets import Mode, check_mode, probabilities
 from .thresholds import Threshold, as_threshold
 
@@ -39,7 +39,7 @@ class PseudoLabel(Method):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """The weak view of the unlabelled images and its pseudo-labels."""
-        weak = self.weak(batch.unlabelled)
+        weak = self.weak(unlabelled_of(batch))
         return Views((weak,), *self.labels(model, weak))
 
     def labels(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,4 +49,4 @@ class PseudoLabel(Method):
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """The loss between the prediction on the view and its pseudo-labels."""
-        return self.criterion(logits_of(outputs[0]), views.target, views.mask)
+        return self.criterion(logits_of(only(outputs)), views.target, views.mask)

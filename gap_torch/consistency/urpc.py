@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import Criterion, at_least_float32, check_classes
-from .method import Augmentation, Batch, Method, Outputs, Views, auxiliary_logits, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, auxiliary_logits, logits_of, only, unlabelled_of
 
 
 class URPC(Method):
@@ -35,7 +35,7 @@ class URPC(Method):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """Weak views of the unlabelled images; the targets come with the predictions."""
-        return Views((self.weak(batch.unlabelled),))
+        return Views((self.weak(unlabelled_of(batch)),))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """The disagreement of the scales.
@@ -43,7 +43,7 @@ class URPC(Method):
         Raises:
             ValueError: `outputs` has one scale alone, or logits of one class.
         """
-        scales = [at_least_float32(check_classes(logits)) for logits in _scales(outputs[0])]
+        scales = [at_least_float32(check_classes(logits)) for logits in _scales(only(outputs))]
         log_p = torch.stack([logits.log_softmax(dim=1) for logits in scales])
         log_c = log_p.logsumexp(dim=0) - math.log(len(log_p))
         p, c = log_p.exp(), log_c.exp()

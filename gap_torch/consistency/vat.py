@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..batchnorm import frozen_running_stats
 from ..losses import at_least_float32
 from .divergence import kl_divergence
-from .method import Augmentation, Batch, Method, Outputs, Views, logits_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of, only, unlabelled_of
 from .targets import Mode, check_mode, in_mode, probabilities
 from .thresholds import Threshold, as_threshold
 
@@ -63,7 +63,7 @@ class VAT(Method):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """u + r_adv for the weak views u of the unlabelled images, and the probabilities f(u)."""
-        u = self.weak(batch.unlabelled)
+        u = self.weak(unlabelled_of(batch))
         target = probabilities(model, u, self.mode)
         confident = None if self.threshold is None else self.threshold(target)
         adversarial = u + self.radius * self._worst_direction(model, u, target)
@@ -71,7 +71,7 @@ class VAT(Method):
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """Mean over the pixels of KL(f(u) || f(u + r_adv))."""
-        each = kl_divergence(logits_of(outputs[0]), views.target)
+        each = kl_divergence(logits_of(only(outputs)), views.target)
         return each.mean() if views.mask is None else torch.where(views.mask, each, 0.0).mean()
 
     def _worst_direction(self, model: nn.Module, u: Tensor, target: Tensor) -> Tensor:

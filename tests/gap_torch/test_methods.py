@@ -193,6 +193,25 @@ def test_one_logit_is_refused(name: str, spatial: tuple[int, ...], classes: int)
         method.loss(model, method.prepare(model, Batch(images)))
 
 
+def test_a_tensor_in_place_of_a_batch_is_named(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = _problem(name, spatial, classes)
+    with pytest.raises(TypeError, match=r"got Tensor; write Batch\(unlabelled\)"):
+        method.prepare(model, images)
+
+
+def test_outputs_that_are_not_one_for_each_view_are_named(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    model, method, images = _problem(name, spatial, classes)
+    views = method.prepare(model, Batch(images))
+    outputs = tuple(model(images) for images in views.inputs)
+    wrong = {"a Tensor": outputs[0], "a tuple of 2": 2 * outputs, "a tuple of 0": ()}
+    if name in AUXILIARY:
+        wrong = {"a tuple of 3": outputs[0], "a Tensor": outputs[0][0]}
+    for got, given in wrong.items():
+        with pytest.raises(TypeError, match=rf"compare takes a tuple, .*, got {got};"):
+            method.compare(given, views)
+    assert torch.equal(method.compare(list(outputs), views), method.compare(outputs, views))
+
+
 @CUDA
 def test_nothing_waits_for_the_gpu(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = (x.to("cuda", torch.float32) for x in _problem(name, spatial, classes))

@@ -129,11 +129,11 @@ def test_scaling_every_gradient_by_a_power_of_two_changes_nothing(dtype, kernels
 @KERNELS
 @DTYPE
 @pytest.mark.parametrize("bad", [0.0, math.inf, -math.inf, math.nan])
-def test_without_a_finite_direction_nothing_moves(dtype, kernels, bad):
-    params = [torch.tensor([1.0, -0.0, 3.0], dtype=dtype), torch.ones(2, dtype=dtype)]
+def test_without_a_finite_direction_nothing_moves(dtype, kernels, device, bad):
+    params = [torch.tensor([1.0, -0.0, 3.0], dtype=dtype, device=device), torch.ones(2, dtype=dtype, device=device)]
     grads = [
-        torch.tensor([0.0, 0.0, bad], dtype=dtype),
-        torch.full((2,), 0.0 if bad == 0 else 1.0, dtype=dtype),
+        torch.tensor([0.0, 0.0, bad], dtype=dtype, device=device),
+        torch.full((2,), 0.0 if bad == 0 else 1.0, dtype=dtype, device=device),
     ]
     for p, moved in zip(params, copied(params, grads, 0.5, kernels), strict=True):
         assert torch.equal(p, moved)
@@ -161,10 +161,10 @@ def test_mixed_dtypes_of_parameter_and_gradient():
 
 @KERNELS
 @DTYPE
-def test_perturbing_is_seen_by_autograd(dtype, kernels):
-    param = torch.ones(3, dtype=dtype)
+def test_perturbing_is_seen_by_autograd(dtype, kernels, device):
+    param = torch.ones(3, dtype=dtype, device=device)
     version = param._version
-    kernels.perturb([param], [torch.ones_like(param)], torch.tensor(1.0), 0.5)
+    kernels.perturb([param], [torch.ones_like(param)], torch.tensor(1.0, device=device), 0.5)
     assert param._version > version
 
 

@@ -1,51 +1,59 @@
 """Photographs and their masks, an image file each.
 
-root/images/NAME.png (or .jpg, .jpeg)    a photograph, in colours or grey
+root/images/NAME.png (or .jpg, .jpeg)    a photograph, in colours or grey, of 8 bits; turned as its EXIF says
 root/masks/NAME.png                      where it counts as labelled: a class index a pixel; where there are two
                                          classes 255 is taken for 1
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image as Picture
+from PIL import ImageOps
 
 from segmentation.data.files import BAD_LABEL, Image, Label, class_indices
 from segmentation.data.slices import Slices, resize_nearest
 from segmentation.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-_MODES = {1: "L", 3: "RGB"}  # of Pillow
+MODES = {1: "L", 3: "RGB"}  # channels -> mode of Pillow
 
 
 def photo_path(root: str | Path, name: str) -> Path:
     """Where a photograph lies, by the first suffix that there is."""
-    paths = [Path(root) / "images" / f"{name}{suffix}" for suffix in SUFFIXES]
-    return next((path for path in paths if path.is_file()), paths[0])
+    return _first(Path(root) / "images", name, SUFFIXES)
 
 
 def mask_path(root: str | Path, name: str) -> Path:
     """Where its mask lies."""
-    return Path(root) / "masks" / f"{name}.png"
+    return _first(Path(root) / "masks", name, SUFFIXES[:1])
+
+
+def _first(folder: Path, name: str, suffixes: Sequence[str]) -> Path:
+    """The first file that there is, cameras' .JPG included; where there is none, the one that was looked for first."""
+    paths = [folder / f"{name}{case(suffix)}" for case in (str.lower, str.upper, str.title) for suffix in suffixes]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def read_photo(path: Path, channels: int) -> Image:
     """A photograph (channels, H, W), float32 in [0, 1]; colours become grey, or grey colours, as `channels` (1, 3) say.
 
-    Raises InputError where the file is missing or damaged.
+    Raises InputError where the file is missing, damaged, too large, or of more than 8 bits.
     """
-    pixels = _decoded(path, _MODES[channels]).astype(np.float32) / np.float32(255)
+    missing = f"each listed case needs a photograph, as {', '.join(SUFFIXES)}"
+    displayed = _decoded(path, missing, lambda picture: _displayed(path, picture, MODES[channels]))
+    pixels = displayed.astype(np.float32) / np.float32(255)
     return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
 
 
 def read_mask(path: Path, num_classes: int) -> Label:
     """A mask (H, W), uint8, one class index a pixel.
 
-    Raises InputError where the file is missing or damaged, or holds other numbers.
+    Raises InputError where the file is missing, damaged or too large, or holds other numbers.
     """
-    mask = _decoded(path)
+    mask = _decoded(path, "unlabelled training cases alone need no mask")
     if mask.ndim != 2:
         raise InputError(
             f"{path}: has {mask.shape[2]} channels where one class index a pixel was expected; {BAD_LABEL}"
@@ -92,12 +100,27 @@ def _resized(images: Sequence[Image], size: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.stack([[resize_nearest(channel, size) for channel in image] for image in images]))
 
 
-def _decoded(path: Path, mode: str | None = None) -> np.ndarray:
-    """(H, W) or (H, W, C), in Pillow's `mode` or the file's own."""
+def _displayed(path: Path, picture: Picture.Image, mode: str) -> Picture.Image:
+    """A photograph as viewers show it, in Pillow's `mode`."""
+    if picture.mode.startswith(("I", "F")):  # of 16 or 32 bits, which `convert` would clip at 255
+        raise InputError(f"{path}: grey of more than 8 bits (Pillow's mode {picture.mode}); save it as 8 bits")
+    # A camera held upright stores its photograph lying, with a note how to turn it. Masks are drawn on what is shown,
+    # and saved as it is: they are not turned.
+    return ImageOps.exif_transpose(picture).convert(mode)
+
+
+def _decoded(
+    path: Path, missing: str, change: Callable[[Picture.Image], Picture.Image] = lambda picture: picture
+) -> np.ndarray:
+    """(H, W) or (H, W, C), of what `change` makes of the picture; `missing` says what to do where there is no file."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; unlabelled training cases alone need no mask")
+        raise InputError(f"{path}: no such file; {missing}")
     try:
         with Picture.open(path) as picture:
-            return np.array(picture if mode is None else picture.convert(mode))
+            return np.array(change(picture))
+    except InputError:  # a ValueError too
+        raise
+    except Picture.DecompressionBombError:
+        raise InputError(f"{path}: has more pixels than Pillow will open; make it smaller") from None
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damage, by its place
         raise InputError(f"{path}: not a readable image ({type(error).__name__}); save it again") from None

@@ -27,7 +27,11 @@ class Parts:
 
 
 class Attachment(nn.Module, ABC):
-    """Made of a network's `Parts`; what it returns comes behind the network's own logits."""
+    """Made of a network's `Parts`; what it returns comes behind the network's own logits.
+
+    Each of its parameters must reach one of its outputs: for those that do not, DistributedDataParallel would wait in
+    vain, and the gradients of several ranks would be wrong.
+    """
 
     @abstractmethod
     def forward(self, image: Tensor, features: Sequence[Tensor], levels: Sequence[Tensor]) -> tuple[Tensor, ...]:

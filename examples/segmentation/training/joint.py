@@ -8,6 +8,7 @@ gradient.
 
 import copy
 import warnings
+from math import prod
 from typing import Any
 
 import torch
@@ -73,9 +74,9 @@ class Joint(nn.Module):
             return _Gather.apply(at_least_float32(outputs))
         # As one tensor: then every parameter gets a gradient, zeros where the loss leaves some of them out, for which
         # DistributedDataParallel would wait in vain.
-        rows = [at_least_float32(output).flatten(1) for output in outputs]
+        rows = [at_least_float32(output).reshape(len(output), prod(output.shape[1:])) for output in outputs]
         parts = _Gather.apply(torch.cat(rows, dim=1)).split([part.shape[1] for part in rows], dim=1)
-        return tuple(part.unflatten(1, output.shape[1:]) for part, output in zip(parts, outputs, strict=True))
+        return tuple(part.reshape(len(part), *output.shape[1:]) for part, output in zip(parts, outputs, strict=True))
 
 
 class _Share(torch.autograd.Function):

@@ -133,6 +133,7 @@ def _worker(rank: int, slices, volumes: list[Volume], half_done: Path, folder: P
         "norms": {name: _norm(name) for name in NORMS},
         "masked": {name: _masked(name) for name in MASKED},
         "gathered": _gathered_gradient(),
+        "outputs": _several_outputs(),
         "adversarial": {mode: _adversarial(mode) for mode in get_args(Mode)},
         "steps": {name: _steps(name, slices) for name in RECIPES},
         "float32": _float32_step(slices),
@@ -195,6 +196,28 @@ def _gathered_gradient() -> list[Tensor]:
     rows = _Gather.apply(own)
     (rows * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
     return [rows.detach(), own.grad]
+
+
+class _SeveralOutputs(nn.Module):
+    """A number, a vector, nothing and a map for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.layer(x)
+        return y, y.sum(1), y[:, :0], y[:, :0].unflatten(1, (2, 0)), y.unflatten(1, (2, 2))
+
+
+def _several_outputs() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    network = _SeveralOutputs()
+    model = joint(network)  # lives until the gradients are those of all ranks
+    outputs = model(torch.randn(4, 3))
+    torch.stack([output.square().sum() * (1 + place) for place, output in enumerate(outputs)]).sum().backward()
+    gradient = {f"gradient of {name}": p.grad for name, p in network.named_parameters()}
+    return {**{str(place): output.detach() for place, output in enumerate(outputs)}, **gradient}
 
 
 def _adversarial(mode: Mode) -> dict[str, Tensor]:
@@ -370,6 +393,12 @@ def test_gathered_rows_and_their_gradient(both) -> None:
         rows, gradient = both[rank]["gathered"]
         assert rows.tolist() == [[0, 0], [1, 1]]
         assert gradient.tolist() == (2 * torch.tensor(expected)).tolist()  # DDP takes the mean over two
+
+
+def test_outputs_of_any_shape_are_those_of_the_joint_batch(both) -> None:
+    expected = _several_outputs()
+    for one in both:
+        _assert_close(one["outputs"], expected, **EXACT)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 import acdc_gapmatch
+from segmentation import ranks
 
 TINY = {
     "size": (32, 32),
@@ -38,6 +40,17 @@ def press_ctrl_c(self, iteration):
 Trainer.step = press_ctrl_c
 sys.exit(acdc_gapmatch.main())
 """
+
+
+def test_the_other_ranks_wait_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as rank 0 draws; gloo's default is half an hour."""
+    options = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **given: options.append(given))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with ranks.joined():
+        assert options[0]["timeout"] >= timedelta(hours=12)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
