@@ -85,6 +85,7 @@ def names() -> dict:
         "weak": method.weak,
         "strong": method.strong,
         "unlabelled": unlabelled,
+        "progress": 0.5,
         "views": views,
         "micro_batches": [views, views],
         "labelled_micro_batches": [(x, y), (x, y)],
