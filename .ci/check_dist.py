@@ -12,7 +12,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 WHEEL_LIMIT = 200_000  # bytes, compressed; the package is code alone
 SDIST_LIMIT = 1_000_000
 NEEDED = ("gap_torch/py.typed", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "tests/conftest.py")
+SOURCE_FOLDERS = ("gap_torch", "examples", "benchmarks", "tests")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 RELATIVE = re.compile(r"(?:\]\(|(?:src|srcset|href)=\")(?!https?:|#)[^)\"]*")
 
@@ -53,6 +54,7 @@ def main() -> int:
     faults = [
         *wheel_faults(in_wheel),
         *sdist_faults(in_sdist),
+        *source_faults(in_sdist, tracked_sources()),
         *page_faults(metadata, in_sdist.get("README.md", b"").decode()),
         *tag_faults(options.tag, metadata["Version"]),
         *(fault for path, limit in ((wheel, WHEEL_LIMIT), (sdist, SDIST_LIMIT)) for fault in size_faults(path, limit)),
@@ -99,6 +101,20 @@ def sdist_faults(files: Mapping[str, bytes]) -> Iterator[str]:
             yield f"the sdist holds {name}, which is not text: exclude it in pyproject.toml"
         if name.endswith((".json", ".csv", ".svg")) and not name.startswith("tests/"):
             yield f"the sdist holds {name}, a result or picture: exclude it in pyproject.toml"
+
+
+def tracked_sources() -> list[str]:
+    """Every Python file of the repository in a folder that the sdist is made of."""
+    command = ["git", "ls-files", "-z", *(f":(glob){folder}/**/*.py" for folder in SOURCE_FOLDERS)]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+
+
+def source_faults(files: Container[str], sources: Iterable[str]) -> Iterator[str]:
+    """Code that is tracked is in the sdist."""
+    for name in sources:
+        if name not in files:
+            yield f"the sdist lacks {name}: include it in pyproject.toml"
 
 
 def page_faults(metadata: Message, readme: str) -> Iterator[str]:

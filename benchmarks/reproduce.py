@@ -1,4 +1,4 @@
-"""Does GAP improve whatever it is added to? The grid of `grid.py`, run cell by cell.
+"""Does GAP improve whatever it is added to? The grid of `lab/grid.py`, run cell by cell.
 
     python benchmarks/reproduce.py --plan                       what is done, what is open, and how long it would take
     python benchmarks/reproduce.py --run --data-acdc data/ACDC --budget 60         an hour of it

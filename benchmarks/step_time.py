@@ -1,9 +1,9 @@
 """What a GapMatch iteration of the ACDC example costs beyond its passes, beside supervised training, and scoring.
 
-    PYTHONPATH=examples python benchmarks/step_time.py                        the sizes of --preset cpu
-    PYTHONPATH=examples python benchmarks/step_time.py --size 256             the sizes of --preset paper
-    PYTHONPATH=examples python benchmarks/step_time.py --data DIR --size 256  and scoring ACDC's test volumes
-    PYTHONPATH=examples python benchmarks/step_time.py --threads 1            on a busy machine: in processor time
+    python benchmarks/step_time.py                        the sizes of --preset cpu
+    python benchmarks/step_time.py --size 256             the sizes of --preset paper
+    python benchmarks/step_time.py --data DIR --size 256  and scoring ACDC's test volumes
+    python benchmarks/step_time.py --threads 1            on a busy machine: in processor time
 
 Images are random: no pass looks at what it is given. Everything takes turns, so ratios hold on a busy machine too.
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-check = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / ".ci" / "check_dist.py")))
+ROOT = Path(__file__).parents[1]
+check = SimpleNamespace(**runpy.run_path(str(ROOT / ".ci" / "check_dist.py")))
 WHEEL = {"gap_torch/__init__.py": b"", "gap_torch/consistency/vat.py": b"", "gap_torch/py.typed": b""}
 WHEEL |= {"gap_torch-0.1.0.dist-info/METADATA": b"", "gap_torch-0.1.0.dist-info/licenses/LICENSE": b""}
 
@@ -44,6 +45,16 @@ def test_an_sdist_is_text_without_results() -> None:
     assert "docs/toy.png" in picture
     (result,) = check.sdist_faults(files | {"benchmarks/results/memory.json": b"{}"})
     assert "memory.json" in result
+
+
+def test_an_sdist_has_all_tracked_code() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository, as in an sdist")
+    sources = check.tracked_sources()
+    assert {"gap_torch/wrapper.py", "benchmarks/lab/grid.py", "tests/test_check_dist.py"} <= {*sources}
+    assert list(check.source_faults(sources, sources)) == []
+    (fault,) = check.source_faults([name for name in sources if name != "benchmarks/lab/grid.py"], sources)
+    assert "benchmarks/lab/grid.py" in fault
 
 
 @pytest.mark.parametrize("link", ["[a](docs/a.md)", "[`a`](docs/a.md#b)", "![](docs/p.png)", '<img src="docs/p.png">'])

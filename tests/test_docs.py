@@ -26,6 +26,8 @@ from gap_torch.losses import ce_dice_loss
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [path for name in ("gap_torch", "examples", "benchmarks") for path in sorted((ROOT / name).rglob("*.py"))]
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", *SOURCES]
 BLOCK = re.compile(r"^( *)```python *(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
 CODE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 TITLE = re.compile(r'title="(\S+)"')
@@ -83,6 +85,7 @@ def names() -> dict:
         "weak": method.weak,
         "strong": method.strong,
         "unlabelled": unlabelled,
+        "progress": 0.5,
         "views": views,
         "micro_batches": [views, views],
         "labelled_micro_batches": [(x, y), (x, y)],
@@ -145,6 +148,21 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_what_is_named_exists() -> None:
+    """Modules of ours behind `python -m`, and files by their path. An editable install needs no PYTHONPATH."""
+    bases = (ROOT, ROOT / "examples")  # where it looks for modules
+    ours = "|".join(path.parent.name for base in bases for path in base.glob("*/__init__.py"))
+    wrong = []
+    for text in TEXTS:
+        content = text.read_text()
+        modules = re.findall(rf"python3? -m ((?:{ours})\b(?:\.\w+)*)", content)
+        files = re.findall(r"(?<![\w/.])(?:gap_torch|examples|benchmarks|tests)/[\w/]+\.py\b", content)
+        paths = [*files, *(f"{module.replace('.', '/')}.py" for module in modules)]
+        gone = [path for path in paths if "NAME" not in path and not any((base / path).is_file() for base in bases)]
+        wrong += [f"{_name(text)}: {what}" for what in gone + re.findall("PYTHONPATH=", content)]
+    assert wrong == []
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_report_is_what_the_page_shows(index: int, names: dict, capsys: pytest.CaptureFixture) -> None:
     page = ROOT / "docs" / "check.md"
@@ -171,4 +189,6 @@ def test_the_table_has_every_method(name: str) -> None:
 def test_the_reference_has_every_public_name(module: ModuleType) -> None:
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     shown = re.findall(rf"^::: {re.escape(module.__name__)}\.(?:\w+\.)*(\w+)$", pages, re.MULTILINE)
-    assert set(module.__all__) - {"__version__"} <= set(shown)
+    missing = sorted(set(module.__all__) - {"__version__", *shown})
+    page = "consistency" if module is consistency else "wrapper"
+    assert not missing, f"docs/api/{page}.md lacks " + ", ".join(f"::: {module.__name__}.{name}" for name in missing)

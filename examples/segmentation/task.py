@@ -1,7 +1,7 @@
 """What a data set is to everything else here: all that an example for a new one has to say.
 
-`slicewise.SliceTask` is a task for a 2D network, `volumewise.VolumeTask` one for a 3D network; a data set is an object
-of one of them (see `acdc_gapmatch.py` and `la_gapmatch.py`).
+`slice_task.SliceTask` is a task for a 2D network, `volume_task.VolumeTask` one for a 3D network, `image_task.ImageTask`
+one for photographs. A data set is an object of one of them (see `acdc.py` and `la.py`).
 """
 
 from abc import ABC, abstractmethod

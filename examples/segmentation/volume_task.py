@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from segmentation.data import crops as volumes
+from segmentation.data import crops
 from segmentation.data.crops import Crops
 from segmentation.data.files import Volume
 from segmentation.data.strong import Strong, adjust_normalised
@@ -31,7 +31,7 @@ class VolumeTask(Task):
     """
 
     stride: tuple[int, ...]
-    path: Callable[[Path, str], Path] = volumes.case_path
+    path: Callable[[Path, str], Path] = crops.case_path
 
     def training_path(self, root: Path, name: str) -> Path:
         return self.path(root, name)
@@ -43,11 +43,11 @@ class VolumeTask(Task):
         return Crops.of(self.read_volumes(root, names), _box(recipe))
 
     def read_unlabelled(self, root: Path, names: Sequence[str], recipe: Recipe) -> Crops:
-        images = volumes.load_images(root, names, self.path)
+        images = crops.load_images(root, names, self.path)
         return Crops(names, [torch.from_numpy(image) for image in images], None, _box(recipe))
 
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
-        return volumes.load_cases(root, names, self.num_classes, self.path)
+        return crops.load_cases(root, names, self.num_classes, self.path)
 
     def network(self, recipe: Recipe, attachment: Attach | None) -> nn.Module:
         return VNet(self.channels, self.num_classes, width=recipe.width, attachment=attachment)

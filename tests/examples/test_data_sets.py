@@ -38,6 +38,14 @@ def test_a_third_data_set_is_one_small_file(tmp_path: Path) -> None:
     assert "MnMs phantom" in (tmp_path / "table.md").read_text()
 
 
+def test_the_page_s_command_asks_for_what_it_says() -> None:
+    task, command = _task(0, "MNMS"), re.search(r"^python mnms.py (.*)$", PAGE.read_text(), re.MULTILINE)
+    job = cli.job(task, cli.parse(task, "", [*command[1].split(), "--device", "cpu"]))
+    assert job.patients == 2
+    assert [recipe.name for recipe in job.recipes] == ["supervised", "fixmatch", "gapmatch"]
+    assert job.recipes[0].size == task.presets["cpu"]["size"]
+
+
 def test_photographs_in_colours(tmp_path: Path) -> None:
     assert _run(_task(1, "LESIONS"), tmp_path, "--patients", "2", "--largest-component") == 0
     assert "labelled patients: 2" in (tmp_path / "table.md").read_text()

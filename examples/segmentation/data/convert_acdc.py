@@ -1,6 +1,6 @@
-"""From the official ACDC folders (NIfTI) to the community's h5 layout that `data.py` reads.
+"""From the official ACDC folders (NIfTI) to the community's h5 layout that `slices.py` reads.
 
-    PYTHONPATH=examples python -m segmentation.convert_acdc OFFICIAL_DIR OUT [--lists DIR]
+    python -m segmentation.data.convert_acdc OFFICIAL_DIR OUT [--lists DIR]
 
 What the shared h5 files hold, measured on all 1312 slices and 60 volumes, and kept here:
 - Intensities are min-max scaled over a whole frame, not slice by slice: every volume spans exactly

@@ -1,6 +1,6 @@
 """From the 2018 Left Atrial Segmentation Challenge's folders (NRRD) to the community's h5 layout of LA.
 
-    PYTHONPATH=examples python -m segmentation.convert_la SOURCE OUT [--train LIST --test LIST] [--margin 25]
+    python -m segmentation.data.convert_la SOURCE OUT [--train LIST --test LIST] [--margin 25]
 
 - Intensities get zero mean and unit variance over the whole scan, before it is cut.
 - In X and Y the scan is cut to the label's box and a margin around it, or to 112 voxels where that is less; all slices

@@ -35,7 +35,7 @@ RANGE_TOLERANCE = 1e-3
 class Slices:
     """Equally sized 2D slices, ready for training.
 
-    names: N names. images: (N, 1, H, W) float32. labels: (N, H, W) uint8, one class index a pixel; None of
+    names: N names. images: (N, C, H, W) float32. labels: (N, H, W) uint8, one class index a pixel; None of
     unlabelled slices.
     """
 
@@ -52,13 +52,13 @@ class Slices:
         return Slices(self.names, self.images.to(device), labels)
 
     def image_batch(self, indices: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Images (B, 1, H, W) of the slices at `indices`; nothing is random."""
+        """Images (B, C, H, W) of the slices at `indices`; nothing is random."""
         return self.images[self._moved(indices)]
 
     def batch(
         self, indices: torch.Tensor, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, 1, H, W) and labels (B, H, W) of the labelled slices at `indices`; nothing is random."""
+        """Images (B, C, H, W) and labels (B, H, W) of the labelled slices at `indices`; nothing is random."""
         assert self.labels is not None, "unlabelled slices have an image_batch alone"
         indices = self._moved(indices)
         return self.images[indices], self.labels[indices]
