@@ -172,7 +172,7 @@ def cells(groups: Collection[str] | None = None, presets: Collection[str] | None
 
 def _change(name: str, value: Any) -> str:
     if name == "options":
-        return "_".join(_change(*option) for option in value)
+        return "_".join(f"option_{_change(*option)}" for option in value)
     if isinstance(value, bool):
         return name if value else f"no_{name}"
     return f"{name}{value:g}" if isinstance(value, float | int) else f"{name}_{value}"

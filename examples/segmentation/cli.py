@@ -46,7 +46,7 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     """The arguments of an example for `task`."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    otherwise = "" if task.write_phantom is None else "; without it a phantom is made"
+    otherwise = "; without it a phantom is made" if task.has_phantom else ""
     parser.add_argument("--data", type=Path, help=f"folder of {task.name}{otherwise}")
     parser.add_argument(
         "--labelled", "--labeled", type=int, choices=(1, 5, 10), help="labelled share in percent (default: 1)"
@@ -106,11 +106,11 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
 
 def job(task: Task, arguments: argparse.Namespace) -> Job:
     """The job that the command line asks for. Raises InputError."""
+    if arguments.data is None and not task.has_phantom:
+        raise InputError(f"--data: {task.name} has no phantom to stand in for it; give the folder of the data.")
     _refuse_contradictions(arguments)
     device = ranks.together(ranks.usable_device)(arguments.device)
     phantom = arguments.data is None
-    if phantom and (task.write_phantom is None or "phantom" not in task.presets):
-        raise InputError(f"--data: {task.name} has no phantom to stand in for it; give the folder of the data.")
     out = arguments.out or (_folder(task).with_name(f"{_folder(task).name}-phantom") if phantom else _folder(task))
     preset = "phantom" if phantom else arguments.preset or ("cpu" if device.type == "cpu" else "paper")
     knobs = {name: getattr(arguments, name) for name in KNOBS}
@@ -127,7 +127,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
         task=task,
         data=_phantom(task, out / "phantom") if phantom else arguments.data,
         patients=patients,
-        recipes=[_of_run(recipe, run, options) for run in methods],
+        recipes=[_of_run(recipe, run, options, task.num_classes) for run in methods],
         device=device,
         amp=AMP[arguments.amp],
         compiled=_compiled(arguments.compile, device),
@@ -167,10 +167,10 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _of_run(recipe: Recipe, run: Run, options: Mapping[str, str]) -> Recipe:
+def _of_run(recipe: Recipe, run: Run, options: Mapping[str, str], num_classes: int) -> Recipe:
     """`recipe` for one of several runs, with those of the options that it has."""
     method, gap = run
-    return replace(recipe, method=method, gap=gap, options=parsed(method, options))
+    return replace(recipe, method=method, gap=gap, options=parsed(method, options, num_classes, recipe.tau))
 
 
 def _folder(task: Task) -> Path:

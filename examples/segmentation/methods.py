@@ -173,8 +173,10 @@ def build(method: str, setting: Setting, options: Mapping[str, Any]) -> Method |
         raise InputError(f"--option of {method}: {error}") from None
 
 
-def parsed(method: str, options: Mapping[str, str]) -> dict[str, Any]:
+def parsed(method: str, options: Mapping[str, str], num_classes: int, tau: float) -> dict[str, Any]:
     """Those of `options`, name -> text, that `method` has, as values of the type of its defaults.
+
+    The method is built once with a stand-in for the model, to hear what it says to them before the data are read.
 
     Raises:
         InputError: no such value, or out of range.
@@ -182,7 +184,8 @@ def parsed(method: str, options: Mapping[str, str]) -> dict[str, Any]:
     defaults = TABLE[method].options
     values = {name: _value(name, text, type(defaults[name])) for name, text in options.items() if name in defaults}
     if values:
-        build(method, _STAND_IN, values)
+        same = nn.Identity()
+        build(method, Setting(nn.PReLU(), same, same, num_classes, tau, dice_loss, "eval"), values)
     return values
 
 
@@ -192,7 +195,3 @@ def _value(name: str, text: str, kind: type) -> Any:
         return words[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise InputError(f"--option {name}={text}: {text!r} is not a value of {name}, {kind.__name__}.") from None
-
-
-_STAND_IN = Setting(nn.PReLU(), nn.Identity(), nn.Identity(), num_classes=2, tau=0.95, loss=dice_loss, targets="eval")
-"""To find out what a method says to its options before the data are read."""

@@ -106,6 +106,11 @@ class Task(ABC):
     stride: tuple[int, ...] | None = None
 
     @property
+    def has_phantom(self) -> bool:
+        """Whether there is something to run without data."""
+        return self.write_phantom is not None and "phantom" in self.presets
+
+    @property
     def num_classes(self) -> int:
         """Background included."""
         return len(self.classes) + 1

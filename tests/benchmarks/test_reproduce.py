@@ -120,8 +120,10 @@ def test_names_say_what_is_run(lab: SimpleNamespace) -> None:
     still = cell("ACDC", "study", gapmatch, 1, 1, {"freeze_statistics": False, "aligned": "predictions"})
     assert still.name == "acdc_1pct_study_gapmatch_aligned_predictions_no_freeze_statistics_seed1"
     vat = cell("ACDC", "study", ("vat", False), 1, 0, {"options": {"xi": 0.01, "radius": 6 / 256}})
-    assert vat.name == "acdc_1pct_study_vat_xi0.01_seed0"
+    assert vat.name == "acdc_1pct_study_vat_option_xi0.01_seed0"
     assert vat.recipe.all_options["xi"] == 0.01
+    momenta = ({"momentum": 0.5}, {"options": {"momentum": 0.5}})  # SGD's, and the thresholds'
+    assert len({cell("ACDC", "study", ("flexmatch", False), 1, 0, momentum).name for momentum in momenta}) == 2
     with pytest.raises(TypeError, match="radius"):
         cell("ACDC", "study", ("vat", False), 1, 0, {"radius": 0.05})
 

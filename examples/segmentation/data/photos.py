@@ -7,11 +7,11 @@ root/masks/NAME.png                      where it counts as labelled: a class in
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image as Picture
-from PIL import ImageOps
 
 from segmentation.data.files import BAD_LABEL, Image, Label, class_indices
 from segmentation.data.slices import Slices, resize_nearest
@@ -19,6 +19,17 @@ from segmentation.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MODES = {1: "L", 3: "RGB"}  # channels -> mode of Pillow
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {
+    2: Picture.Transpose.FLIP_LEFT_RIGHT,
+    3: Picture.Transpose.ROTATE_180,
+    4: Picture.Transpose.FLIP_TOP_BOTTOM,
+    5: Picture.Transpose.TRANSPOSE,
+    6: Picture.Transpose.ROTATE_270,
+    7: Picture.Transpose.TRANSVERSE,
+    8: Picture.Transpose.ROTATE_90,
+}
+"""Orientation -> what makes the picture upright."""
 
 
 def photo_path(root: str | Path, name: str) -> Path:
@@ -106,7 +117,16 @@ def _displayed(path: Path, picture: Picture.Image, mode: str) -> Picture.Image:
         raise InputError(f"{path}: grey of more than 8 bits (Pillow's mode {picture.mode}); save it as 8 bits")
     # A camera held upright stores its photograph lying, with a note how to turn it. Masks are drawn on what is shown,
     # and saved as it is: they are not turned.
-    return ImageOps.exif_transpose(picture).convert(mode)
+    turn = TURNS.get(_orientation(picture))
+    return (picture if turn is None else picture.transpose(turn)).convert(mode)
+
+
+def _orientation(picture: Picture.Image) -> Any:
+    """By EXIF, of which no other tag is looked at: many cameras and programs write some that cannot be read."""
+    try:
+        return picture.getexif().get(ORIENTATION)
+    except (OSError, SyntaxError, ValueError):  # damaged; the pixels need not be
+        return None
 
 
 def _decoded(

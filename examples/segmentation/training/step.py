@@ -125,7 +125,7 @@ class Trainer:
         batch = Batch(inputs.unlabelled, images, labels, iteration / self.recipe.iterations)
         warm = iteration >= self.recipe.warm_up
         views = method.prepare(self.joint, batch) if method is not None and warm else None
-        values = self._consistency(method, batch, views) if method is not None and views and views.inputs else {}
+        values = self._consistency(method, batch, views) if method is not None and views is not None else {}
 
         outputs = self.joint(images if views is None or views.labelled is None else views.labelled)
         criterion = ce_dice_loss if method is None else partial(method.labelled_loss, ce_dice_loss, views=views)
@@ -142,6 +142,12 @@ class Trainer:
 
     def _consistency(self, method: Method, batch: Batch, views: Views) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
+        if not views.inputs:
+            if self.recipe.gap:
+                raise InputError(
+                    f"{self.recipe.name}: without a consistency loss there is nothing to perturb by; no GAP."
+                )
+            return {}
         model, optimizer = self.joint, self.optimizer
         weight = self.recipe.weight * method.weight(batch.progress)
         rng = RNGState.now([self.device] if self.device.type == "cuda" else []) if self.recipe.replay_dropout else None

@@ -73,12 +73,15 @@ def test_options_are_read_by_the_type_of_their_defaults(monkeypatch: pytest.Monk
         return MixUp(s.weak)
 
     monkeypatch.setitem(TABLE, "new", Entry("New", built, (0, 1)))
-    assert parsed("new", {"detach": "false", "head": "large", "radius": "1"}) == {"detach": False, "head": "large"}
+    assert parsed("new", {"detach": "false", "head": "large", "radius": "1"}, 2, 0.9) == {
+        "detach": False,
+        "head": "large",
+    }
     for bad in ({"detach": "0"}, {"steps": "2.5"}):
         with pytest.raises(InputError, match="is not a value of"):
-            parsed("new", bad)
+            parsed("new", bad, 2, 0.9)
     with pytest.raises(InputError, match="--option of vat: radius must"):
-        parsed("vat", {"radius": "-1"})
+        parsed("vat", {"radius": "-1"}, 2, 0.9)
 
 
 def test_a_default_that_no_text_can_become_is_refused() -> None:

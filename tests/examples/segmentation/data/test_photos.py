@@ -1,11 +1,12 @@
 """Photographs as they come: of cameras, of other programs, damaged."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from segmentation.data.photos import (
     load_unlabelled,
@@ -127,6 +128,29 @@ def test_a_photograph_is_turned_as_it_is_shown(tmp_path: Path, suffix: str) -> N
     stored = np.array(Image.open(path)) / np.float32(255)
     assert np.array_equal(image, np.rot90(stored, -1)[None])
     assert np.array_equal(label, mask)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillow_s(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = _saved(tmp_path / "a.png", Image.fromarray(GREY), exif=exif)
+    shown = np.array(ImageOps.exif_transpose(Image.open(path))) / np.float32(255)
+    assert np.array_equal(read_photo(path, 1), shown[None])
+
+
+WRONG_TAGS = {"width as text": (0x0100, 2, 4, 0x00323131), "resolution as text": (0x011A, 2, 3, 0x3237)}
+
+
+@pytest.mark.parametrize("tag", WRONG_TAGS.values(), ids=WRONG_TAGS)
+def test_a_tag_that_makes_no_sense_is_not_looked_at(tag: tuple[int, int, int, int], tmp_path: Path) -> None:
+    """Writing all tags anew, as Pillow's own turning does, fails at it."""
+    tags = [tag, (0x0112, 3, 1, 6)]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags)
+    path = _saved(tmp_path / "a.jpg", Image.fromarray(GREY), exif=exif + bytes(20))
+    with pytest.raises((struct.error, TypeError)):
+        ImageOps.exif_transpose(Image.open(path))
+    assert read_photo(path, 1).shape == (1, 6, 4)
 
 
 @pytest.mark.parametrize("channels", [0, 2, 4])
