@@ -19,20 +19,6 @@ pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns where a pic
 CLASSES = ("RV", "Myo", "LV")
 
 
-@pytest.fixture
-def figures(monkeypatch) -> list[Figure]:
-    """Every figure saved, as matplotlib objects."""
-    saved = []
-    save = Figure.savefig
-
-    def savefig(self, *args, **kwargs):
-        saved.append(self)
-        save(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return saved
-
-
 def case(shape: tuple[int, int] = (120, 100), methods: tuple[str, ...] = ("FixMatch", "GapMatch")) -> Case:
     image = np.random.default_rng(0).random(shape, dtype=np.float32)
     reference = np.zeros(shape, np.uint8)

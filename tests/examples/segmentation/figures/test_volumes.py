@@ -27,20 +27,6 @@ def _coarse(monkeypatch) -> None:
     monkeypatch.setattr(figures3d, "DPI", 30)
 
 
-@pytest.fixture
-def figures(monkeypatch) -> list[Figure]:
-    """Every figure saved, as matplotlib objects."""
-    saved = []
-    save = Figure.savefig
-
-    def savefig(self, *args, **kwargs):
-        saved.append(self)
-        save(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return saved
-
-
 def box(*parts: tuple[int, int], value: int = 1, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     labels = np.zeros(shape, np.uint8)
     labels[tuple(slice(*part) for part in parts)] = value
