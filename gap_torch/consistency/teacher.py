@@ -28,13 +28,18 @@ class Teacher(nn.Module):
         ValueError: `decay` is outside [0, 1), or `model` has floating parameters of fewer than 32 bits.
     """
 
+    updates: Tensor
+    """How many there were; on the device, so that a captured CUDA graph counts them too."""
+
     def __init__(self, model: nn.Module, decay: float = 0.99) -> None:
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}.")
         _check_precision(model)
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self.decay, self.updates = decay, 0
+        self.decay = decay
+        device = next(iter(self.model.parameters()), torch.empty(0)).device
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
     def forward(self, images: Tensor) -> Outputs:
         """What the averaged model makes of `images`, without gradient to it."""
@@ -47,23 +52,39 @@ class Teacher(nn.Module):
         Raises:
             ValueError: they, or its buffers, are of other shapes than the teacher's.
         """
-        average, latest = ([p.detach() for p in each.parameters()] for each in (self.model, model))
-        buffers, latest_buffers = (list(each.buffers()) for each in (self.model, model))
-        _check_alike(average, latest)
-        _check_alike(buffers, latest_buffers)
+        _check_alike(list(self.model.parameters()), list(model.parameters()))
+        _check_alike(list(self.model.buffers()), list(model.buffers()))
         self.updates += 1
-        weight = 1 - min(self.decay, 1 - 1 / self.updates)
-        torch._foreach_lerp_(average, latest, weight)
-        if buffers:
-            torch._foreach_copy_(buffers, latest_buffers)
+        follow(self.model, model, (1 - 1 / self.updates).clamp(max=self.decay))
 
     def get_extra_state(self) -> Tensor:
         """The number of updates, for `state_dict`."""
-        return torch.tensor(self.updates)
+        return self.updates
 
     def set_extra_state(self, state: Tensor) -> None:
         """What `get_extra_state` gave."""
-        self.updates = int(state)
+        self.updates.copy_(state)
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, keep: Tensor) -> None:
+    """a <- keep a + (1 - keep) b for each parameter a of `average` and b of `model`; buffers become the model's.
+
+    As b + keep (a - b): exactly b where `keep` is 0, and a stays what it is where the two are equal.
+
+    Args:
+        average: changed in place.
+        model: of the same architecture, on the same device.
+        keep: in [0, 1], 0-dim, on that device: nothing is read by the host.
+    """
+    ours, latest = ([p.detach() for p in each.parameters()] for each in (average, model))
+    buffers, latest_buffers = list(average.buffers()), list(model.buffers())
+    if ours:
+        torch._foreach_sub_(ours, latest)
+        torch._foreach_mul_(ours, keep.to(ours[0].dtype))
+        torch._foreach_add_(ours, latest)
+    if buffers:
+        torch._foreach_copy_(buffers, latest_buffers)
 
 
 def _check_precision(model: nn.Module) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import update_bn
 
+from gap_torch.consistency.teacher import follow
+
 
 class Average:
     """An exponential moving average of a model's parameters; its buffers are copies of the latest.
@@ -26,15 +28,13 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.module, self.decay, self.updates = copy.deepcopy(model), decay, 0
+        self.module, self.decay = copy.deepcopy(model), decay
+        self.updates = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+        """On the device, so that a captured CUDA graph counts them too."""
 
-    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the present parameters of `model`."""
-        weight = 1 - self.decay if self.updates else 1.0  # nothing to average with the first time
-        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], weight)
-        for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
-            ours.copy_(theirs)
+        follow(self.module, model, torch.where(self.updates > 0, self.decay, 0.0))  # at first nothing to average with
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` gave."""
         self.module.load_state_dict(state["module"])
-        self.updates = state["updates"]
+        self.updates.fill_(int(state["updates"]))
 
 
 def with_statistics_of(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
