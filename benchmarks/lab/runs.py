@@ -23,6 +23,7 @@ from segmentation.errors import InputError, OldRunError, RunError, UserError
 from segmentation.figures.tables import write_json
 from segmentation.job import Job
 from segmentation.run import read_lists, run
+from segmentation.training.captured import obstacle
 from segmentation.training.identity import digests
 
 CLOCK, CHECKPOINTS = "seconds", "*/last.pt"
@@ -115,6 +116,7 @@ class Lab:
             log_name=cell.name,  # with --jobs, lines of several cells are mixed
             stride=task.stride,
             goal="scores" if cell.tested else "training",
+            graph=obstacle(self.device, cell.recipe) is None,
         )
 
 

@@ -1,6 +1,7 @@
 """The command line of every example, from its arguments to a job."""
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from segmentation.printing import show_every_character
 from segmentation.recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Recipe, Run, method_of
 from segmentation.run import run
 from segmentation.task import Task
+from segmentation.training.captured import obstacle
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16, "none": None, "off": None}
 KNOBS = (
@@ -31,9 +33,9 @@ KNOBS = (
     "iterations",
 )
 """Options that say what a field of the recipe is."""
-COMPILE_PAYS: frozenset[str] = frozenset()
-"""Kinds of device where compiled passes were measured to be faster. On a CPU they are slower; a GPU has yet to be tried
-(docs/performance.md)."""
+COMPILE_PAYS_AFTER = 15_000
+"""Iterations in the plane, on CUDA: there compiled passes save 5 ms of each, and take about a minute to make. On a CPU
+they are slower, and in space nobody has measured them (docs/performance.md)."""
 
 
 def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int:
@@ -88,6 +90,12 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     parser.add_argument(
         "--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the passes (auto: if it pays)"
     )
+    parser.add_argument(
+        "--graph",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="capture the training step as a CUDA graph (auto: on CUDA, wherever it can be)",
+    )
     if task.stride is not None:
         parser.add_argument(
             "--stride",
@@ -130,7 +138,8 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
         recipes=[_of_run(recipe, run, options, task.num_classes) for run in methods],
         device=device,
         amp=AMP[arguments.amp],
-        compiled=_compiled(arguments.compile, device),
+        compiled=_compiled(arguments.compile, device, recipe),
+        graph=_graph(arguments.graph, device, recipe),
         out=out,
         old_runs=_old_runs(arguments),
         title=f"{f'{task.name} phantom' if phantom else task.name} test set, labelled patients: {patients}, "
@@ -239,11 +248,24 @@ def _scored(stride: tuple[int, ...] | None, largest_component: bool) -> str:
     return window + (", largest component" if largest_component else "")
 
 
-def _compiled(choice: str, device: torch.device) -> bool:
+def _compiled(choice: str, device: torch.device, recipe: Recipe) -> bool:
     """Whether to compile. Raises InputError where that can't be had."""
     if choice == "on" and ranks.world() > 1:
         raise InputError("--compile on: works in one process alone; leave it out.")  # layers talk to other ranks
-    return choice == "on" or (choice == "auto" and ranks.world() == 1 and device.type in COMPILE_PAYS)
+    if choice == "auto":
+        pays = device.type == "cuda" and len(recipe.size) == 2 and recipe.iterations >= COMPILE_PAYS_AFTER
+        return pays and ranks.world() == 1
+    return choice == "on"
+
+
+def _graph(choice: str, device: torch.device, recipe: Recipe) -> bool:
+    """Whether to capture the step. Raises InputError where that can't be had."""
+    reason = obstacle(device, recipe)
+    if choice == "on" and reason:
+        raise InputError(f"--graph on: {reason}; leave it out.")
+    if choice == "auto" and reason and device.type == "cuda" and ranks.is_main():
+        print(f"the step is not captured as a CUDA graph: {reason}", file=sys.stderr, flush=True)
+    return choice != "off" and reason is None
 
 
 def _old_runs(arguments: argparse.Namespace) -> OldRuns:

@@ -31,6 +31,7 @@ class Job:
         stride: of the sliding window, if the task has one.
         largest_component: whether of each predicted class only the largest connected component is kept.
         compiled: whether `torch.compile` makes the training passes; one process alone.
+        graph: whether the training step is captured as a CUDA graph.
         published: scores to print below ours: method -> (Dice in percent, ASD in voxels).
         log_name: what log lines call a run; None for the name of its method.
         goal: how far to go, each including what comes before: "training" chooses on validation and never reads the
@@ -49,6 +50,7 @@ class Job:
     stride: tuple[int, ...] | None = None
     largest_component: bool = False
     compiled: bool = False
+    graph: bool = False
     published: Mapping[str, Scores] = field(default_factory=dict)
     log_name: str | None = None
     goal: Goal = "pictures"

@@ -37,6 +37,7 @@ def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation
         "device": _device_name(job.device),
         "amp": str(job.amp) if job.amp else None,
         "compiled": job.compiled,
+        "graph": job.graph,
         "torch": torch.__version__,
         "processes": ranks.world(),
         "threads": torch.get_num_threads(),

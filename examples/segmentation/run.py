@@ -55,7 +55,7 @@ def run(job: Job) -> list[Row]:
     samples = read(job)
     torch.backends.cudnn.benchmark = job.device.type == "cuda"  # every batch has the same shape
     pools = samples.labelled, samples.unlabelled
-    trainers = [Trainer(job.task, r, *pools, job.device, job.amp, job.compiled) for r in job.recipes]
+    trainers = [Trainer(job.task, r, *pools, job.device, job.amp, job.compiled, job.graph) for r in job.recipes]
     identities = [
         identity(job.task.name, r, samples.patients, job.amp, samples.names, job.compiled) for r in job.recipes
     ]

@@ -25,8 +25,8 @@ class Batch:
     """(B', C, *spatial), weakly augmented."""
     labels: Tensor | None = None
     """Of those, (B', *spatial), int64."""
-    progress: float = 0.0
-    """How far the run has come, in [0, 1)."""
+    progress: float | Tensor = 0.0
+    """How far the run has come, in [0, 1): a number, or 0-dim on the images' device, which a captured step needs."""
 
 
 @dataclass(frozen=True)

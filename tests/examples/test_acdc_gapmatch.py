@@ -531,21 +531,55 @@ def test_amp_off_is_another_name_for_none(data: Path, tmp_path: Path) -> None:
     assert _run(data, tmp_path / "out", "--iterations", "1", "--amp", "off", "--resume") == 0
 
 
-@pytest.mark.parametrize(("choice", "pays", "expected"), [("on", False, True), ("off", True, False)])
-def test_compile_is_as_asked(choice: str, pays: bool, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "COMPILE_PAYS", {"cpu"} if pays else set())
-    assert cli._compiled(choice, torch.device("cpu")) == expected
+LONG = Recipe(iterations=30_000)
 
 
-@pytest.mark.parametrize("pays", [True, False])
-def test_compile_auto_is_on_where_it_pays(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "COMPILE_PAYS", {"cpu"} if pays else set())
-    assert cli._compiled("auto", torch.device("cpu")) == pays
+@pytest.mark.parametrize(
+    ("choice", "device", "recipe", "expected"),
+    [
+        ("on", "cpu", Recipe(iterations=1), True),
+        ("off", "cuda", LONG, False),
+        ("auto", "cuda", LONG, True),
+        ("auto", "cpu", LONG, False),
+        ("auto", "cuda", Recipe(iterations=1_000), False),
+        ("auto", "cuda", replace(LONG, size=(112, 112, 80)), False),
+    ],
+)
+def test_compiling_is_as_asked_or_where_it_pays(choice: str, device: str, recipe: Recipe, expected: bool) -> None:
+    assert cli._compiled(choice, torch.device(device), recipe) == expected
 
 
 def test_several_processes_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "COMPILE_PAYS", {"cpu"})
     monkeypatch.setattr(cli.ranks, "world", lambda: 2)
-    assert not cli._compiled("auto", torch.device("cpu"))
+    assert not cli._compiled("auto", torch.device("cuda"), LONG)
     with pytest.raises(InputError, match="--compile on"):
-        cli._compiled("on", torch.device("cpu"))
+        cli._compiled("on", torch.device("cuda"), LONG)
+
+
+def test_a_graph_is_captured_on_cuda_and_where_it_cannot_be_a_line_says_why(capsys) -> None:
+    cuda, replay = torch.device("cuda"), Recipe(replay_dropout=True)
+    assert [cli._graph(choice, cuda, LONG) for choice in ("auto", "on", "off")] == [True, True, False]
+    assert not cli._graph("auto", torch.device("cpu"), LONG)  # where nobody expects one
+    assert not cli._graph("off", cuda, replay)
+    assert capsys.readouterr().err == ""
+    assert not cli._graph("auto", cuda, replay)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not captured as a CUDA graph: --replay-dropout" in line
+    with pytest.raises(InputError, match="--graph on: --replay-dropout"):
+        cli._graph("on", cuda, replay)
+
+
+def test_a_graph_is_refused_on_the_cpu(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(data, tmp_path / "out", "--graph", "on") == 2
+    _assert_one_line(capsys, "--graph on: a graph is captured on CUDA alone, not on cpu; leave it out")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_run_on_cuda_is_the_same_captured_and_not(data: Path, tmp_path: Path) -> None:
+    cuda = ["--device", "cuda", "--amp", "none", "--graph", "on", "--iterations", "20"]
+    assert _run(data, tmp_path / "whole", *cuda) == 0
+    assert _run(data, tmp_path / "out", *cuda, "--graph", "off") == 0  # the other way of the same step
+    ours, theirs = (json.loads((tmp_path / name / "gapmatch/result.json").read_text()) for name in ("whole", "out"))
+    assert ours["graph"]
+    assert not theirs["graph"]
+    assert ours["validation_dice"] == pytest.approx(theirs["validation_dice"], abs=5)

@@ -90,6 +90,7 @@ def fit(
                     raise KeyboardInterrupt
     finally:
         log.close()
+        trainer.release()
     best = copy.deepcopy(trainer.model)
     best.load_state_dict(progress.best_weights)
     return Result(best, progress)

@@ -1,7 +1,7 @@
 """One training run's model, optimizer and data, and its step: Algorithm 1."""
 
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from segmentation.recipe import HALVINGS, Recipe
 from segmentation.task import Pool, Task
 from segmentation.training.average import Average, with_statistics_of
 from segmentation.training.batches import ShuffledStream, mix
+from segmentation.training.captured import CapturedStep
+from segmentation.training.inputs import Inputs
 from segmentation.training.joint import joint
+from segmentation.training.sgd import SGD
 
 R: dict[str, MaskedLoss] = {"ce_dice": ce_dice_loss, "dice": dice_loss}
 """Of equation 7."""
@@ -38,18 +41,6 @@ def channels_last(dimensions: int) -> torch.memory_format:
     return torch.channels_last if dimensions == 2 else torch.channels_last_3d
 
 
-class Inputs(NamedTuple):
-    """One iteration's samples, as they were drawn."""
-
-    images: Tensor
-    """Labelled, (B, C, *size), float32."""
-    labels: Tensor
-    """Theirs, (B, *size), uint8."""
-    unlabelled: Tensor
-    """(B, C, *size), float32."""
-    iteration: int
-
-
 class Trainer:
     """Model, optimizer and data of one run, the same on every rank.
 
@@ -65,6 +56,7 @@ class Trainer:
         amp: autocast dtype (bfloat16 or float16), or None for float32.
         compiled: whether `torch.compile` makes the training passes. One process alone; scoring stays eager, since
             volumes come in all sizes.
+        graph: whether `compute` is captured as a CUDA graph (`captured`). One process on CUDA alone.
 
     Raises:
         InputError: PyTorch's gradients are wrong for this size, device and dtype.
@@ -79,6 +71,7 @@ class Trainer:
         device: torch.device,
         amp: torch.dtype | None,
         compiled: bool = False,
+        graph: bool = False,
     ) -> None:
         refuse_wrong_gradients(recipe, device, amp)
         self.task, self.recipe, self.device = task, recipe, device
@@ -94,38 +87,49 @@ class Trainer:
         """What the training passes go through; shares its parameters with `model`."""
         if compiled:
             self.joint = cast(nn.Module, torch.compile(self.joint, dynamic=False))
-        base = torch.optim.SGD(
-            self.model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-        )
-        self.optimizer = GAPWrapper(base, recipe.eps, recipe.alpha)
+        self.sgd = SGD(self.model.parameters(), recipe)
+        self.optimizer = GAPWrapper(self.sgd, recipe.eps, recipe.alpha)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.average = Average(self.model, recipe.average_decay)
         self.weak = task.weak()
         self.method = methods.build(recipe.method, self._setting(), recipe.all_options)
+        self.run = CapturedStep(self.compute, device) if graph else self.compute
 
     def step(self, iteration: int) -> dict[str, Tensor]:
-        """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device."""
-        return self.compute(self.inputs(iteration))
+        """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device, until the next one."""
+        return self.run(self.inputs(iteration), iteration >= self.recipe.warm_up)
 
     def inputs(self, iteration: int) -> Inputs:
-        """What the host decides, the same for all methods: samples, crops, the learning rate, the seed of all else."""
-        recipe = self.recipe
-        inputs = Inputs(*self.labelled_batch(iteration), self.unlabelled_batch(iteration), iteration)
-        for group in self.optimizer.param_groups:
-            # in closed form: a scheduler would count the steps that a GradScaler skips
-            group["lr"] = recipe.lr * (1 - iteration / recipe.iterations) ** recipe.power
+        """What the host decides: samples, crops, the learning rate and the weight, the seed of all else."""
+        recipe, progress = self.recipe, iteration / self.recipe.iterations
+        weight = recipe.weight * (1.0 if self.method is None else self.method.weight(progress))
+        inputs = Inputs(
+            *self.labelled_batch(iteration),
+            self.unlabelled_batch(iteration),
+            # not `torch.tensor`, for which the host would wait
+            torch.full((), progress, device=self.device),
+            torch.full((), weight, device=self.device),
+        )
+        # in closed form: a scheduler would count the steps that a GradScaler skips
+        self.sgd.set_lr(recipe.lr * (1 - progress) ** recipe.power)
         torch.manual_seed(mix(recipe.seed, iteration))
         return inputs
 
-    def compute(self, inputs: Inputs) -> dict[str, Tensor]:
-        """What the device does with it; returns what to log, which stays there."""
-        method, iteration = self.method, inputs.iteration
+    def compute(self, inputs: Inputs, joined: bool) -> dict[str, Tensor]:
+        """What the device does with it; returns what to log, which stays there.
+
+        The host looks at no value on the way, so that a CUDA graph can hold all of it.
+
+        Args:
+            inputs: of the iteration.
+            joined: whether the method has: the warm-up is over.
+        """
+        method = self.method
         images, labels = self.weak.with_labels(inputs.images, inputs.labels)
         labels = labels.long()
-        batch = Batch(inputs.unlabelled, images, labels, iteration / self.recipe.iterations)
-        warm = iteration >= self.recipe.warm_up
-        views = method.prepare(self.joint, batch) if method is not None and warm else None
-        values = self._consistency(method, batch, views) if method is not None and views is not None else {}
+        batch = Batch(inputs.unlabelled, images, labels, inputs.progress)
+        views = method.prepare(self.joint, batch) if method is not None and joined else None
+        values = {} if method is None or views is None else self._consistency(method, views, inputs.weight)
 
         outputs = self.joint(images if views is None or views.labelled is None else views.labelled)
         criterion = ce_dice_loss if method is None else partial(method.labelled_loss, ce_dice_loss, views=views)
@@ -140,7 +144,7 @@ class Trainer:
             self.average.update(self.model)
         return {"loss_labelled": loss.detach(), **values}
 
-    def _consistency(self, method: Method, batch: Batch, views: Views) -> dict[str, Tensor]:
+    def _consistency(self, method: Method, views: Views, weight: Tensor) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
         if not views.inputs:
             if self.recipe.gap:
@@ -149,7 +153,6 @@ class Trainer:
                 )
             return {}
         model, optimizer = self.joint, self.optimizer
-        weight = self.recipe.weight * method.weight(batch.progress)
         rng = RNGState.now([self.device] if self.device.type == "cuda" else []) if self.recipe.replay_dropout else None
         outputs = tuple(model(images) for images in views.inputs)
         loss = weight * method.compare(outputs, views)
@@ -196,7 +199,7 @@ class Trainer:
     def to_host(self, values: dict[str, Tensor]) -> dict[str, float]:
         """What `step` returned as numbers, and its learning rate; one copy, which waits for the device."""
         numbers = torch.stack([value.float() for value in values.values()]).tolist()
-        return {**dict(zip(values, numbers, strict=True)), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        return {**dict(zip(values, numbers, strict=True)), "learning_rate": float(self.sgd.lr)}
 
     def scored_model(self) -> nn.Module:
         """The weights to validate and to test, as the recipe says."""
@@ -221,6 +224,11 @@ class Trainer:
         pool, index = (self.labelled, index) if unlabelled < 0 else (self.unlabelled, unlabelled)
         return pool.image_batch(torch.tensor([index]), generator)
 
+    def release(self) -> None:
+        """Give back the memory of a captured step."""
+        if isinstance(self.run, CapturedStep):
+            self.run.forget()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next iteration depends on."""
         return {name: part.state_dict() for name, part in self._parts().items()}
@@ -229,6 +237,7 @@ class Trainer:
         """Load what `state_dict` gave."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        self.release()  # a graph works on tensors that have been replaced
 
     def _parts(self) -> dict[str, Any]:
         return {

@@ -17,28 +17,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segmentation.acdc import ACDC
-from segmentation.data.crops import Crops
 from segmentation.data.files import Volume
-from segmentation.data.slices import Slices
-from segmentation.la import LA
 from segmentation.methods import TABLE
-from segmentation.recipe import RUNS, Recipe
+from segmentation.recipe import RUNS
 from segmentation.scoring.evaluate import evaluate
-from segmentation.task import Pool
 from segmentation.training.step import Trainer
+
+from .problems import PROBLEMS, pools, sample
 
 GOLDEN = Path(__file__).with_name("golden.json")
 CPU = torch.device("cpu")
 STEPS = 3
-COMMON: dict[str, Any] = {"width": 2, "iterations": 8, "lr": 0.1, "average_decay": 0.5, "statistics_samples": 3}
-PLANE = {"size": (32, 32), "labelled_batch": 3, "unlabelled_batch": 3}
-SPACE = {"size": (32, 32, 16), "labelled_batch": 2, "unlabelled_batch": 2, "seed": 2}
-OTHERS = {"unlabelled_loss": "dice", "weight": 0.7, "alpha": 0.8, "targets": "eval"}  # than a recipe's own
-PROBLEMS = {  # tau: some pixels are confident and some are not
-    "2D": (ACDC, Recipe(**COMMON, **PLANE, tau=0.3)),
-    "3D": (LA, Recipe(**COMMON, **SPACE, **OTHERS, tau=0.55)),
-}
 
 
 def measured(dims: str, run: str) -> dict[str, list[float]]:
@@ -47,7 +36,7 @@ def measured(dims: str, run: str) -> dict[str, list[float]]:
     And the method's own options, some of which (a teacher's decay) have no effect in the first iterations.
     """
     task, recipe = PROBLEMS[dims][0], PROBLEMS[dims][1].for_run(run)
-    trainer = Trainer(task, recipe, *_pools(recipe, task.num_classes), CPU, None)
+    trainer = Trainer(task, recipe, *pools(recipe, task.num_classes), CPU, None)
     start = _flat(trainer.model)
     logged = [trainer.to_host(trainer.step(iteration)) for iteration in range(STEPS)]
     way = _flat(trainer.model) - start
@@ -67,33 +56,10 @@ def _flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def _pools(recipe: Recipe, classes: int) -> tuple[Pool, Pool]:
-    """Three labelled samples and four without labels."""
-    plane = len(recipe.size) == 2
-    shape = recipe.size if plane else (36, 33, 18)
-    images, labels = zip(*(_sample(shape, classes, seed) for seed in range(7)), strict=True)
-    names = [f"case{number}" for number in range(7)]
-    if plane:
-        stacked = torch.stack(images).unsqueeze(1)
-        return Slices(names[:3], stacked[:3], torch.stack(labels[:3])), Slices(names[3:], stacked[3:], None)
-    return Crops(names[:3], images[:3], labels[:3], recipe.size), Crops(names[3:], images[3:], None, recipe.size)
-
-
 def _volume(classes: int) -> Volume:
     shape = (3, 40, 32) if classes == 4 else (34, 40, 18)
-    image, label = _sample(shape, classes, seed=7)
+    image, label = sample(shape, classes, seed=7)
     return Volume("test", image.float().numpy(), label.numpy())
-
-
-def _sample(shape: tuple[int, ...], classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Nested shapes, one a class and the brighter the farther inside, under noise."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(shape, generator=generator)
-    axes = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in shape[-2:]), indexing="ij")
-    depth = (1.1 - (axes[0].abs() + 0.7 * axes[1].abs())) * classes
-    label = depth.clamp(0, classes - 1).byte().expand(shape)
-    image = 0.5 * label / classes + 0.5 * noise
-    return image if classes == 4 else (image - image.mean()) / image.std(), label.contiguous()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from acdc_gapmatch import ACDC
 from gap_torch.consistency import Batch, Method, Views
@@ -124,6 +125,23 @@ def test_compiled_passes_give_the_same_weights_and_are_not_for_scoring(
     for ours, theirs in zip(_weights(compiled), _weights(eager), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert not any("OptimizedModule" in type(m).__name__ for m in compiled.scored_model().modules())
+
+
+@pytest.mark.parametrize("run", ["gapmatch", "vat+gap", "cct+gap"])
+def test_nothing_is_compiled_again_after_the_first_iteration(
+    run: str, slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=counter, **options))
+    torch._dynamo.reset()
+    trainer = Trainer(ACDC, tiny_recipe.for_run(run), *slices, CPU, None, compiled=True)
+    trainer.step(0)
+    first = counter.frame_count
+    for t in range(1, 4):
+        trainer.step(t)
+        trainer.scored_model()
+    assert first == counter.frame_count > 0
 
 
 def test_methods_differ_in_the_consistency_alone(slices, tiny_recipe: Recipe) -> None:
