@@ -4,14 +4,17 @@
     python benchmarks/step_time.py --size 256             the sizes of --preset paper
     python benchmarks/step_time.py --data DIR --size 256  and scoring ACDC's test volumes
     python benchmarks/step_time.py --threads 1            on a busy machine: in processor time
+    python benchmarks/step_time.py --device cuda --size 256 --only captured profile --compile
 
-Images are random: no pass looks at what it is given. Everything takes turns, so ratios hold on a busy machine too.
+On CUDA `captured` has the step as a CUDA graph too, as the example runs it, and `profile` says where the time goes, kernel
+by kernel. Images are random: no pass looks at what it is given. Everything takes turns, so ratios hold on a busy machine
+too.
 
 Passes of one iteration, in units of one sample's forward pass (a backward pass counts 2), for L labelled and U
 unlabelled samples:
 
 - UNet: 3 (L + U), with labels for all.
-- GapMatch: 3 L + U + 3 U + 3 U, where FixMatch has 3 L + U + 3 U. For L = U that is 10 / 6 = 1.67 of the UNet.
+- GapMatch: 3 L + U + 3 U + 3 U, where FixMatch has 3 L + U + 3 U. For L = U that is 10 / 6 = 1.67 and 1.17 of the UNet.
 - Mean Teacher: 3 L + U + 3 U, the U for the teacher; 7 / 6 = 1.17.
 - URPC: 3 (L + U), and three more heads, a hundredth of that; 1.01.
 - CCT: a decoder is d = 0.64 of a forward pass, and there are three further ones. U for the targets; forward, labelled
@@ -44,11 +47,14 @@ from segmentation.data.slices import Slices
 from segmentation.networks.dropout import Dropout
 from segmentation.recipe import Recipe
 from segmentation.scoring.evaluate import evaluate
+from segmentation.training.captured import REHEARSALS
 from segmentation.training.logs import RunLog
 from segmentation.training.step import Trainer
 
 AMP = {"bfloat16": torch.bfloat16, "float32": None}
-SECTIONS = ("iteration", "table_4", "choices", "scoring")
+SECTIONS = ("iteration", "table_4", "choices", "captured", "profile", "scoring")
+LONGEST = 40
+"""Kernels of a profile."""
 PARTS = ("data", "augmentation", "targets and losses", "wrapper", "base optimizer", "average", "logging")
 VOLUME = (10, 256, 216)  # a usual shape in ACDC
 
@@ -90,6 +96,8 @@ def main() -> None:
         "iteration": lambda: {name: iteration(recipe, device, amp, arguments.rounds) for name, amp in AMP.items()},
         "table_4": lambda: table_4(recipe, device, arguments.rounds),
         "choices": lambda: choices(recipe, device, arguments.compile, arguments.rounds),
+        "captured": lambda: captured(recipe, device, arguments.compile, arguments.rounds),
+        "profile": lambda: profiled(recipe, device, arguments.compile),
         "scoring": lambda: scoring(recipe, device, arguments.data),
     }
     for name in arguments.only or (*sections,):
@@ -118,7 +126,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def trainer(recipe: Recipe, device: torch.device, amp: torch.dtype | None, compiled: bool = False) -> Trainer:
+def trainer(
+    recipe: Recipe, device: torch.device, amp: torch.dtype | None, compiled: bool = False, graph: bool = False
+) -> Trainer:
     """One with random slices."""
     generator = torch.Generator().manual_seed(0)
 
@@ -128,7 +138,7 @@ def trainer(recipe: Recipe, device: torch.device, amp: torch.dtype | None, compi
         labels = torch.randint(ACDC.num_classes, shape, dtype=torch.uint8, generator=generator)
         return Slices([str(i) for i in range(count)], images, labels)
 
-    return Trainer(ACDC, recipe, slices(32), slices(128), device, amp, compiled)
+    return Trainer(ACDC, recipe, slices(32), slices(128), device, amp, compiled, graph)
 
 
 class Steps:
@@ -318,6 +328,69 @@ def choices(recipe: Recipe, device: torch.device, compiled: bool, rounds: int) -
     rows = [(name, f"{value:.4f}", f"{value / usual:.2f}") for name, value in median.items()]
     common.show(f"One choice at a time, {recipe.size[0]} x {recipe.size[1]}", ("", "s / it", "ratio"), rows)
     return {**result, "seconds": median, "taken": taken}
+
+
+def captured(recipe: Recipe, device: torch.device, compiled: bool, rounds: int) -> dict[str, Any]:
+    """An iteration of UNet, FixMatch and GapMatch as it comes and, on CUDA, as a CUDA graph, compiled inside if wanted.
+
+    The UNet has labels for its whole batch, as in table 4.
+    """
+    ways: dict[str, dict[str, Any]] = {"float32": {"amp": None}, "bfloat16": {"amp": torch.bfloat16}}
+    if device.type == "cuda":
+        ways["bfloat16, captured"] = {"amp": torch.bfloat16, "graph": True}
+        if compiled:
+            ways["bfloat16, compiled and captured"] = {"amp": torch.bfloat16, "graph": True, "compiled": True}
+    labels_for_all = replace(recipe, labelled_batch=recipe.labelled_batch + recipe.unlabelled_batch)
+    runs = {
+        "UNet": labels_for_all.for_run("supervised"),
+        "FixMatch": recipe.for_run("fixmatch"),
+        "GapMatch": recipe.for_run("gapmatch"),
+    }
+    calls: dict[str, Callable[[], object]] = {}
+    for way, how in ways.items():
+        for label, run in runs.items():
+            steps = calls[f"{label}, {way}"] = Steps(trainer(run, device, **how))
+            for _ in range(REHEARSALS + 1 if how.get("graph") else 1):
+                steps()
+    median = common.medians(taken := take_turns(calls, device, rounds))
+    plain = median["UNet, float32"]
+    rows = [
+        (name, f"{1e3 * s:.2f}", f"{s / median[name.replace(name.split(',')[0], 'UNet', 1)]:.2f}", f"{s / plain:.2f}")
+        for name, s in median.items()
+    ]
+    title = f"An iteration, {recipe.size[0]} x {recipe.size[1]}"
+    common.show(title, ("", "ms", "/ UNet done so", "/ plain UNet"), rows)
+    return {"seconds": median, "taken": taken}
+
+
+def profiled(recipe: Recipe, device: torch.device, compiled: bool, iterations: int = 5) -> dict[str, Any]:
+    """Where the time of a GapMatch iteration goes: kernels of the captured step on CUDA, operations on the CPU."""
+    on_cuda = device.type == "cuda"
+    steps = Steps(trainer(recipe.for_run("gapmatch"), device, torch.bfloat16, compiled, graph=on_cuda))
+    for _ in range(REHEARSALS + 2):
+        steps()
+    kinds = [torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU]
+    seconds = common.seconds(lambda: [steps() for _ in range(iterations)], str(device)) / iterations
+    with torch.profiler.profile(activities=kinds) as profiler:
+        for _ in range(iterations):
+            steps()
+        if on_cuda:
+            torch.cuda.synchronize()
+    times = {
+        event.key: (
+            (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1e6 / iterations,
+            event.count / iterations,
+        )
+        for event in profiler.key_averages()
+    }
+    busy = sum(time for time, _ in times.values())
+    longest = sorted(((name, *time) for name, time in times.items()), key=lambda row: -row[1])[:LONGEST]
+    common.show(
+        f"One GapMatch iteration of {1e3 * seconds:.1f} ms, of which {1e3 * busy:.1f} ms are accounted for",
+        ("", "ms", "share", "calls"),
+        [(name[:70], f"{1e3 * s:.2f}", f"{s / busy:.3f}", f"{count:g}") for name, s, count in longest],
+    )
+    return {"seconds": seconds, "busy": busy, "longest": [[name[:200], s, count] for name, s, count in longest]}
 
 
 def contiguous(subject: Trainer) -> Trainer:

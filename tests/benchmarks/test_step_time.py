@@ -32,6 +32,12 @@ def test_it_runs_and_writes(
         parts = sum(value for name, value in seconds.items() if name not in ("whole iteration", "bare passes"))
         assert parts == pytest.approx(seconds["whole iteration"])
     assert len(record["table_4"]["rows"]) == 2 * 5
+    assert set(record["captured"]["seconds"]) == {
+        f"{run}, {amp}" for run in ("UNet", "FixMatch", "GapMatch") for amp in ("float32", "bfloat16")
+    }
+    longest = record["profile"]["longest"]
+    assert "convolution" in longest[0][0]
+    assert sum(seconds for _, seconds, _ in longest) <= record["profile"]["busy"] * 1.001
     printed = capsys.readouterr().out
     assert all(method in printed for method in ("UNet", "Mean Teacher", "URPC", "CCT", "GapMatch"))
 
