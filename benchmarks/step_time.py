@@ -6,9 +6,9 @@
     python benchmarks/step_time.py --threads 1            on a busy machine: in processor time
     python benchmarks/step_time.py --device cuda --size 256 --only captured profile --compile
 
-On CUDA `captured` has the step as a CUDA graph too, as the example runs it, and `profile` says where the time goes, kernel
-by kernel. Images are random: no pass looks at what it is given. Everything takes turns, so ratios hold on a busy machine
-too.
+On CUDA `captured` has the step as a CUDA graph too, as the example runs it, and `profile` says where the time goes,
+kernel by kernel. Images are random: no pass looks at what it is given. Everything takes turns, so ratios hold on a busy
+machine too.
 
 Passes of one iteration, in units of one sample's forward pass (a backward pass counts 2), for L labelled and U
 unlabelled samples:
