@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import cuda_graph
 import plain_pytorch
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from .conftest import SCRIPTS
 
 NEEDS = {"lightning_module": "lightning", "accelerate_loop": "accelerate", "monai_engine": "ignite"}
-ON_ONE = ["plain_pytorch", *NEEDS]
+ON_ONE = ["plain_pytorch", "cuda_graph", *NEEDS]
 FSDP2_ON_CPU = not torch.__version__.startswith("2.6.")
 UNDER_DDP = ["ddp", "accelerate_loop", "lightning_module"]
 
@@ -50,6 +51,23 @@ def test_gap_makes_a_difference(trained: Callable, monkeypatch: pytest.MonkeyPat
 def test_the_weights_are_those_of_the_plain_loop(script: str, trained: Callable) -> None:
     ours = trained(_import(script).train)
     torch.testing.assert_close(ours, trained(plain_pytorch.train))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it is captured, which the next test is about")
+def test_the_step_to_capture_gives_the_weights_of_the_plain_loop(trained: Callable) -> None:
+    torch.testing.assert_close(trained(cuda_graph.train), trained(plain_pytorch.train))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+def test_the_step_of_the_page_on_cuda_graphs_is_the_same_captured(amp: torch.dtype | None) -> None:
+    models = [cuda_graph.network().cuda() for _ in range(2)]
+    for model, capture in zip(models, (True, False), strict=True):
+        cuda_graph.train(model, amp, capture)
+    ours, theirs = (model.state_dict() for model in models)
+    rtol, atol = (1e-3, 1e-4) if amp is None else (0.05, 0.02)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=atol)
 
 
 def test_micro_batches_give_the_weights_of_the_whole_batch(trained: Callable) -> None:
