@@ -5,9 +5,12 @@
     python benchmarks/reproduce.py --report                     docs/results.md and its figures
 
 `--run` goes on where the last one stopped, in the middle of a cell too. Several may run at once, with the same --work:
-none makes a cell that another one has or makes. Records go to benchmarks/results/cells/, checkpoints and logs to
-runs/reproduce/. The exit status is 2 for bad input, and 1 where a process of --jobs died.
+none makes a cell that another one has or makes. Records, a few kB each, go to benchmarks/results/cells/, checkpoints and
+logs to runs/reproduce/. The exit status is 2 for bad input, and 1 where a process of --jobs died.
 A cell that failed (a loss was not finite) is recorded as such; delete its record and its work folder to try it again.
+
+`--jobs` share a GPU too. Kernels of several processes take turns there, unless NVIDIA's MPS lets them run side by side:
+start it before (`nvidia-cuda-mps-control -d`). What that gains was not measured yet.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,7 +50,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data-acdc", type=Path, help="ACDC in the h5 layout; without it its cells are not run")
     parser.add_argument("--data-la", type=Path, help="LA in the h5 layout; without it its cells are not run")
-    parser.add_argument("--budget", type=float, default=60, metavar="MINUTES", help="time for --run (default: 60)")
+    parser.add_argument(
+        "--budget",
+        type=seconds,
+        default="60",
+        metavar="TIME",
+        help="for --run, from now on: minutes, or seconds as 780s (default: 60)",
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, each in a process of its own")
     parser.add_argument("--threads", type=int, help="of each process (default: torch's own number over --jobs)")
@@ -57,8 +67,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def seconds(text: str) -> float:
+    """Of a number of minutes, or of seconds with an s behind it."""
+    return float(text.removesuffix("s")) * (1 if text.endswith("s") else 60)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    until = time.time() + arguments.budget
     try:
         if arguments.report:
             page.write(Records(arguments.records), arguments.page, arguments.figures)
@@ -71,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.plan:
             plan(lab, cells, lists)
             return 0
-        return run(lab, cells, 60 * arguments.budget, arguments.jobs, arguments.threads)
+        return run(lab, cells, until, arguments.jobs, arguments.threads)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -87,23 +103,24 @@ def plan(lab: Lab, cells: Sequence[Cell], lists: Mapping[str, Mapping[str, str]]
     seconds_left = 0.0
     for cell in cells:
         state, note = _state(lab, cell, (lists or {}).get(cell.data_set))
-        time, source = "", ""
+        duration, source = "", ""
         if state in ("open", "begun"):
             seconds, source = estimate(cell, records, lab.device.type)
             seconds = max(0.0, seconds - lab.spent(cell))
             seconds_left += seconds
-            time = _duration(seconds)
+            duration = _duration(seconds)
         elif state == "done":
-            time = _duration(records[cell]["wall_seconds"])
+            duration = _duration(records[cell]["wall_seconds"])
         totals[state] += 1
-        rows.append((cell.name, state, time, source, note))
+        rows.append((cell.name, state, duration, source, note))
     show(f"Plan for {lab.device.type}", ("Cell", "State", "Time", "Estimated by", "Note"), rows)
     counts = ", ".join(f"{count} {state}" for state, count in totals.items() if count)
     print(f"{len(cells)} cells: {counts}. The open ones would take about {_duration(seconds_left)}, one at a time.")
 
 
-def run(lab: Lab, cells: Sequence[Cell], seconds: float, jobs: int = 1, threads: int | None = None) -> int:
-    """Work through the open cells that there is data for; with several jobs, in as many processes.
+def run(lab: Lab, cells: Sequence[Cell], until: float, jobs: int = 1, threads: int | None = None) -> int:
+    """Work through the open cells that there is data for, up to the time `until`; with several jobs, in as many
+    processes, whose start counts too.
 
     Returns the exit status.
     """
@@ -111,13 +128,13 @@ def run(lab: Lab, cells: Sequence[Cell], seconds: float, jobs: int = 1, threads:
         if data_set not in lab.data:
             print(f"without --data-{data_set.lower()} the cells of {data_set} are left out")
     cells = [cell for cell in cells if cell.data_set in lab.data and lab.records.read(cell) is None]
-    print(f"{len(cells)} cells are open, and {_duration(seconds)} to run them", flush=True)
+    print(f"{len(cells)} cells are open, and {_duration(until - time.time())} to run them", flush=True)
     threads = threads or max(1, torch.get_num_threads() // jobs)
     if jobs == 1:
         torch.set_num_threads(threads)
-        work(lab, cells, seconds)
+        work(lab, cells, until - time.time())
         return 0
-    workers = [_worker(lab, cells, seconds, threads) for _ in range(jobs)]
+    workers = [_worker(lab, cells, until, threads) for _ in range(jobs)]
     try:
         with interrupted_after():
             for worker in workers:
@@ -134,21 +151,21 @@ def run(lab: Lab, cells: Sequence[Cell], seconds: float, jobs: int = 1, threads:
     return 1 if died else 0
 
 
-def _worker(lab: Lab, cells: Sequence[Cell], seconds: float, threads: int) -> multiprocessing.process.BaseProcess:
-    worker = multiprocessing.get_context("spawn").Process(target=_work_apart, args=(lab, cells, seconds, threads))
+def _worker(lab: Lab, cells: Sequence[Cell], until: float, threads: int) -> multiprocessing.process.BaseProcess:
+    worker = multiprocessing.get_context("spawn").Process(target=_work_apart, args=(lab, cells, until, threads))
     worker.start()
     return worker
 
 
-def _work_apart(lab: Lab, cells: Sequence[Cell], seconds: float, threads: int) -> None:
+def _work_apart(lab: Lab, cells: Sequence[Cell], until: float, threads: int) -> None:
     os.setsid()  # a terminal's Ctrl-C goes to the first process alone, which passes it on
     torch.set_num_threads(threads)
-    work(lab, cells, seconds)
+    work(lab, cells, until - time.time())
 
 
 def _refuse_bad_numbers(arguments: argparse.Namespace) -> None:
     if not (math.isfinite(arguments.budget) and arguments.budget > 0):
-        raise InputError(f"--budget must be finite and above 0 minutes, not {arguments.budget:g}.")
+        raise InputError(f"--budget must be finite and above 0, not {arguments.budget:g} seconds.")
     for option in ("jobs", "threads"):
         number = getattr(arguments, option)
         if number is not None and number < 1:

@@ -430,6 +430,17 @@ def test_a_claimed_cell_is_left_alone_until_its_process_is_dead(lab: SimpleNames
     assert here.attempt(cell)
 
 
+def test_a_budget_is_of_minutes_or_seconds(lab: SimpleNamespace) -> None:
+    assert [lab.reproduce.seconds(text) for text in ("60", "0.5", "780s")] == [3600.0, 30.0, 780.0]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_budget_that_is_over_runs_nothing(jobs: int, lab: SimpleNamespace, here: Any) -> None:
+    """As one that the start of the processes has used up."""
+    assert lab.reproduce.run(here, [_supervised(lab)], time.time() - 1, jobs) == 0
+    assert not here.records.read(_supervised(lab))
+
+
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_two_jobs_share_the_cells(
     lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -437,7 +448,7 @@ def test_two_jobs_share_the_cells(
     fork = multiprocessing.get_context("fork")  # which knows of the tiny runs, and takes no time to start
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     cells = [_supervised(lab, seed) for seed in range(3)]
-    lab.reproduce.run(here, cells, 600, jobs=2)
+    lab.reproduce.run(here, cells, time.time() + 600, jobs=2)
     names = [cell.name for cell in cells]
     assert sorted(line for line in capfd.readouterr().out.splitlines() if line in names) == names
     assert [here.records.state(cell) for cell in cells] == ["done"] * 3
@@ -450,9 +461,9 @@ def test_a_dead_process_is_told(
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     monkeypatch.setattr(lab.reproduce, "work", lambda *_: None)
-    assert lab.reproduce.run(here, [], 600, jobs=2) == 0
+    assert lab.reproduce.run(here, [], time.time() + 600, jobs=2) == 0
     monkeypatch.setattr(lab.reproduce, "work", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    assert lab.reproduce.run(here, [], 600, jobs=2) == 1
+    assert lab.reproduce.run(here, [], time.time() + 600, jobs=2) == 1
     assert "2 of 2 processes died, with exit status -9, -9" in capsys.readouterr().err
 
 
@@ -463,8 +474,9 @@ def test_a_dead_process_is_told(
         (["--data-la", "nowhere"], "nowhere"),
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
         (["--threads", "0"], "--threads must be at least 1, not 0"),
-        (["--budget", "0"], "--budget must be finite and above 0 minutes, not 0"),
+        (["--budget", "0"], "--budget must be finite and above 0, not 0 seconds"),
         (["--budget", "nan"], "--budget"),
+        (["--budget=-5s"], "not -5 seconds"),
         (["--budget", "inf"], "--budget"),
     ],
 )
@@ -487,7 +499,7 @@ def test_run_leaves_out_what_has_no_data(
     monkeypatch.setattr(lab.runs.Lab, "attempt", lambda self, cell: attempted.append(cell.name))
     acdc, done = _supervised(lab), _supervised(lab, 1)
     here.records.write(done, _record(done))
-    lab.reproduce.run(here, [acdc, done, lab.grid.cell("LA", "paper", lab.grid.GAPMATCH, 1, 0)], 60)
+    lab.reproduce.run(here, [acdc, done, lab.grid.cell("LA", "paper", lab.grid.GAPMATCH, 1, 0)], time.time() + 60)
     assert attempted == [acdc.name]
     assert "without --data-la" in capsys.readouterr().out
 
