@@ -2,21 +2,31 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from segmentation.errors import InputError
-from segmentation.methods import TABLE
+from segmentation.methods import TABLE, Own
 
 Run = tuple[str, bool]
 """A method of the table, and whether GAP is on it."""
 METHODS = tuple(TABLE)
 GAPMATCH: Run = ("fixmatch", True)
 NO_GAP: Run = ("supervised", True)  # nothing to perturb by
-METHOD_FIELDS = ("warm_up", "tau", "targets", "unlabelled_loss", "weight")  # mean nothing without a method
+METHOD_FIELDS = (
+    "warm_up",
+    "tau",
+    "targets",
+    "unlabelled_loss",
+    "weight",
+    "ramp_up",
+    "joint",
+)  # nothing without a method
 GAP_FIELDS = ("eps", "alpha", "aligned", "freeze_statistics", "replay_dropout")  # mean nothing without GAP
 WITH_GAP = "+gap"  # what a run's name ends with
 AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
+OWN = tuple(field.name for field in fields(Own))
+"""Fields of which a method has values of its own, which None stands for."""
 HALVINGS = 4  # of the image on its way down the UNet and the V-Net
 
 
@@ -46,17 +56,21 @@ class Recipe:
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    lr_schedule: Literal["poly", "constant", "step"] = "poly"
+    """`training.schedules`: the field's own for ACDC, that of the paper's first author, and that of older codes for LA."""
     power: float = 0.9
-    """lr(t) = lr * (1 - t / iterations) ** power."""
+    """Of "poly"."""
+    labelled_weight: float | None = None
+    """Of the labelled loss. None, here and below: the method's own (`methods.Own`, which says what they mean)."""
 
     # the consistency method
     tau: float = 0.95
     targets: Literal["eval", "batch", "train"] = "batch"
     """Mode of the model, or of its teacher, while it makes targets (`gap_torch.consistency.targets.Mode`)."""
-    unlabelled_loss: Literal["ce_dice", "dice"] = "ce_dice"
-    """R of equation 7: cross-entropy and Dice as in the paper, or Dice alone as in UniMatch."""
-    weight: float = 1.0
-    """Of the consistency loss, at theta and at theta*."""
+    unlabelled_loss: Literal["ce_dice", "dice"] | None = None
+    weight: float | None = None
+    ramp_up: float | None = None
+    joint: bool | None = None
     warm_up: int = 0
     """Iterations on labelled images alone, before the method joins."""
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
@@ -65,9 +79,10 @@ class Recipe:
     # GAP
     eps: float = 0.1
     alpha: float = 1.0
-    aligned: Literal["targets", "predictions"] = "targets"
+    aligned: Literal["targets", "predictions", "pseudo_labels"] = "targets"
     """What the perturbed prediction is held to: the method's own targets, fixed at theta (equations 8-9), or the
-    unperturbed prediction (`gap_torch.consistency.alignment`)."""
+    unperturbed prediction, softly or by its confident classes (`gap_torch.consistency.alignment`). The classes count with
+    alpha alone, whatever the method's weight."""
     freeze_statistics: bool = True
     """Whether batch-norm running statistics stay still in the perturbed pass."""
     replay_dropout: bool = False
@@ -94,7 +109,7 @@ class Recipe:
         changed = {name: value for name, value in given.items() if value != defaults[name]}
         object.__setattr__(self, "options", tuple(sorted(changed.items())))  # one recipe, one form; and a hash
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in (*choices, *(None,) * (name in OWN)):
                 raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
@@ -115,11 +130,14 @@ class Recipe:
             raise InputError(f"warm_up must not be negative, not {self.warm_up}.")
         if self.warm_up >= self.iterations:  # for supervised too: a preset is good for all methods or for none
             raise InputError(f"warm_up must be below iterations ({self.iterations}), not {self.warm_up}.")
-        for name in ("lr", "eps", "alpha", "weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"{name} must be finite and not negative, not {getattr(self, name)}.")
-        if not 0 <= self.tau <= 1:
-            raise InputError(f"tau must be between 0 and 1, not {self.tau}.")
+        for name in ("lr", "eps", "alpha", "weight", "labelled_weight"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} must be finite and not negative, not {value}.")
+        for name in ("tau", "ramp_up"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"{name} must be between 0 and 1, not {value}.")
 
     @property
     def name(self) -> str:
@@ -138,17 +156,29 @@ class Recipe:
         return (entry.with_gap or f"{entry.label} + GAP") if self.gap else entry.label
 
     @property
+    def own(self) -> Own:
+        """The method's own, but what is given here."""
+        given = {name: value for name in OWN if (value := getattr(self, name)) is not None}
+        return replace(TABLE[self.method].own, **given)
+
+    @property
     def all_options(self) -> dict[str, Any]:
         """Of the method, by name, defaults among them."""
         return {**TABLE[self.method].options, **dict(self.options)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON and checkpoints, with all options: a default may change."""
-        return {**asdict(self), "options": self.all_options}
+        """Plain numbers and strings, for JSON and checkpoints, with all that is the method's own: that may change."""
+        return {**asdict(self), **asdict(self.own), "options": self.all_options}
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return (
+        get_args(hint) if get_origin(hint) is Literal else tuple(c for part in get_args(hint) for c in _choices(part))
+    )
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    name: get_args(hint) for name, hint in get_type_hints(Recipe).items() if get_origin(hint) is Literal
+    name: choices for name, hint in get_type_hints(Recipe).items() if (choices := _choices(hint))
 }
 """Fields that are one of a few words -> those."""
 

@@ -5,7 +5,7 @@
 same views, at theta and at theta*.
 """
 
-from .alignment import alignment
+from .alignment import alignment, hard_alignment
 from .cct import CCT
 from .cutmix import CutMix
 from .cutmix_seg import CutMixSeg
@@ -51,5 +51,6 @@ __all__ = [
     "Views",
     "alignment",
     "auxiliary_logits",
+    "hard_alignment",
     "logits_of",
 ]

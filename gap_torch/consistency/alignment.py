@@ -1,21 +1,24 @@
 """A prediction after the perturbation against the prediction before it.
 
 The GapMatch paper wants the predictions "aligned before and after perturbation" when GAP joins another method. That can
-be read in two ways, which `loss` at theta* tells apart from `alignment` at theta*:
+be read in three ways, which differ in the loss at theta*:
 
 1. the method's own loss once more, its targets still those of theta: `method.loss(model, views)`;
-2. the perturbed prediction against the unperturbed one, whatever the method's own loss is: `alignment`.
+2. the perturbed prediction against the unperturbed one, whatever the method's own loss is: `alignment`;
+3. the perturbed prediction against the confident classes of the unperturbed one, by the paper's R, and with alpha alone as
+   its weight: `hard_alignment`. The method's own loss gives the direction, however small its weight is.
 
 For FixMatch they nearly agree, since its targets are predictions at theta (equations 8-9): one-hot and on the weak view
-in the first reading, soft and on the strong view in the second.
+in the first reading, on the strong view in the other two.
 """
 
 import torch
 from torch import Tensor
 
-from ..losses import at_least_float32
+from ..losses import MaskedLoss, at_least_float32, ce_dice_loss
 from .divergence import kl_divergence
 from .method import Outputs, all_logits
+from .thresholds import Threshold, as_threshold
 
 
 def alignment(outputs: Outputs, before: Outputs) -> Tensor:
@@ -32,11 +35,34 @@ def alignment(outputs: Outputs, before: Outputs) -> Tensor:
         ValueError: one of the two has more logits than the other, or logits of another shape.
         TypeError: one of them is neither a tensor nor a tuple or list of them.
     """
+    pairs = _pairs(outputs, before)
+    return torch.stack([kl_divergence(a, p).mean() for a, p in pairs]).mean()
+
+
+def hard_alignment(
+    outputs: Outputs, before: Outputs, tau: float | Threshold = 0.95, loss: MaskedLoss = ce_dice_loss
+) -> Tensor:
+    """R (equation 7) of the perturbed prediction and the confident classes of the unperturbed one.
+
+    Args:
+        outputs: as for `alignment`.
+        before: the same.
+        tau: least confidence of a class that counts (equation 5), or a threshold that adapts.
+        loss: R, called with logits (B, K, *spatial), classes and mask (B, *spatial).
+
+    Returns and errors as for `alignment`; ValueError also where `tau` is outside [0, 1].
+    """
+    threshold = as_threshold(tau)
+    pairs = _pairs(outputs, before)
+    return torch.stack([loss(a, p.argmax(dim=1), threshold(p)) for a, p in pairs]).mean()
+
+
+def _pairs(outputs: Outputs, before: Outputs) -> list[tuple[Tensor, Tensor]]:
+    """Logits of `outputs`, and the probabilities of their counterparts in `before`, to which no gradient goes."""
     after, fixed = all_logits(outputs), all_logits(before)
     if len(after) != len(fixed):
         raise ValueError(
             f"outputs has {len(after)} logits, before {len(fixed)}: "
             "both must come from the same model in the same mode."
         )
-    pairs = zip(after, fixed, strict=True)
-    return torch.stack([kl_divergence(a, at_least_float32(b.detach()).softmax(dim=1)).mean() for a, b in pairs]).mean()
+    return [(a, at_least_float32(b.detach()).softmax(dim=1)) for a, b in zip(after, fixed, strict=True)]

@@ -1,13 +1,13 @@
 """One training run's model, optimizer and data, and its step: Algorithm 1."""
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gap_torch import GAPWrapper, RNGState
-from gap_torch.consistency import Batch, Method, Outputs, Views, alignment
+from gap_torch.consistency import Batch, Method, Outputs, Views, alignment, hard_alignment, logits_of
 from gap_torch.losses import MaskedLoss, ce_dice_loss, dice_loss
 from segmentation import methods
 from segmentation.errors import InputError
@@ -18,6 +18,7 @@ from segmentation.training.batches import ShuffledStream, mix
 from segmentation.training.captured import CapturedStep
 from segmentation.training.inputs import Inputs
 from segmentation.training.joint import joint
+from segmentation.training.schedules import learning_rate, ramp
 from segmentation.training.sgd import SGD
 
 R: dict[str, MaskedLoss] = {"ce_dice": ce_dice_loss, "dice": dice_loss}
@@ -74,7 +75,7 @@ class Trainer:
         graph: bool = False,
     ) -> None:
         refuse_wrong_gradients(recipe, device, amp)
-        self.task, self.recipe, self.device = task, recipe, device
+        self.task, self.recipe, self.own, self.device = task, recipe, recipe.own, device
         self.labelled, self.unlabelled = labelled.to(device), unlabelled.to(device)
         self.statistics_images = self._statistics_images()
         self.labelled_stream = ShuffledStream(len(labelled), recipe.labelled_batch, recipe.seed)
@@ -102,7 +103,9 @@ class Trainer:
     def inputs(self, iteration: int) -> Inputs:
         """What the host decides: samples, crops, the learning rate and the weight, the seed of all else."""
         recipe, progress = self.recipe, iteration / self.recipe.iterations
-        weight = recipe.weight * (1.0 if self.method is None else self.method.weight(progress))
+        weight = self.own.weight * ramp(progress, self.own.ramp_up)
+        if self.method is not None:
+            weight *= self.method.weight(progress)
         inputs = Inputs(
             *self.labelled_batch(iteration),
             self.unlabelled_batch(iteration),
@@ -111,7 +114,7 @@ class Trainer:
             torch.full((), weight, device=self.device),
         )
         # in closed form: a scheduler would count the steps that a GradScaler skips
-        self.sgd.set_lr(recipe.lr * (1 - progress) ** recipe.power)
+        self.sgd.set_lr(learning_rate(recipe, iteration))
         torch.manual_seed(mix(recipe.seed, iteration))
         return inputs
 
@@ -129,12 +132,19 @@ class Trainer:
         labels = labels.long()
         batch = Batch(inputs.unlabelled, images, labels, inputs.progress)
         views = method.prepare(self.joint, batch) if method is not None and joined else None
-        values = {} if method is None or views is None else self._consistency(method, views, inputs.weight)
+        images = images if views is None or views.labelled is None else views.labelled
 
-        outputs = self.joint(images if views is None or views.labelled is None else views.labelled)
-        criterion = ce_dice_loss if method is None else partial(method.labelled_loss, ce_dice_loss, views=views)
-        loss = criterion(outputs, labels)
-        self.scaler.scale(loss).backward()
+        values: dict[str, Tensor] = {}
+        if views is None or not views.inputs:
+            self._refuse_gap_without_views(views)
+            loss = self._labelled_loss(self.joint(images), labels, views)
+            self.scaler.scale(loss).backward()
+        elif self.own.joint:
+            loss, values = self._together(views, inputs.weight, images, labels)
+        else:
+            values = self._consistency(views, inputs.weight)
+            loss = self._labelled_loss(self.joint(images), labels, views)
+            self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -144,44 +154,103 @@ class Trainer:
             self.average.update(self.model)
         return {"loss_labelled": loss.detach(), **values}
 
-    def _consistency(self, method: Method, views: Views, weight: Tensor) -> dict[str, Tensor]:
+    def _consistency(self, views: Views, weight: Tensor) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
-        if not views.inputs:
-            if self.recipe.gap:
-                raise InputError(
-                    f"{self.recipe.name}: without a consistency loss there is nothing to perturb by; no GAP."
-                )
-            return {}
-        model, optimizer = self.joint, self.optimizer
-        rng = RNGState.now([self.device] if self.device.type == "cuda" else []) if self.recipe.replay_dropout else None
-        outputs = tuple(model(images) for images in views.inputs)
-        loss = weight * method.compare(outputs, views)
+        rng = self._rng()
+        outputs = self._outputs(views)
+        loss = weight * self._method.compare(outputs, views)
         self.scaler.scale(loss).backward()
-        values = {"loss_unlabelled": loss.detach()}
-        if views.mask is not None:
-            values["confident"] = views.mask.float().mean()
+        values = self._values(loss, views)
         if self.recipe.gap:
-            with optimizer.perturbed(model if self.recipe.freeze_statistics else None, rng=rng):
-                perturbed = tuple(model(images) for images in views.inputs)
-                perturbed_loss = weight * self._alignment(method, views, perturbed, outputs)
-                self.scaler.scale(perturbed_loss).backward()
-            assert optimizer.grad_norm is not None
-            values["loss_perturbed"] = perturbed_loss.detach()
-            scale = self.scaler.scale(torch.ones_like(optimizer.grad_norm))  # on the device, as it is in this step
-            values["grad_norm"] = optimizer.grad_norm / scale
+            values |= self._perturbed(views, weight, outputs, lambda: self._outputs(views), rng)
         return values
 
+    def _together(
+        self, views: Views, weight: Tensor, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same and g_l, where labelled images share a batch with the first view. Returns the labelled loss too."""
+        rng = self._rng()
+        labelled, outputs = self._joint_outputs(views, images)
+        labelled_loss = self._labelled_loss(labelled, labels, views)
+        loss = weight * self._method.compare(outputs, views)
+        values = self._values(loss, views)
+        if self.recipe.gap:
+            with self.optimizer.set_aside():
+                self.scaler.scale(labelled_loss).backward(retain_graph=True)
+            self.scaler.scale(loss).backward()
+            values |= self._perturbed(views, weight, outputs, lambda: self._joint_outputs(views, images)[1], rng)
+        else:
+            self.scaler.scale(labelled_loss + loss).backward()
+        return labelled_loss, values
+
+    def _perturbed(
+        self,
+        views: Views,
+        weight: Tensor,
+        unperturbed: tuple[Outputs, ...],
+        passes: Callable[[], tuple[Outputs, ...]],
+        rng: RNGState | None,
+    ) -> dict[str, Tensor]:
+        """alpha * g2 on top of g1 in `.grad` (Algorithm 1, lines 6-10)."""
+        optimizer = self.optimizer
+        with optimizer.perturbed(self.joint if self.recipe.freeze_statistics else None, rng=rng):
+            loss = self._alignment(views, weight, passes(), unperturbed)
+            self.scaler.scale(loss).backward()
+        assert optimizer.grad_norm is not None
+        scale = self.scaler.scale(torch.ones_like(optimizer.grad_norm))  # on the device, as it is in this step
+        return {"loss_perturbed": loss.detach(), "grad_norm": optimizer.grad_norm / scale}
+
     def _alignment(
-        self, method: Method, views: Views, perturbed: tuple[Outputs, ...], unperturbed: tuple[Outputs, ...]
+        self, views: Views, weight: Tensor, perturbed: tuple[Outputs, ...], unperturbed: tuple[Outputs, ...]
     ) -> Tensor:
-        """The loss at theta*, by either reading of "aligned before and after perturbation"."""
+        """The loss at theta*, by one of the readings of "aligned before and after perturbation"."""
         if self.recipe.aligned == "targets":
-            return method.compare(perturbed, views)
-        return torch.stack([alignment(*pair) for pair in zip(perturbed, unperturbed, strict=True)]).mean()
+            return weight * self._method.compare(perturbed, views)
+        pairs = zip(perturbed, unperturbed, strict=True)
+        if self.recipe.aligned == "predictions":
+            return weight * torch.stack([alignment(*pair) for pair in pairs]).mean()
+        return torch.stack([hard_alignment(*pair, self.recipe.tau, R["ce_dice"]) for pair in pairs]).mean()
+
+    def _outputs(self, views: Views) -> tuple[Outputs, ...]:
+        return tuple(self.joint(images) for images in views.inputs)
+
+    def _joint_outputs(self, views: Views, labelled: Tensor) -> tuple[Outputs, tuple[Outputs, ...]]:
+        """Of the labelled images, and of the views."""
+        first, *others = views.inputs
+        both = self.joint(torch.cat([labelled, first]))
+        rest = tuple(self.joint(images) for images in others)
+        if isinstance(both, Tensor):
+            return both[: len(labelled)], (both[len(labelled) :], *rest)
+        return tuple(o[: len(labelled)] for o in both), (tuple(o[len(labelled) :] for o in both), *rest)
+
+    def _labelled_loss(self, outputs: Outputs, labels: Tensor, views: Views | None) -> Tensor:
+        if self.method is None:
+            loss = ce_dice_loss(logits_of(outputs), labels)
+        else:
+            loss = self.method.labelled_loss(ce_dice_loss, outputs, labels, views)
+        return self.own.labelled_weight * loss
+
+    def _values(self, loss: Tensor, views: Views) -> dict[str, Tensor]:
+        """What to log of the pass at theta."""
+        confident = {} if views.mask is None else {"confident": views.mask.float().mean()}
+        return {"loss_unlabelled": loss.detach(), **confident}
+
+    def _rng(self) -> RNGState | None:
+        """For the perturbed pass to draw the masks of the first one again."""
+        return RNGState.now([self.device] if self.device.type == "cuda" else []) if self.recipe.replay_dropout else None
+
+    def _refuse_gap_without_views(self, views: Views | None) -> None:
+        if views is not None and self.recipe.gap:
+            raise InputError(f"{self.recipe.name}: without a consistency loss there is nothing to perturb by; no GAP.")
+
+    @property
+    def _method(self) -> Method:
+        assert self.method is not None
+        return self.method
 
     def _setting(self) -> methods.Setting:
         task, recipe = self.task, self.recipe
-        loss = R[recipe.unlabelled_loss]
+        loss = R[self.own.unlabelled_loss]
         return methods.Setting(
             self.model, task.weak(), task.strong(), task.num_classes, recipe.tau, loss, recipe.targets
         )
