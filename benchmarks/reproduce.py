@@ -5,8 +5,8 @@
     python benchmarks/reproduce.py --report                     docs/results.md and its figures
 
 `--run` goes on where the last one stopped, in the middle of a cell too. Several may run at once, with the same --work:
-none makes a cell that another one has or makes. Records, a few kB each, go to benchmarks/results/cells/, checkpoints and
-logs to runs/reproduce/. The exit status is 2 for bad input, and 1 where a process of --jobs died.
+none makes a cell that another one has or makes. Records, a few kB each, go to benchmarks/results/cells/, checkpoints
+and logs to runs/reproduce/. The exit status is 2 for bad input, and 1 where a process of --jobs died.
 A cell that failed (a loss was not finite) is recorded as such; delete its record and its work folder to try it again.
 
 `--jobs` share a GPU too. Kernels of several processes take turns there, unless NVIDIA's MPS lets them run side by side:
