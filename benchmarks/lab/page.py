@@ -288,7 +288,7 @@ def protocol(preset: str, recipe: Recipe) -> str:
         f"{recipe.unlabelled_batch} unlabelled, {recipe.iterations:,} iterations of SGD (lr {recipe.lr:g}, momentum "
         f"{recipe.momentum:g}){warm_up}, validated every {recipe.validate_every:,}.",
         f"tau {recipe.tau:g}, eps {recipe.eps:g}, alpha {recipe.alpha:g}, weight of the consistency loss "
-        f"{recipe.weight:g}; R of equation 7: `{recipe.unlabelled_loss}`.",
+        f"{recipe.own.weight:g}; R of equation 7: `{recipe.own.unlabelled_loss}`.",
         f"Scored: {weights}; batch-norm statistics: {statistics}.",
     )
     return "\n".join(f"- {line}" for line in lines)

@@ -26,6 +26,14 @@ KNOBS = (
     "alpha",
     "tau",
     "weight",
+    "ramp_up",
+    "labelled_weight",
+    "unlabelled_loss",
+    "joint",
+    "lr",
+    "lr_schedule",
+    "average_decay",
+    "statistics_samples",
     "warm_up",
     "aligned",
     "freeze_statistics",
@@ -51,9 +59,12 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     otherwise = "; without it a phantom is made" if task.has_phantom else ""
     parser.add_argument("--data", type=Path, help=f"folder of {task.name}{otherwise}")
     parser.add_argument(
-        "--labelled", "--labeled", type=int, choices=(1, 5, 10), help="labelled share in percent (default: 1)"
+        "--labelled", "--labeled", type=int, choices=(1, 5, 10, 100), help="labelled share in percent (default: 1)"
     )
     parser.add_argument("--patients", type=int, help="labelled patients, instead of --labelled")
+    parser.add_argument(
+        "--patients-seed", type=int, help="draw them at random (default: the first of the list, as the field does)"
+    )
     parser.add_argument(
         "--method",
         nargs="+",
@@ -74,12 +85,29 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
         metavar="NAME=VALUE",
         help=f"of a method itself: {_there_are()}",
     )
-    parser.add_argument("--weight", type=float, help="of the consistency loss")
+    parser.add_argument("--weight", type=float, help="of the consistency loss (default: the method's own)")
+    parser.add_argument(
+        "--ramp-up", type=float, help="share of the run in which that weight grows (default: the method's own)"
+    )
+    parser.add_argument("--labelled-weight", type=float, help="of the labelled loss (default: the method's own)")
+    parser.add_argument(
+        "--unlabelled-loss", choices=CHOICES["unlabelled_loss"], help="R of equation 7 (default: the method's own)"
+    )
+    parser.add_argument("--joint", action=on_or_off, help="labelled images in one batch with the first view")
+    parser.add_argument("--lr", type=float, help="the first learning rate")
+    parser.add_argument("--lr-schedule", choices=CHOICES["lr_schedule"], help="what becomes of it")
+    parser.add_argument("--average-decay", type=float, help="score a moving average of the weights; 0 for none")
+    parser.add_argument(
+        "--statistics-samples",
+        type=int,
+        help="take batch norm's statistics anew over so many before scoring; 0 for none",
+    )
     parser.add_argument("--warm-up", type=int, help="iterations on labelled images alone at the start")
     parser.add_argument(
         "--aligned",
         choices=CHOICES["aligned"],
-        help="hold the perturbed prediction to the method's targets, or to the unperturbed prediction",
+        help="hold the perturbed prediction to the method's targets, or to the unperturbed prediction: its "
+        "probabilities, or its confident classes",
     )
     parser.add_argument("--freeze-statistics", action=on_or_off, help="of batch norm, in the perturbed pass")
     parser.add_argument("--replay-dropout", action=on_or_off, help="the same masks in the perturbed pass")
@@ -135,6 +163,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
         task=task,
         data=_phantom(task, out / "phantom") if phantom else arguments.data,
         patients=patients,
+        patients_seed=arguments.patients_seed,
         recipes=[_of_run(recipe, run, options, task.num_classes) for run in methods],
         device=device,
         amp=AMP[arguments.amp],
@@ -142,7 +171,8 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
         graph=_graph(arguments.graph, device, recipe),
         out=out,
         old_runs=_old_runs(arguments),
-        title=f"{f'{task.name} phantom' if phantom else task.name} test set, labelled patients: {patients}, "
+        title=f"{f'{task.name} phantom' if phantom else task.name} test set, labelled patients: {patients}"
+        f"{'' if arguments.patients_seed is None else f' (drawn with seed {arguments.patients_seed})'}, "
         f"preset {preset}, seed {arguments.seed}{_scored(stride, arguments.largest_component)}",
         stride=stride,
         largest_component=arguments.largest_component,

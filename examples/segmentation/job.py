@@ -22,6 +22,7 @@ class Job:
         task: the data set.
         data: root of its files.
         patients: how many of the training patients count as labelled.
+        patients_seed: draws them at random; None takes the first, as the field does.
         recipes: one run each, in this order; they share everything but the method.
         device: where to train.
         amp: autocast dtype, or None for float32.
@@ -47,6 +48,7 @@ class Job:
     out: Path
     old_runs: OldRuns
     title: str
+    patients_seed: int | None = None
     stride: tuple[int, ...] | None = None
     largest_component: bool = False
     compiled: bool = False

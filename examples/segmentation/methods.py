@@ -158,8 +158,8 @@ class Entry:
         return {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
 
 
-# Of SSL4MIS and the codes that descend from it, the paper's first author's among them: small, and late. What learns from
-# hard pseudo-labels has a weight of 1 from the start, as in FixMatch.
+# Of SSL4MIS and the codes that descend from it, the paper's first author's among them: small, and late. What learns
+# from hard pseudo-labels has a weight of 1 from the start, as in FixMatch.
 RAMPED = Own(weight=0.1, ramp_up=1.0)
 TARGETS = 1 / 3
 TABLE: dict[str, Entry] = {
@@ -175,9 +175,8 @@ TABLE: dict[str, Entry] = {
     "freematch": Entry("FreeMatch", _freematch, (TARGETS, 1)),
     "mean_teacher": Entry("Mean Teacher", _mean_teacher, (TARGETS, 1), own=RAMPED),
     "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid, own=RAMPED),
-    "cct": Entry(
-        "CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED
-    ),  # its further decoders run in the labelled pass too
+    # its further decoders run in the labelled pass too
+    "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED),
 }
 
 

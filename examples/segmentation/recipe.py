@@ -11,18 +11,13 @@ from segmentation.methods import TABLE, Own
 Run = tuple[str, bool]
 """A method of the table, and whether GAP is on it."""
 METHODS = tuple(TABLE)
+SUPERVISED = "supervised"
 GAPMATCH: Run = ("fixmatch", True)
-NO_GAP: Run = ("supervised", True)  # nothing to perturb by
-METHOD_FIELDS = (
-    "warm_up",
-    "tau",
-    "targets",
-    "unlabelled_loss",
-    "weight",
-    "ramp_up",
-    "joint",
-)  # nothing without a method
-GAP_FIELDS = ("eps", "alpha", "aligned", "freeze_statistics", "replay_dropout")  # mean nothing without GAP
+NO_GAP: Run = (SUPERVISED, True)  # nothing to perturb by
+METHOD_FIELDS = ("warm_up", "tau", "targets", "unlabelled_loss", "weight", "ramp_up", "joint")
+"""Mean nothing without a method."""
+GAP_FIELDS = ("eps", "alpha", "aligned", "freeze_statistics", "replay_dropout")
+"""Mean nothing without GAP."""
 WITH_GAP = "+gap"  # what a run's name ends with
 AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
 OWN = tuple(field.name for field in fields(Own))
@@ -57,13 +52,15 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     lr_schedule: Literal["poly", "constant", "step"] = "poly"
-    """`training.schedules`: the field's own for ACDC, that of the paper's first author, and that of older codes for LA."""
+    """That of the field for ACDC, of the paper's first author, and of older codes for LA (`training.schedules`)."""
     power: float = 0.9
     """Of "poly"."""
     labelled_weight: float | None = None
     """Of the labelled loss. None, here and below: the method's own (`methods.Own`, which says what they mean)."""
 
     # the consistency method
+    blur: float = 1.0
+    """Scale of the strong view's blur, of 0.1 to 2 pixels: in smaller images as wide a blur takes more away."""
     tau: float = 0.95
     targets: Literal["eval", "batch", "train"] = "batch"
     """Mode of the model, or of its teacher, while it makes targets (`gap_torch.consistency.targets.Mode`)."""
@@ -81,8 +78,8 @@ class Recipe:
     alpha: float = 1.0
     aligned: Literal["targets", "predictions", "pseudo_labels"] = "targets"
     """What the perturbed prediction is held to: the method's own targets, fixed at theta (equations 8-9), or the
-    unperturbed prediction, softly or by its confident classes (`gap_torch.consistency.alignment`). The classes count with
-    alpha alone, whatever the method's weight."""
+    unperturbed prediction, softly or by its confident classes (`gap_torch.consistency.alignment`). The classes count
+    with alpha alone, whatever the method's weight."""
     freeze_statistics: bool = True
     """Whether batch-norm running statistics stay still in the perturbed pass."""
     replay_dropout: bool = False
@@ -134,6 +131,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} must be finite and not negative, not {value}.")
+        if not 0 < self.blur <= 1:
+            raise InputError(f"blur must be above 0 and at most 1, not {self.blur}.")
         for name in ("tau", "ramp_up"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -34,6 +34,7 @@ def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation
         "stride": job.stride,
         "largest_component": job.largest_component,
         "labelled_patients": job.patients,
+        "patients_seed": job.patients_seed,
         "device": _device_name(job.device),
         "amp": str(job.amp) if job.amp else None,
         "compiled": job.compiled,

@@ -15,7 +15,7 @@ from segmentation.data.files import Volume, check_files, check_patients, read_li
 from segmentation.errors import InputError
 from segmentation.figures.tables import Row
 from segmentation.job import Job, OldRuns
-from segmentation.recipe import Recipe
+from segmentation.recipe import SUPERVISED, Recipe
 from segmentation.report import report, row, write_record
 from segmentation.scoring.components import largest_component
 from segmentation.scoring.evaluate import Evaluation, evaluate
@@ -82,7 +82,11 @@ def read(job: Job) -> Samples:
     """Lists, samples and volumes; nothing of a folder that can't be written to is lost by a long reading."""
     task, recipe = job.task, job.recipes[0]
     names = read_lists(task, job.data)
-    labelled_names, unlabelled_names = split_by_patients(names[task.training_list], job.patients, task.patient)
+    listed = names[task.training_list]
+    labelled_names, unlabelled_names = split_by_patients(listed, job.patients, task.patient, job.patients_seed)
+    if not unlabelled_names:
+        _require_no_unlabelled(job)
+        unlabelled_names = labelled_names  # which nobody learns from
     if ranks.is_main():
         for each in job.recipes:
             _prepare_folder(job.folder(each), each, job.old_runs)
@@ -98,6 +102,15 @@ def read(job: Job) -> Samples:
     )
     patients = list(dict.fromkeys(map(task.patient, labelled_names)))
     return Samples(names, patients, labelled, unlabelled, validation, test)
+
+
+def _require_no_unlabelled(job: Job) -> None:
+    for recipe in job.recipes:
+        if recipe.method != SUPERVISED:
+            raise InputError(
+                f"{job.patients} labelled patients are all that there are, and {recipe.name} needs unlabelled ones; "
+                "label fewer, or run supervised alone."
+            )
 
 
 @ranks.on_main

@@ -11,7 +11,7 @@ from torch import nn
 from segmentation.data import slices
 from segmentation.data.files import Volume
 from segmentation.data.slices import Slices
-from segmentation.data.strong import Strong, adjust_normalised
+from segmentation.data.strong import Strong, adjust_normalised, blur
 from segmentation.data.weak_slices import WeakSlices
 from segmentation.figures.slices import middle_slice, save_predictions
 from segmentation.networks.attachments import Attach
@@ -50,8 +50,10 @@ class SliceTask(Task):
     def weak(self) -> WeakSlices:
         return WeakSlices()
 
-    def strong(self) -> Strong:
-        return Strong() if self.intensities == slices.UNIT_RANGE else Strong(adjust=adjust_normalised)
+    def strong(self, recipe: Recipe) -> Strong:
+        return Strong(
+            sigma=blur(recipe.blur), adjust=None if self.intensities == slices.UNIT_RANGE else adjust_normalised
+        )
 
     def segment(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device

@@ -156,7 +156,7 @@ class Task(ABC):
         """The weak augmentation."""
 
     @abstractmethod
-    def strong(self) -> Callable[[Tensor], Tensor]:
+    def strong(self, recipe: Recipe) -> Callable[[Tensor], Tensor]:
         """What makes a weak view strong, intensities alone."""
 
     @abstractmethod

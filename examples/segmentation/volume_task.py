@@ -11,7 +11,7 @@ from torch import nn
 from segmentation.data import crops
 from segmentation.data.crops import Crops
 from segmentation.data.files import Volume
-from segmentation.data.strong import Strong, adjust_normalised
+from segmentation.data.strong import Strong, adjust_normalised, blur
 from segmentation.data.weak_volumes import WeakVolumes
 from segmentation.figures.volumes import save_surfaces, save_volumes
 from segmentation.networks.attachments import Attach
@@ -55,8 +55,8 @@ class VolumeTask(Task):
     def weak(self) -> WeakVolumes:
         return WeakVolumes()
 
-    def strong(self) -> Strong:
-        return Strong(adjust=adjust_normalised)
+    def strong(self, recipe: Recipe) -> Strong:
+        return Strong(sigma=blur(recipe.blur), adjust=adjust_normalised)
 
     def segment(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gap_torch.consistency import alignment
+from gap_torch.consistency import alignment, hard_alignment
 from gap_torch.consistency.divergence import kl_divergence
+from gap_torch.losses import ce_dice_loss
 
 
 def _logits(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -87,3 +88,25 @@ def test_what_does_not_match_is_refused() -> None:
 def test_one_logit_is_refused():
     with pytest.raises(ValueError, match="2 classes or more"):
         alignment(torch.randn(2, 1, 4), torch.randn(2, 1, 4))
+
+
+def test_hard_alignment_is_r_of_the_confident_classes_before() -> None:
+    outputs, before = 3 * torch.randn(2, 2, 3, 4, 5)
+    p = before.softmax(1)
+    expected = ce_dice_loss(outputs, p.argmax(1), p.amax(1) >= 0.8)
+    assert 0 < (p.amax(1) >= 0.8).float().mean() < 1
+    torch.testing.assert_close(hard_alignment(outputs, before, tau=0.8), expected)
+    both = hard_alignment((outputs, before), (before, outputs), tau=0.8)
+    torch.testing.assert_close(both, (expected + hard_alignment(before, outputs, tau=0.8)) / 2)
+
+
+def test_no_gradient_of_hard_alignment_reaches_the_prediction_before() -> None:
+    outputs, before = (torch.randn(2, 3, 4, requires_grad=True) for _ in range(2))
+    hard_alignment(outputs, before, tau=0.3).backward()
+    assert outputs.grad.abs().sum() > 0
+    assert before.grad is None
+
+
+def test_hard_alignment_wants_the_same_logits_before_and_after() -> None:
+    with pytest.raises(ValueError, match="outputs has 2 logits, before 1"):
+        hard_alignment((torch.randn(2, 3, 4),) * 2, torch.randn(2, 3, 4))

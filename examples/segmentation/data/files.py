@@ -3,6 +3,7 @@
 Layout and lists are those of SSL4MIS (https://github.com/HiLab-git/SSL4MIS), on which UniMatch, SS-Net and BCP build.
 """
 
+import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,21 +165,21 @@ def patients_for_share(percent: float, patients: int) -> int:
 
 
 def split_by_patients(
-    names: Sequence[str], patients: int, patient: Callable[[str], str] = patient_of
+    names: Sequence[str], patients: int, patient: Callable[[str], str] = patient_of, seed: int | None = None
 ) -> tuple[list[str], list[str]]:
-    """The slices of the first `patients` patients in list order (labelled), and all others (unlabelled).
+    """The slices of the first `patients` patients (labelled), and all others (unlabelled).
 
-    No patient is ever on both sides; `patient` says whose a slice is, by its name.
-    Raises InputError where either side would be empty.
+    In list order, which is what the field does, or with a `seed` in a random one.
+    No patient is ever on both sides; `patient` says whose a slice is, by its name. With all of them labelled nothing is
+    left unlabelled. Raises InputError where nothing would be labelled, or there are not as many.
     """
     order = list(dict.fromkeys(map(patient, names)))
     if len(order) == 1:
         raise InputError(f"all {len(names)} training cases are of one patient, {order[0]}: list more, {RULE}")
-    if not 0 < patients < len(order):
-        raise InputError(
-            f"{patients} labelled of {len(order)} patients leaves nothing labelled or nothing unlabelled; "
-            f"choose 1 to {len(order) - 1}"
-        )
+    if not 0 < patients <= len(order):
+        raise InputError(f"{patients} labelled of {len(order)} patients: choose 1 to {len(order)}")
+    if seed is not None:
+        random.Random(seed).shuffle(order)
     chosen = set(order[:patients])
     labelled = [name for name in names if patient(name) in chosen]
     unlabelled = [name for name in names if patient(name) not in chosen]

@@ -13,6 +13,11 @@ BLUR_RADIUS = 6  # pixels: three times the greatest sigma
 Adjustment = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def blur(scale: float) -> tuple[float, float]:
+    """Least and greatest width of UniMatch's blur in pixels, times `scale`, at most 1."""
+    return 0.1 * scale, 2.0 * scale
+
+
 class Strong:
     """Brightness and contrast jitter and Gaussian blur: the intensity part of UniMatch's strong view, in 2D or 3D.
 
@@ -31,7 +36,7 @@ class Strong:
         p_jitter: float = 0.8,
         jitter: float = 0.5,
         p_blur: float = 0.5,
-        sigma: tuple[float, float] = (0.1, 2.0),
+        sigma: tuple[float, float] = blur(1.0),
         adjust: Adjustment | None = None,
         generator: torch.Generator | None = None,
     ) -> None:

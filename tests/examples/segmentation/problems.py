@@ -12,13 +12,21 @@ from segmentation.la import LA
 from segmentation.recipe import Recipe
 from segmentation.task import Pool
 
-COMMON: dict[str, Any] = {"width": 2, "iterations": 8, "lr": 0.1, "average_decay": 0.5, "statistics_samples": 3}
+COMMON: dict[str, Any] = {
+    "width": 2,
+    "iterations": 8,
+    "lr": 0.1,
+    "weight": 1.0,
+    "ramp_up": 0.0,
+    "average_decay": 0.5,
+    "statistics_samples": 3,
+}
 PLANE = {"size": (32, 32), "labelled_batch": 3, "unlabelled_batch": 3}
 SPACE = {"size": (32, 32, 16), "labelled_batch": 2, "unlabelled_batch": 2, "seed": 2}
 OTHERS = {"unlabelled_loss": "dice", "weight": 0.7, "alpha": 0.8, "targets": "eval"}  # than a recipe's own
 PROBLEMS = {  # tau: some pixels are confident and some are not
     "2D": (ACDC, Recipe(**COMMON, **PLANE, tau=0.3)),
-    "3D": (LA, Recipe(**COMMON, **SPACE, **OTHERS, tau=0.55)),
+    "3D": (LA, Recipe(**{**COMMON, **SPACE, **OTHERS}, tau=0.55)),
 }
 
 

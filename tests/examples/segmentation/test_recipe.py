@@ -53,8 +53,20 @@ def test_a_warm_up_is_of_all_methods() -> None:
 
 
 def test_an_unknown_word_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match="aligned must be one of targets, predictions, not 'prediction'"):
+    with pytest.raises(
+        InputError, match="aligned must be one of targets, predictions, pseudo_labels, not 'prediction'"
+    ):
         Recipe(aligned="prediction")  # type: ignore[arg-type]
+
+
+def test_a_method_has_a_weight_of_its_own_unless_one_is_given() -> None:
+    em, fixmatch = (Recipe(method=method, gap=False) for method in ("em", "fixmatch"))
+    assert (em.own.weight, em.own.ramp_up) == (0.1, 1.0)
+    assert (fixmatch.own.weight, fixmatch.own.ramp_up) == (1.0, 0.0)
+    assert fixmatch.for_run("em").own == em.own
+    given = Recipe(method="em", gap=False, weight=0.5, joint=True)
+    assert (given.own.weight, given.own.ramp_up, given.own.joint) == (0.5, 1.0, True)
+    assert given.to_dict()["ramp_up"] == 1.0
 
 
 def test_options_have_one_form() -> None:
@@ -63,7 +75,7 @@ def test_options_have_one_form() -> None:
     assert vat != Recipe(method="vat", gap=False)
     assert hash(vat) != hash(Recipe(method="vat", gap=False))
     assert vat.to_dict()["options"] == {"radius": 6 / 256, "xi": 0.01, "iterations": 1}
-    assert Recipe(**vat.to_dict()) == vat
+    assert Recipe(**vat.to_dict()).to_dict() == vat.to_dict()
     with pytest.raises(InputError, match="options: vat has no 'beta'; its options: radius, xi, iterations"):
         Recipe(method="vat", options={"beta": 0.1})
 

@@ -434,9 +434,23 @@ def test_cases_of_one_patient_alone_are_refused():
         split_by_patients(["la_003", "la_004"], 1)
 
 
-@pytest.mark.parametrize("patients", [-1, 0, 2, 3])
-def test_a_split_with_an_empty_side_is_refused(patients):
-    with pytest.raises(InputError, match="of 2 patients leaves nothing"):
+def test_all_patients_may_be_labelled():
+    assert split_by_patients(["p1_a", "p2_a"], 2) == (["p1_a", "p2_a"], [])
+
+
+def test_patients_are_drawn_by_a_seed():
+    names = [f"p{number}_{part}" for number in range(8) for part in "ab"]
+    draws = {tuple(split_by_patients(names, 2, seed=seed)[0]) for seed in range(20)}
+    assert len(draws) > 5
+    for labelled in draws:
+        assert len({name[:2] for name in labelled}) == 2
+        assert len(labelled) == 4
+    assert split_by_patients(names, 2, seed=3) == split_by_patients(names, 2, seed=3)
+
+
+@pytest.mark.parametrize("patients", [-1, 0, 3])
+def test_a_split_of_none_or_of_more_than_there_are_is_refused(patients):
+    with pytest.raises(InputError, match="of 2 patients: choose 1 to 2"):
         split_by_patients(["p1_a", "p2_a"], patients)
 
 

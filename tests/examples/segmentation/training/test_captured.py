@@ -77,6 +77,14 @@ def test_captured_and_ordinary_steps_are_the_same(run: str, dims: str) -> None:
 
 
 @pytest.mark.usefixtures("as_on_cuda")
+@pytest.mark.parametrize("run", ["fixmatch", "gapmatch", "em+gap", "urpc+gap"])
+@pytest.mark.parametrize("changes", [{"joint": True}, {"aligned": "pseudo_labels", "ramp_up": 0.5}])
+def test_other_recipes_are_captured_too(run: str, changes: dict[str, Any]) -> None:
+    recipe = _recipe("2D", run, **changes)
+    _assert_same_steps(*(_trainer("2D", recipe, graph) for graph in (True, False)), range(STEPS))
+
+
+@pytest.mark.usefixtures("as_on_cuda")
 def test_a_weight_that_ramps_up_is_not_captured_at_its_first_value() -> None:
     trainers = [_trainer("2D", _recipe("2D", "gapmatch"), graph) for graph in (True, False)]
     for trainer in trainers:

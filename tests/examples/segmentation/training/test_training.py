@@ -26,6 +26,7 @@ from segmentation.training import loop as train
 from segmentation.training.identity import identity
 from segmentation.training.interrupt import interruptible
 from segmentation.training.loop import Result, fit
+from segmentation.training.schedules import learning_rate
 from segmentation.training.step import Trainer
 
 CPU = torch.device("cpu")
@@ -142,6 +143,71 @@ def test_nothing_is_compiled_again_after_the_first_iteration(
         trainer.step(t)
         trainer.scored_model()
     assert first == counter.frame_count > 0
+
+
+@pytest.mark.parametrize("gap", [False, True])
+def test_a_joint_pass_is_one_batch_and_sums_the_same_gradients(gap: bool, slices, tiny_recipe: Recipe) -> None:
+    recipe = replace(tiny_recipe, gap=gap, joint=True, weight=0.7, labelled_weight=0.4, tau=0.25, momentum=0.0)
+    recipe = replace(recipe, weight_decay=0.0, eps=0.3, alpha=0.5, average_decay=0.0)
+    trainer, twin = (_without_dropout(_trainer(recipe, slices)) for _ in range(2))
+    inputs = twin.inputs(0)
+    images, labels = twin.weak.with_labels(inputs.images, inputs.labels)
+    views = twin.method.prepare(twin.model, Batch(inputs.unlabelled))
+    assert views.mask.any()
+
+    def losses() -> tuple[torch.Tensor, torch.Tensor]:
+        logits = twin.model(torch.cat([images, *views.inputs]))
+        labelled, unlabelled = logits.split([len(images), len(views.inputs[0])])
+        return 0.4 * ce_dice_loss(labelled, labels.long()), 0.7 * twin.method.compare((unlabelled,), views)
+
+    parameters = list(twin.model.parameters())
+    of_labels = torch.autograd.grad(losses()[0], parameters)
+    expected = torch.autograd.grad(losses()[1], parameters)
+    if gap:
+        norm = torch.stack([g.norm() for g in expected]).norm()
+        with torch.no_grad():
+            for p, g in zip(parameters, expected, strict=True):
+                p += 0.3 * g / norm
+        star = torch.autograd.grad(losses()[1], parameters)
+        expected = [g + 0.5 * s for g, s in zip(expected, star, strict=True)]
+
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    values = trainer.step(0)
+    assert ("loss_perturbed" in values) == gap
+    for old, new, g, of_label in zip(before, trainer.model.parameters(), expected, of_labels, strict=True):
+        torch.testing.assert_close((old - new).detach() / recipe.lr, g + of_label, atol=1e-5, rtol=1e-3)
+
+
+def _without_dropout(trainer: Trainer) -> Trainer:
+    for layer in trainer.model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    return trainer
+
+
+def test_confident_classes_at_theta_count_with_alpha_alone(slices, tiny_recipe: Recipe) -> None:
+    recipe = replace(tiny_recipe, method="ict", aligned="pseudo_labels", tau=0.25, eps=0.0)
+    values = [_trainer(replace(recipe, weight=weight), slices).step(0) for weight in (0.5, 0.01)]
+    assert torch.equal(values[0]["loss_perturbed"], values[1]["loss_perturbed"])
+    assert values[0]["loss_unlabelled"] > 10 * values[1]["loss_unlabelled"]
+    assert values[0]["loss_perturbed"] > 0
+
+
+def test_the_weight_ramps_up_as_the_fields_does(slices, tiny_recipe: Recipe) -> None:
+    trainer = _trainer(replace(tiny_recipe, method="em", iterations=100), slices)
+    weights = [trainer.inputs(t).weight.item() for t in (0, 50, 75, 99)]
+    assert weights == pytest.approx([0.1 * 0.00674, 0.1 * 0.2865, 0.1 * 0.7316, 0.1], rel=2e-3)
+    trainer = _trainer(replace(tiny_recipe, method="em", iterations=100, weight=2.0, ramp_up=0.5), slices)
+    assert [trainer.inputs(t).weight.item() for t in (25, 50, 99)] == pytest.approx([2 * 0.2865, 2.0, 2.0], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("poly", [0.01, 0.01 * 0.5**0.9]), ("constant", [0.01, 0.01]), ("step", [0.01, 0.0001])],
+)
+def test_schedules_of_the_learning_rate(schedule: str, expected: list[float], tiny_recipe: Recipe) -> None:
+    recipe = replace(tiny_recipe, iterations=10_000, lr=0.01, lr_schedule=schedule)
+    assert [learning_rate(recipe, t) for t in (0, 5_000)] == pytest.approx(expected)
 
 
 def test_methods_differ_in_the_consistency_alone(slices, tiny_recipe: Recipe) -> None:
