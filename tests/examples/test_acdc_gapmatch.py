@@ -293,8 +293,8 @@ def test_bad_data_is_one_line_before_any_training(
 @pytest.mark.parametrize(
     ("arguments", "telling"),
     [
-        (["--patients", "3"], "nothing unlabelled"),
-        (["--patients", "0"], "nothing"),
+        (["--patients", "3"], "needs unlabelled ones"),
+        (["--patients", "0"], "choose 1 to 3"),
         (["--device", "warp"], "warp"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--eps", "-1"], "eps"),
@@ -529,6 +529,52 @@ def test_end_to_end_on_cuda(data: Path, tmp_path: Path, amp: str) -> None:
 def test_amp_off_is_another_name_for_none(data: Path, tmp_path: Path) -> None:
     assert _run(data, tmp_path / "out", "--iterations", "1", "--amp", "none") == 0
     assert _run(data, tmp_path / "out", "--iterations", "1", "--amp", "off", "--resume") == 0
+
+
+def test_all_patients_labelled_is_for_supervised_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everybody = str(len({patient_of(name) for name in read_list(data / "train_slices.list")}))
+    assert _run(data, tmp_path / "out", "--patients", everybody, "--method", "supervised") == 0
+    assert (tmp_path / "out/supervised/result.json").is_file()
+    assert _run(data, tmp_path / "other", "--patients", everybody, "--method", "supervised", "fixmatch") == 2
+    _assert_one_line(capsys, "fixmatch needs unlabelled ones")
+
+
+def test_labelled_patients_are_drawn_by_a_seed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And one that is resumed is of the same draw."""
+    drawn = {}
+    for seed in map(str, range(4)):
+        assert _run(data, tmp_path / seed, "--patients-seed", seed, "--iterations", "1") == 0
+        content = torch.load(tmp_path / seed / "gapmatch/last.pt", weights_only=True)
+        drawn[seed] = content["identity"]["labelled patients"]
+        assert json.loads((tmp_path / seed / "gapmatch/result.json").read_text())["patients_seed"] == int(seed)
+    assert len(set(map(tuple, drawn.values()))) > 1
+    capsys.readouterr()
+    other = next(seed for seed in drawn if drawn[seed] != drawn["0"])
+    assert _run(data, tmp_path / "0", "--patients-seed", other, "--iterations", "1", "--resume") == 2
+    _assert_one_line(capsys, "labelled patients=")
+
+
+@pytest.mark.parametrize(
+    ("eps", "amp", "warned"), [("0.02", "bfloat16", True), ("0.1", "bfloat16", False), ("0.02", "off", False)]
+)
+def test_a_move_that_bfloat16_rounds_away_is_warned_of(
+    eps: str, amp: str, warned: bool, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(data, tmp_path / "out", "--iterations", "1", "--eps", eps, "--amp", amp) == 0
+    assert ("rounding noise" in capsys.readouterr().err) == warned
+
+
+def test_every_part_of_a_recipe_can_be_asked_for(data: Path, tmp_path: Path) -> None:
+    asked = ["--joint", "--weight", "0.3", "--ramp-up", "0.5", "--labelled-weight", "0.5", "--unlabelled-loss", "dice"]
+    asked += ["--lr", "0.02", "--lr-schedule", "step", "--average-decay", "0.9", "--statistics-samples", "3"]
+    asked += ["--aligned", "pseudo_labels"]
+    assert _run(data, tmp_path / "out", *asked) == 0
+    recipe = json.loads((tmp_path / "out/gapmatch/result.json").read_text())["recipe"]
+    names = ("joint", "weight", "ramp_up", "labelled_weight", "unlabelled_loss", "lr", "lr_schedule", "average_decay")
+    assert [recipe[name] for name in names] == [True, 0.3, 0.5, 0.5, "dice", 0.02, "step", 0.9]
+    assert (recipe["statistics_samples"], recipe["aligned"]) == (3, "pseudo_labels")
 
 
 LONG = Recipe(iterations=30_000)
