@@ -5,7 +5,7 @@ To add runs, add a block, or a value to a sweep. A cell's name tells it from all
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -113,8 +113,8 @@ def cell(
     if not changes:
         return plain
     recipe, changed = plain.recipe, replace(plain.recipe, **changes)
-    names = [field.name for field in fields(Recipe)]
-    real = tuple((name, getattr(changed, name)) for name in names if getattr(changed, name) != getattr(recipe, name))
+    now, then = changed.to_dict(), recipe.to_dict()
+    real = tuple((name, getattr(changed, name)) for name in now if now[name] != then[name])
     return Cell(data_set, preset, *method, share, seed, real)
 
 

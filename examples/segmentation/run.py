@@ -26,7 +26,7 @@ from segmentation.training.loop import Progress, fit, resume
 from segmentation.training.step import Trainer, refuse_wrong_gradients
 
 LEAST_EPS_UNDER_AUTOCAST = 0.05
-"""Below it the cosine of the move that convolutions see in bfloat16 and the one that was meant is under 0.76 (a UNet)."""
+"""Below it the cosine of the move that convolutions see in bfloat16 with the one that was meant is under 0.76."""
 
 
 class Samples(NamedTuple):

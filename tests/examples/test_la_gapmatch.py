@@ -138,7 +138,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(data: Path, tmp_path: Pa
     [
         (("--stride", "0", "8", "8"), "--stride 0 8 8"),
         (("--stride", "8", "8", "17"), "--stride 8 8 17"),
-        (("--patients", "3"), "nothing unlabelled"),
+        (("--patients", "3"), "needs unlabelled ones"),
     ],
 )
 def test_bad_options_are_one_line(
