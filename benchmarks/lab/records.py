@@ -15,6 +15,10 @@ Record = dict[str, Any]
 State = Literal["done", "failed", "stale", "open"]
 
 
+BEFORE = {"ramp_up": 0.0}
+"""Newer fields whose default is not what there was before them."""
+
+
 @dataclass(frozen=True)
 class Records:
     """All of them, in one folder."""
@@ -56,10 +60,10 @@ class Records:
 def changed(cell: Cell, record: Record) -> list[str]:
     """Recipe fields that count and had another value when the record was made.
 
-    A field that it lacks is newer than it; its default is what there was before.
+    A field that it lacks is newer than it; BEFORE, or else its default, is what there was.
     """
     plain = Recipe(method=cell.method, gap=cell.gap)
     now, defaults = (json.loads(json.dumps(recipe.to_dict())) for recipe in (cell.recipe, plain))
-    then = {**defaults, **record["recipe"]}
+    then = {**defaults, **BEFORE, **record["recipe"]}
     idle = {*GAP_FIELDS * (not cell.gap), *METHOD_FIELDS * (cell.method == "supervised")}
     return [name for name in now if name not in idle and then[name] != now[name]]
