@@ -45,7 +45,7 @@ class ImageTask(SliceTask):
         return photos.load_unlabelled(root, names, plane(recipe), self.channels)
 
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
-        return [Volume(name, *photos.read_both(root, name, self.channels, self.num_classes)) for name in names]
+        return photos.load_volumes(root, names, self.channels, self.num_classes)
 
     def segment(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
