@@ -75,7 +75,7 @@ def _load(path: Path, members: Sequence[str], into: Sequence[np.ndarray]) -> lis
                 if member in kept:
                     _unpack(file.read(member), [array[index] for array in into])
             return [index for index, member in enumerate(members) if member not in kept]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:  # damage leads zipfile to all kinds of them
         _say(f"{path}: can't be used ({error}); reading the data itself")
