@@ -341,7 +341,7 @@ def with_usual_dropout(subject: Trainer) -> Trainer:
 
 
 def scoring(recipe: Recipe, device: torch.device, root: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of a validation on ACDC, of its forward passes alone, and of scoring the test volumes in the end."""
+    """Seconds to read ACDC, of a validation, of its forward passes alone, and of scoring the test volumes."""
     validation, test = (ACDC.read_volumes(root, read_list(root / f"{name}.list")) for name in ("val", "test"))
     batch = batch_size(plane(recipe), device)
     images = torch.rand(sum(len(volume.image) for volume in validation), 1, *recipe.size, device=device)
@@ -354,10 +354,19 @@ def scoring(recipe: Recipe, device: torch.device, root: Path, rounds: int) -> di
         calls[f"{precision} validation, forward passes alone"] = partial(forward_passes, model, images.split(batch))
         calls[f"{precision} test volumes, with ASD"] = partial(evaluate, one, test, ACDC.num_classes)
     taken = take_turns(calls, device, rounds)
-    median = common.medians(taken)
+    median = {**reading(recipe, root), **common.medians(taken)}
     columns = f"{len(validation)} validation and {len(test)} test volumes", "s"
     common.show("Scoring", columns, [(name, f"{value:.2f}") for name, value in median.items()])
     return {"volumes": [len(validation), len(test)], "seconds": median, "taken": taken}
+
+
+def reading(recipe: Recipe, root: Path) -> dict[str, float]:
+    """Seconds to read all training slices from their files, and once more from what was kept of them."""
+    names = read_list(root / "train_slices.list")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "data").symlink_to((root / "data").resolve())
+        read = partial(ACDC.read_unlabelled, Path(folder), names, recipe)
+        return {f"training slices, {turn} time": common.seconds(read, "cpu") for turn in ("first", "second")}
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zipfile import ZipFile
@@ -236,6 +237,16 @@ def test_several_may_start_together(root, tmp_path):
         for ours in pool.map(lambda _: load(root), range(12)):
             assert_same(ours, expected)
     assert len(list((root / ".cache").iterdir())) == 2
+
+
+def test_what_is_kept_takes_no_memory_beside_the_samples(root):
+    big = (512, 512)
+    load_unlabelled(root, NAMES, big)
+    tracemalloc.start()
+    images = load_unlabelled(root, NAMES, big).images
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < images.nbytes + 2.5 * images[0].nbytes
 
 
 def test_one_rank_writes(root, monkeypatch):
