@@ -21,6 +21,8 @@ from segmentation import ranks
 from segmentation.data.parallel import in_parallel
 
 FOLDER = ".cache"
+BUFFER = 2**24
+"""Bytes of the cache that are read at once."""
 VERSION = 1
 """Of the layout, and of what readers do with a file: to be raised with a change of either."""
 
@@ -48,7 +50,8 @@ def read_samples(
     height, width = into[0].shape[-2:]
     path = Path(root) / FOLDER / f"{kind}_{height}x{width}.zip"
     subject = VERSION, conditions, [(array.dtype.str, array.shape[1:]) for array in into]
-    members = [f"{name}/{_stamp(subject, files(name))}" for name in names]
+    stamps = in_parallel(lambda name: _stamp(subject, files(name)), names)
+    members = [f"{name}/{stamp}" for name, stamp in zip(names, stamps, strict=True)]
     missing = _load(path, members, into)
     for index, sample in zip(missing, in_parallel(read, [names[index] for index in missing]), strict=True):
         for array, values in zip(into, sample, strict=True):
@@ -69,7 +72,7 @@ def _stamp(subject: object, files: Sequence[Path]) -> str:
 def _load(path: Path, members: Sequence[str], into: Sequence[np.ndarray]) -> list[int]:
     """Fill in what is kept at `path`; which of `members` are not."""
     try:
-        with ZipFile(path) as file:
+        with path.open("rb", BUFFER) as content, ZipFile(content) as file:
             kept = set(file.namelist())
             for index, member in enumerate(members):
                 if member in kept:

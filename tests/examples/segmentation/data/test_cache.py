@@ -239,7 +239,8 @@ def test_several_may_start_together(root, tmp_path):
     assert len(list((root / ".cache").iterdir())) == 2
 
 
-def test_what_is_kept_takes_no_memory_beside_the_samples(root):
+def test_what_is_kept_takes_no_memory_beside_the_samples(root, monkeypatch):
+    monkeypatch.setattr(cache, "BUFFER", 4096)
     big = (512, 512)
     load_unlabelled(root, NAMES, big)
     tracemalloc.start()
