@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.lab.grid import Cell
+from benchmarks.lab.grid import Cell, idle
 from segmentation.errors import InputError
 from segmentation.figures.tables import write_json
-from segmentation.recipe import GAP_FIELDS, METHOD_FIELDS, Recipe
+from segmentation.methods import Own
+from segmentation.recipe import Recipe
 
 Record = dict[str, Any]
 State = Literal["done", "failed", "stale", "open"]
@@ -56,10 +57,9 @@ class Records:
 def changed(cell: Cell, record: Record) -> list[str]:
     """Recipe fields that count and had another value when the record was made.
 
-    A field that it lacks is newer than it; its default is what there was before.
+    A field that it lacks is newer than it; its default is what there was before, when no method had values of its own.
     """
-    plain = Recipe(method=cell.method, gap=cell.gap)
-    now, defaults = (json.loads(json.dumps(recipe.to_dict())) for recipe in (cell.recipe, plain))
+    plain = Recipe(method=cell.method, gap=cell.gap).to_dict() | asdict(Own())
+    now, defaults = (json.loads(json.dumps(recipe)) for recipe in (cell.recipe.to_dict(), plain))
     then = {**defaults, **record["recipe"]}
-    idle = {*GAP_FIELDS * (not cell.gap), *METHOD_FIELDS * (cell.method == "supervised")}
-    return [name for name in now if name not in idle and then[name] != now[name]]
+    return [name for name in now if name not in idle((cell.method, cell.gap)) and then[name] != now[name]]

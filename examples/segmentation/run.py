@@ -188,12 +188,14 @@ def _resume(trainer: Trainer, folder: Path, run_identity: Identity) -> Progress 
 
 def _scored(result: Result, volumes: list[Volume], job: Job, recipe: Recipe) -> Evaluations:
     chosen = _evaluate(result.model, volumes, job, recipe)
-    return Evaluations(chosen, chosen if result.last is result.model else _evaluate(result.last, volumes, job, recipe))
+    if result.last is result.model:
+        return Evaluations(chosen, chosen)
+    return Evaluations(chosen, _evaluate(result.last, volumes, job, recipe, " by the last iteration"))
 
 
-def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe) -> Evaluation:
+def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe, by: str = "") -> Evaluation:
     def segment(image: np.ndarray) -> np.ndarray:
         labels = job.task.segment(model, image, recipe, job.stride, job.device)
         return largest_component(labels) if job.largest_component else labels
 
-    return evaluate(segment, volumes, job.task.num_classes, title=f"{job.logged_as(recipe)}: scoring test volumes")
+    return evaluate(segment, volumes, job.task.num_classes, title=f"{job.logged_as(recipe)}: scoring test volumes{by}")
