@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py                        the sizes of --preset cpu
     python benchmarks/step_time.py --size 256             the sizes of --preset paper
-    python benchmarks/step_time.py --data DIR --size 256  and scoring ACDC's test volumes
+    python benchmarks/step_time.py --data DIR --size 256  and scoring volumes of ACDC
     python benchmarks/step_time.py --threads 1            on a busy machine: in processor time
     python benchmarks/step_time.py --device cuda --size 256 --only captured profile --compile
 
@@ -25,7 +25,7 @@ unlabelled samples:
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,11 @@ from segmentation.data.files import read_list
 from segmentation.data.slices import Slices
 from segmentation.networks.dropout import Dropout
 from segmentation.recipe import Recipe
+from segmentation.scoring.dice import mean_dice
 from segmentation.scoring.evaluate import evaluate
+from segmentation.scoring.predict import eval_mode
+from segmentation.scoring.slicewise import batch_size
+from segmentation.slice_task import plane
 from segmentation.training.captured import REHEARSALS
 from segmentation.training.logs import RunLog
 from segmentation.training.step import Trainer
@@ -98,7 +102,7 @@ def main() -> None:
         "choices": lambda: choices(recipe, device, arguments.compile, arguments.rounds),
         "captured": lambda: captured(recipe, device, arguments.compile, arguments.rounds),
         "profile": lambda: profiled(recipe, device, arguments.compile),
-        "scoring": lambda: scoring(recipe, device, arguments.data),
+        "scoring": lambda: scoring(recipe, device, arguments.data, arguments.rounds),
     }
     for name in arguments.only or (*sections,):
         if name != "scoring" or arguments.data:
@@ -119,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10, help="how often everything takes its turn")
     parser.add_argument("--threads", type=int, help="on the CPU (default: torch's)")
     parser.add_argument("--compile", action="store_true", help="try compiled passes too, and what compiling costs")
-    parser.add_argument("--data", type=Path, help="ACDC in the h5 layout, to score its test volumes")
+    parser.add_argument("--data", type=Path, help="ACDC in the h5 layout, to score its volumes")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some of the sections")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--figures", type=Path, default=common.FIGURES)
@@ -409,19 +413,40 @@ def with_usual_dropout(subject: Trainer) -> Trainer:
     return subject
 
 
-def scoring(recipe: Recipe, device: torch.device, root: Path) -> dict[str, float]:
-    """Seconds to score ACDC's test volumes, with an untrained network."""
-    volumes = ACDC.read_volumes(root, read_list(root / "test.list"))
-    result = {"volumes": float(len(volumes))}
+def scoring(recipe: Recipe, device: torch.device, root: Path, rounds: int) -> dict[str, Any]:
+    """Seconds to read ACDC, of a validation, of its forward passes alone, and of scoring the test volumes."""
+    validation, test = (ACDC.read_volumes(root, read_list(root / f"{name}.list")) for name in ("val", "test"))
+    batch = batch_size(plane(recipe), device)
+    images = torch.rand(sum(len(volume.image) for volume in validation), 1, *recipe.size, device=device)
+    calls: dict[str, Callable[[], object]] = {}
     for precision, amp in AMP.items():
         model = trainer(recipe, device, amp).model
-        segment = partial(ACDC.segment, model, recipe=recipe, stride=None, device=device)
-        score = partial(evaluate, segment, volumes, ACDC.num_classes)
-        result[f"{precision} seconds"] = common.seconds(score, str(device))
-        predicted = common.seconds(partial(score, with_asd=False), str(device))
-        result[f"{precision} seconds without ASD"] = predicted
-    common.show("Scoring the test volumes", ("", "s"), [(name, f"{value:.1f}") for name, value in result.items()])
-    return result
+        each = partial(ACDC.segment_each, model, recipe=recipe, stride=None, device=device)
+        one = partial(ACDC.segment, model, recipe=recipe, stride=None, device=device)
+        calls[f"{precision} validation"] = partial(mean_dice, each, validation, ACDC.num_classes)
+        calls[f"{precision} validation, forward passes alone"] = partial(forward_passes, model, images.split(batch))
+        calls[f"{precision} test volumes, with ASD"] = partial(evaluate, one, test, ACDC.num_classes)
+    taken = take_turns(calls, device, rounds)
+    median = {**reading(recipe, root), **common.medians(taken)}
+    columns = f"{len(validation)} validation and {len(test)} test volumes", "s"
+    common.show("Scoring", columns, [(name, f"{value:.2f}") for name, value in median.items()])
+    return {"volumes": [len(validation), len(test)], "seconds": median, "taken": taken}
+
+
+def reading(recipe: Recipe, root: Path) -> dict[str, float]:
+    """Seconds to read all training slices from their files, and once more from what was kept of them."""
+    names = read_list(root / "train_slices.list")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "data").symlink_to((root / "data").resolve())
+        read = partial(ACDC.read_unlabelled, Path(folder), names, recipe)
+        return {f"training slices, {turn} time": common.seconds(read, "cpu") for turn in ("first", "second")}
+
+
+@torch.inference_mode()
+def forward_passes(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    with eval_mode(model):
+        for batch in batches:
+            model(batch)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -15,6 +15,8 @@ Curve = Sequence[tuple[int, float]]
 Panel = Mapping[str, Sequence[Curve]]
 """Method -> its runs."""
 
+APART = 6  # Dice, percentage points: of numbers that can be told apart
+
 
 def draw(panels: Mapping[str, Panel]) -> Figure:
     """A panel beside the next, by title; the same methods have the same colours in all."""
@@ -28,6 +30,7 @@ def draw(panels: Mapping[str, Panel]) -> Figure:
         axes.grid(alpha=0.3)
         for name, runs in panel.items():
             _draw_runs(axes, runs, styles[name])
+        _name_ends(axes, {styles[name]: mean_curve(runs)[-1] for name, runs in panel.items()})
     places[0].set_ylabel("validation Dice (%)")
     places[0].set_ylim(0, 100)
     lines = [Line2D([], [], color=colour, linewidth=2.2, label=name) for name, colour in styles.items()]
@@ -40,9 +43,15 @@ def _draw_runs(axes: Axes, runs: Sequence[Curve], colour: str) -> None:
         axes.plot(*zip(*run, strict=True), color=colour, linewidth=0.7, alpha=0.5)
     average = mean_curve(runs)
     axes.plot(*zip(*average, strict=True), color=colour, linewidth=2.2)
-    iteration, dice = average[-1]
-    axes.plot(iteration, dice, "o", color=colour, markersize=4)
-    axes.annotate(f"{dice:.0f}", (iteration, dice), (5, 0), textcoords="offset points", color=colour, va="center")
+    axes.plot(*average[-1], "o", color=colour, markersize=4)
+
+
+def _name_ends(axes: Axes, ends: Mapping[str, tuple[int, float]]) -> None:
+    """Colour -> where its line ends: the Dice there, each above the last."""
+    place = float(-APART)
+    for colour, (iteration, dice) in sorted(ends.items(), key=lambda end: end[1][1]):
+        place = max(dice, place + APART)
+        axes.text(iteration, place, f"  {dice:.0f}", color=colour, va="center")
 
 
 def mean_curve(runs: Sequence[Curve]) -> Curve:

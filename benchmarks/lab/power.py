@@ -3,7 +3,7 @@
 from statistics import mean, stdev
 
 from benchmarks.lab import scores as lab_scores
-from benchmarks.lab.grid import MEDIUM, POWER_CHANGES, Repeat
+from benchmarks.lab.grid import GAPMATCH, MEDIUM, POWER_CHANGES, Repeat
 from benchmarks.lab.intervals import interval, pairs_needed
 from benchmarks.lab.records import Record
 from benchmarks.lab.scores import CHOSEN, LAST, Changes, Found, Iterate
@@ -27,7 +27,8 @@ FixMatch and GapMatch at 1 %, both at half the weight of the consistency loss, o
 patient: each pair shares both. Test Dice in percent and ASD in voxels, means over the pairs, at the iterate that
 validation chose and at the last one. A gain is GapMatch's score less FixMatch's, with its 95 % interval; "deviation"
 is the sample standard deviation of the gain in Dice over pairs, and "pairs for {GAIN:g}" how many such pairs a true
-gain of {GAIN:g} would need for an interval above zero with 80 % power: (1.96 + 0.84)² deviation² / {GAIN:g}².
+gain of {GAIN:g} would need for an interval above zero with 80 % power: (1.96 + 0.84)² deviation² / {GAIN:g}², as if
+all pairs were independent.
 """
 
 
@@ -45,8 +46,9 @@ def runs(found: Found, changes: Changes, iterate: Iterate = CHOSEN) -> dict[Repe
 def _row(found: Found, changes: Changes, iterate: Iterate) -> list[str]:
     pairs = runs(found, changes, iterate)
     name = f"eps {changes['eps']:g}"
+    declared = len(lab_scores.repeats("ACDC", MEDIUM, GAPMATCH, 1, changes))
     if not pairs:
-        return [name, ITERATES[iterate], *["open"] * 5, "0", ""]
+        return [name, ITERATES[iterate], *["open"] * 5, f"0 of {declared}", ""]
     tests = ([pair[index][iterate] for pair in pairs.values()] for index in (0, 1))
     gains = lab_scores.gains(pairs, iterate)
     dice, asd = ({repeat: gain[index] for repeat, gain in gains.items()} for index in (0, 1))
@@ -58,7 +60,7 @@ def _row(found: Found, changes: Changes, iterate: Iterate) -> list[str]:
         _gain(dice, 1),
         "-" if deviation is None else f"{deviation:.1f}",
         _gain(asd, 2),
-        str(len(pairs)),
+        f"{len(pairs)} of {declared}",
         "-" if deviation is None else f"{pairs_needed(deviation, GAIN)}",
     ]
 

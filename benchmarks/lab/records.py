@@ -2,18 +2,21 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.lab.grid import Cell, idle
 from segmentation.errors import InputError
 from segmentation.figures.tables import write_json
-from segmentation.methods import Own
 from segmentation.recipe import Recipe
 
 Record = dict[str, Any]
 State = Literal["done", "failed", "stale", "open"]
+
+
+BEFORE = {"ramp_up": 0.0}
+"""Newer fields whose default is not what there was before them."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,9 @@ class Records:
 def changed(cell: Cell, record: Record) -> list[str]:
     """Recipe fields that count and had another value when the record was made.
 
-    A field that it lacks is newer than it; its default is what there was before, when no method had values of its own.
+    A field that it lacks is newer than it; BEFORE, or else its default, is what there was.
     """
-    plain = Recipe(method=cell.method, gap=cell.gap).to_dict() | asdict(Own())
-    now, defaults = (json.loads(json.dumps(recipe)) for recipe in (cell.recipe.to_dict(), plain))
-    then = {**defaults, **record["recipe"]}
+    plain = Recipe(method=cell.method, gap=cell.gap)
+    now, defaults = (json.loads(json.dumps(recipe.to_dict())) for recipe in (cell.recipe, plain))
+    then = {**defaults, **BEFORE, **record["recipe"]}
     return [name for name in now if name not in idle((cell.method, cell.gap)) and then[name] != now[name]]

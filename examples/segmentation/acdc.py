@@ -25,8 +25,8 @@ ACDC = SliceTask(
             "iterations": 600,
             "warm_up": 200,  # else confident background wins before anything else is learnt (docs/acdc.md)
             "unlabelled_loss": "ce_dice",
+            "ramp_up": 0.0,  # of all methods, as is the weight
             "weight": 0.5,  # with alpha = 1 g2 doubles it; FixMatch loses by as much (docs/acdc.md)
-            "ramp_up": 0.0,  # of every method, as of its weight
             "validate_every": 100,
         },
         # The paper's recipe at a size where a run takes a quarter of an hour of one core: enough runs for a comparison.

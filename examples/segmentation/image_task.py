@@ -1,12 +1,12 @@
 """A data set of photographs: each image is a case, in colours, with a mask beside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from segmentation.data import photos
 from segmentation.data.files import Volume
@@ -14,7 +14,7 @@ from segmentation.data.slices import Slices, require_foreground
 from segmentation.errors import InputError
 from segmentation.figures.slices import save_predictions
 from segmentation.recipe import Recipe
-from segmentation.scoring.slicewise import predict_image, segment_image
+from segmentation.scoring.slicewise import predict_image, segment_images
 from segmentation.slice_task import SliceTask, plane
 from segmentation.task import Case
 
@@ -45,12 +45,17 @@ class ImageTask(SliceTask):
         return photos.load_unlabelled(root, names, plane(recipe), self.channels)
 
     def read_volumes(self, root: Path, names: Sequence[str]) -> list[Volume]:
-        return [Volume(name, *photos.read_both(root, name, self.channels, self.num_classes)) for name in names]
+        return photos.load_volumes(root, names, self.channels, self.num_classes)
 
-    def segment(
-        self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
-    ) -> np.ndarray:
-        return segment_image(model, image, plane(recipe), device)
+    def segment_each(
+        self,
+        model: nn.Module,
+        images: Iterable[np.ndarray],
+        recipe: Recipe,
+        stride: tuple[int, ...] | None,
+        device: torch.device,
+    ) -> Iterator[Tensor]:
+        return segment_images(model, images, plane(recipe), device)
 
     def predict(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device

@@ -1,12 +1,12 @@
 """A data set for a 2D network: slices to learn from, volumes predicted slice by slice."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from segmentation.data import slices
 from segmentation.data.files import Volume
@@ -17,7 +17,7 @@ from segmentation.figures.slices import middle_slice, save_predictions
 from segmentation.networks.attachments import Attach
 from segmentation.networks.unet import UNet
 from segmentation.recipe import Recipe
-from segmentation.scoring.slicewise import predict_volume, segment_volume
+from segmentation.scoring.slicewise import predict_volume, segment_volumes
 from segmentation.task import Case, Task
 
 
@@ -55,10 +55,15 @@ class SliceTask(Task):
             sigma=blur(recipe.blur), adjust=None if self.intensities == slices.UNIT_RANGE else adjust_normalised
         )
 
-    def segment(
-        self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
-    ) -> np.ndarray:
-        return segment_volume(model, image, plane(recipe), device)
+    def segment_each(
+        self,
+        model: nn.Module,
+        images: Iterable[np.ndarray],
+        recipe: Recipe,
+        stride: tuple[int, ...] | None,
+        device: torch.device,
+    ) -> Iterator[Tensor]:
+        return segment_volumes(model, images, plane(recipe), device)
 
     def predict(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device

@@ -5,7 +5,7 @@ one for photographs. A data set is an object of one of them (see `acdc.py` and `
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -160,10 +160,22 @@ class Task(ABC):
         """What makes a weak view strong, intensities alone."""
 
     @abstractmethod
+    def segment_each(
+        self,
+        model: nn.Module,
+        images: Iterable[np.ndarray],
+        recipe: Recipe,
+        stride: tuple[int, ...] | None,
+        device: torch.device,
+    ) -> Iterator[Tensor]:
+        """Labels, uint8 on `device`, of the images of whole volumes, each in its shape; nothing waits for them."""
+
     def segment(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
     ) -> np.ndarray:
-        """Labels, uint8, of a whole volume's image, in its shape."""
+        """The same of one volume, on the host."""
+        (labels,) = self.segment_each(model, [image], recipe, stride, device)
+        return labels.cpu().numpy()
 
     @abstractmethod
     def predict(

@@ -1,12 +1,12 @@
 """A data set for a 3D network: crops to learn from, volumes predicted by a sliding window."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from segmentation.data import crops
 from segmentation.data.crops import Crops
@@ -58,10 +58,16 @@ class VolumeTask(Task):
     def strong(self, recipe: Recipe) -> Strong:
         return Strong(sigma=blur(recipe.blur), adjust=adjust_normalised)
 
-    def segment(
-        self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device
-    ) -> np.ndarray:
-        return sliding.segment_volume(model, image, recipe.size, self._step(recipe, stride), device)
+    def segment_each(
+        self,
+        model: nn.Module,
+        images: Iterable[np.ndarray],
+        recipe: Recipe,
+        stride: tuple[int, ...] | None,
+        device: torch.device,
+    ) -> Iterator[Tensor]:
+        step = self._step(recipe, stride)
+        return (sliding.segment_volume(model, image, recipe.size, step, device) for image in images)
 
     def predict(
         self, model: nn.Module, image: np.ndarray, recipe: Recipe, stride: tuple[int, ...] | None, device: torch.device

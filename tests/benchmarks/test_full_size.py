@@ -68,7 +68,7 @@ def test_a_panel_a_file_and_the_oldest_first(results: Path) -> None:
     before, after = full_size.picture(full_size.read(results)).axes
     assert before.get_title() == "weight 1; GapMatch with eps 0.1"
     assert after.get_title() == "weight 0.5 and 1; GapMatch with eps 0.02"
-    assert [text.get_text() for text in before.texts] == ["62", "40"]  # FixMatch, GapMatch
+    assert [text.get_text().strip() for text in before.texts] == ["40", "62"]
     assert [*before.get_lines()[0].get_ydata()] == [60.0, 61.0, 62.0]
     assert before.get_lines()[0].get_color() == after.get_lines()[0].get_color()
 
@@ -97,7 +97,16 @@ def test_a_mean_is_of_the_iterations_that_all_have() -> None:
     figure = curves.draw({"a panel": {"FixMatch": [short, long]}})
     lines = figure.axes[0].get_lines()
     assert [[*line.get_ydata()] for line in lines] == [[10.0, 20.0], [30.0, 50.0, 60.0], [20.0, 35.0], [35.0]]
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == ["35"]
     assert lines[0].get_linewidth() < lines[2].get_linewidth()
+
+
+def test_numbers_of_lines_that_end_together_stand_apart() -> None:
+    ends = {"FixMatch": 50.0, "GapMatch": 51.0}
+    figure = curves.draw({"a panel": {name: [[(100, dice)]] for name, dice in ends.items()}})
+    low, high = figure.axes[0].texts
+    assert (low.get_text().strip(), high.get_text().strip()) == ("50", "51")
+    assert high.get_position()[1] - low.get_position()[1] >= 6
 
 
 # ---------------------------------------------------------------- pairs
@@ -123,19 +132,19 @@ def test_pairs_by_hand() -> None:
     chosen, last, *other = power.table(found).rows
     assert chosen[:4] == ["eps 0.02", "chosen", "54.0\n3.00", "57.0\n2.00\n5.0 % empty"]
     assert chosen[4].startswith("+3.0 [+")
-    assert chosen[5:] == ["2.0", "-1.00 [-1.00, -1.00]", "3", "4"]  # 7.84 * 4 / 9 = 3.5
+    assert chosen[5:] == ["2.0", "-1.00 [-1.00, -1.00]", "3 of 25", "4"]  # 7.84 * 4 / 9 = 3.5
     assert last[3] == "60.0\n2.00\n5.0 % empty"
     assert last[4].startswith("+6.0 [+")
     assert last[5] == "4.0"
     assert last[8] == "14"
-    assert [row[2:] for row in other] == [[*["open"] * 5, "0", ""]] * 2
+    assert [row[2:] for row in other] == [[*["open"] * 5, "0 of 25", ""]] * 2
 
 
 def test_a_pair_needs_both_its_runs_and_one_has_no_deviation() -> None:
     found = _pair(0, None, 50.0, 1.0) | _pair(1, None, 40.0, 9.0)
     del found[next(cell for cell in found if cell.seed == 1 and not cell.gap)]
     row = power.table(found).rows[0]
-    assert row[4:] == ["+1.0 [-]", "-", "-1.00 [-]", "1", "-"]
+    assert row[4:] == ["+1.0 [-]", "-", "-1.00 [-]", "1 of 25", "-"]
 
 
 def test_the_curves_of_pairs_have_a_panel_an_eps() -> None:

@@ -42,6 +42,26 @@ def test_it_runs_and_writes(
     assert all(method in printed for method in ("UNet", "Mean Teacher", "URPC", "CCT", "GapMatch"))
 
 
+def test_scoring_tells_a_validation_from_its_forward_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    from benchmarks import step_time
+    from segmentation.data.phantoms.heart import write_phantom
+
+    data = tmp_path / "data set"
+    write_phantom(data, train_patients=2, val_patients=1, test_patients=1, slices=2, size=32)
+    tiny = ["--size", "16", "--width", "2", "--batch", "2", "--rounds", "1", "--threads", "1", "--only", "scoring"]
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *tiny, "--data", str(data), "--results", str(tmp_path)])
+    step_time.main()
+    record = json.loads((tmp_path / "step_time_cpu_16_scoring_1_threads.json").read_text())["scoring"]
+    assert record["volumes"] == [2, 2]
+    for precision in ("bfloat16", "float32"):
+        timed = ("validation", "validation, forward passes alone", "test volumes, with ASD")
+        assert {f"{precision} {name}" for name in timed} <= record["seconds"].keys()
+    assert {"training slices, first time", "training slices, second time"} <= record["seconds"].keys()
+    assert min(record["seconds"].values()) > 0
+    assert not (data / ".cache").exists()
+
+
 def test_passes_are_what_the_methods_multiply() -> None:
     pytest.importorskip("rich")
     from benchmarks import step_time

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segmentation.data.files import BAD_LABEL, Image, Volume, read_case, read_image
+from segmentation.data.parallel import in_parallel
 from segmentation.errors import InputError
 
 Size = tuple[int, int, int]
@@ -111,15 +112,16 @@ def load_cases(
     Raises InputError as `read_case`, or if one is not 3D, has no foreground in its label, or an image that cannot
     come from normalisation to zero mean and unit variance.
     """
-    volumes = []
-    for name in names:
+
+    def read(name: str) -> Volume:
         path = path_of(Path(root), name)
         image, label = read_case(path, num_classes)
         _require_volume(path, image)
         if not label.any():
             raise InputError(f"{path}: the label is empty, background alone; {BAD_LABEL}")
-        volumes.append(Volume(name, image, label))
-    return volumes
+        return Volume(name, image, label)
+
+    return list(in_parallel(read, names))
 
 
 def load_images(
@@ -130,12 +132,14 @@ def load_images(
     Raises InputError as `read_image`, or if one is not 3D or cannot come from normalisation to zero mean and unit
     variance.
     """
-    images = []
-    for name in names:
+
+    def read(name: str) -> Image:
         path = path_of(Path(root), name)
-        images.append(read_image(path))
-        _require_volume(path, images[-1])
-    return images
+        image = read_image(path)
+        _require_volume(path, image)
+        return image
+
+    return list(in_parallel(read, names))
 
 
 def _crops(volumes: Sequence[Tensor], cuts: Sequence[Cut]) -> Tensor:

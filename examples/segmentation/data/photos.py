@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from PIL import Image as Picture
 
-from segmentation.data.files import BAD_LABEL, Image, Label, class_indices
-from segmentation.data.slices import Slices, resize_nearest
+from segmentation.data.cache import read_samples
+from segmentation.data.files import BAD_LABEL, Image, Label, Volume, class_indices
+from segmentation.data.parallel import in_parallel
+from segmentation.data.resize import resize_nearest
+from segmentation.data.slices import Slices
 from segmentation.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -88,14 +91,34 @@ def load_labelled(
     root: str | Path, names: Sequence[str], size: tuple[int, int], channels: int, num_classes: int
 ) -> Slices:
     """The named photographs and masks, resized to `size`. Raises InputError as `read_both`."""
-    pairs = [read_both(root, name, channels, num_classes) for name in names]
-    labels = np.stack([resize_nearest(label, size) for _, label in pairs])
-    return Slices(list(names), _resized([image for image, _ in pairs], size), torch.from_numpy(labels))
+    images = np.empty((len(names), channels, *size), np.float32)
+    labels = np.empty((len(names), *size), np.uint8)
+
+    def read(name: str) -> tuple[Image, Label]:
+        image, label = read_both(root, name, channels, num_classes)
+        return resize_nearest(image, size), resize_nearest(label, size)
+
+    def files(name: str) -> list[Path]:
+        return [photo_path(root, name), mask_path(root, name)]
+
+    read_samples(root, "labelled", names, files, read, num_classes, [images, labels])
+    return Slices(list(names), torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def load_unlabelled(root: str | Path, names: Sequence[str], size: tuple[int, int], channels: int) -> Slices:
     """The named photographs, resized to `size`; masks are not read, and need not be there."""
-    return Slices(list(names), _resized([read_photo(photo_path(root, name), channels) for name in names], size), None)
+    images = np.empty((len(names), channels, *size), np.float32)
+
+    def read(name: str) -> tuple[Image]:
+        return (resize_nearest(read_photo(photo_path(root, name), channels), size),)
+
+    read_samples(root, "unlabelled", names, lambda name: [photo_path(root, name)], read, None, [images])
+    return Slices(list(names), torch.from_numpy(images), None)
+
+
+def load_volumes(root: str | Path, names: Sequence[str], channels: int, num_classes: int) -> list[Volume]:
+    """The named photographs and masks, each in its own size. Raises InputError as `read_both`."""
+    return list(in_parallel(lambda name: Volume(name, *read_both(root, name, channels, num_classes)), names))
 
 
 def write_photo(root: str | Path, name: str, image: np.ndarray, mask: np.ndarray | None = None) -> None:
@@ -105,10 +128,6 @@ def write_photo(root: str | Path, name: str, image: np.ndarray, mask: np.ndarray
         if picture is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             Picture.fromarray(np.ascontiguousarray(picture)).save(path)
-
-
-def _resized(images: Sequence[Image], size: tuple[int, int]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([[resize_nearest(channel, size) for channel in image] for image in images]))
 
 
 def _displayed(path: Path, picture: Picture.Image, mode: str) -> Picture.Image:

@@ -3,17 +3,18 @@
     root/data/slices/NAME.h5                a 2D slice: `image` (H, W), and where it counts as labelled `label` (H, W)
     root/data/NAME.h5                       a volume:   `image` (D, H, W), `label` (D, H, W)
 
-The nearest-neighbour resize is that of SSL4MIS.
+Slices that were resized once are kept in root/.cache (`cache.py`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage
 
+from segmentation.data.cache import read_samples
 from segmentation.data.files import (
     BAD_LABEL,
     Image,
@@ -25,6 +26,8 @@ from segmentation.data.files import (
     require_dimensions,
     write_case,
 )
+from segmentation.data.parallel import in_parallel
+from segmentation.data.resize import resize_nearest
 from segmentation.errors import InputError
 
 UNIT_RANGE = (0.0, 1.0)  # ACDC's intensities, and what the strong augmentation is made for
@@ -79,14 +82,17 @@ def load_slices(
 
     Raises InputError as `read_case`, or if one is not 2D or leaves the range of `intensities` (None: any).
     """
-    images = torch.empty(len(names), 1, *size, dtype=torch.float32)
-    labels = torch.empty(len(names), *size, dtype=torch.uint8)
-    for i, name in enumerate(names):
+    images = np.empty((len(names), 1, *size), np.float32)
+    labels = np.empty((len(names), *size), np.uint8)
+
+    def read(name: str) -> tuple[Image, Label]:
         path = slice_path(root, name)
         image, label = read_case(path, num_classes)
-        images[i, 0] = _prepared(path, image, size, intensities)
-        labels[i] = torch.from_numpy(resize_nearest(label, size))
-    return Slices(list(names), images, labels)
+        return _prepared(path, image, size, intensities), resize_nearest(label, size)
+
+    conditions = num_classes, intensities
+    read_samples(root, "labelled", names, partial(_files, root), read, conditions, [images, labels])
+    return Slices(list(names), torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def load_unlabelled(
@@ -99,11 +105,14 @@ def load_unlabelled(
 
     Raises InputError as `read_image`, or if one is not 2D or leaves the range of `intensities` (None: any).
     """
-    images = torch.empty(len(names), 1, *size, dtype=torch.float32)
-    for i, name in enumerate(names):
+    images = np.empty((len(names), 1, *size), np.float32)
+
+    def read(name: str) -> tuple[Image]:
         path = slice_path(root, name)
-        images[i, 0] = _prepared(path, read_image(path), size, intensities)
-    return Slices(list(names), images, None)
+        return (_prepared(path, read_image(path), size, intensities),)
+
+    read_samples(root, "unlabelled", names, partial(_files, root), read, intensities, [images])
+    return Slices(list(names), torch.from_numpy(images), None)
 
 
 def require_foreground(root: str | Path, labelled: Slices, patient: Callable[[str], str] = patient_of) -> None:
@@ -130,14 +139,15 @@ def load_volumes(
 
     Raises InputError as `read_case`, or if one is not 3D or leaves the range of `intensities` (None: any).
     """
-    volumes = []
-    for name in names:
+
+    def read(name: str) -> Volume:
         path = volume_path(root, name)
         image, label = read_case(path, num_classes)
         require_dimensions(path, image, "(D, H, W)")
         _require_intensities(path, image, intensities)
-        volumes.append(Volume(name, image, label))
-    return volumes
+        return Volume(name, image, label)
+
+    return list(in_parallel(read, names))
 
 
 def write_slices(root: str | Path, case: str, image: Image, label: Label | None) -> list[str]:
@@ -159,17 +169,15 @@ def volume_path(root: str | Path, name: str) -> Path:
     return Path(root) / "data" / f"{name}.h5"
 
 
-def resize_nearest(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A 2D array resized to `shape`, dtype kept. The same `order=0` for image and label, as SSL4MIS does."""
-    height, width = array.shape
-    return ndimage.zoom(array, (shape[0] / height, shape[1] / width), order=0)
+def _files(root: str | Path, name: str) -> list[Path]:
+    return [slice_path(root, name)]
 
 
-def _prepared(path: Path, image: Image, size: tuple[int, int], intensities: tuple[float, float] | None) -> torch.Tensor:
+def _prepared(path: Path, image: Image, size: tuple[int, int], intensities: tuple[float, float] | None) -> Image:
     """A slice's image to learn from, once it has been checked."""
     require_dimensions(path, image, "(H, W)")
     _require_intensities(path, image, intensities)
-    return torch.from_numpy(resize_nearest(image, size))
+    return resize_nearest(image, size)
 
 
 def _require_intensities(path: Path, image: Image, intensities: tuple[float, float] | None) -> None:

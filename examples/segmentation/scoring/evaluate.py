@@ -1,6 +1,5 @@
 """Score whole volumes the way the field does: Dice and ASD in 3D, class by class, then means."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from segmentation.scoring.metrics import ClassScore, score
 class Evaluation:
     """Scores of every volume and foreground class, and their means.
 
-    Means are as in the paper's tables: Dice in percent, ASD in voxels (NaN where it was not computed).
+    Means are as in the paper's tables: Dice in percent, ASD in voxels.
 
     Attributes:
         names: one name per volume.
@@ -55,17 +54,17 @@ class Evaluation:
         return sum(s.empty for volume in self.scores for s in volume)
 
     def to_dict(self) -> dict[str, Any]:
-        """Means and single scores for JSON: Dice in percent, ASD in voxels or None where not computed."""
+        """Means and single scores for JSON: Dice in percent, ASD in voxels."""
         return {
             "dice": self.dice,
-            "asd": _number(self.asd),
+            "asd": self.asd,
             "class_dice": list(self.class_dice),
-            "class_asd": [_number(asd) for asd in self.class_asd],
+            "class_asd": list(self.class_asd),
             "empty": self.empty,
             "volumes": {
                 name: {
                     "dice": [100 * s.dice for s in volume],
-                    "asd": [_number(s.asd) for s in volume],
+                    "asd": [s.asd for s in volume],
                     "empty": [s.empty for s in volume],
                 }
                 for name, volume in zip(self.names, self.scores, strict=True)
@@ -82,7 +81,6 @@ def evaluate(
     volumes: Sequence[Volume],
     num_classes: int,
     *,
-    with_asd: bool = True,
     title: str | None = None,
 ) -> Evaluation:
     """Predict every volume and score it against its own label; with several ranks, each takes its share.
@@ -92,7 +90,6 @@ def evaluate(
         volumes: with `name`, `image` float32 and `label` uint8 of one 3D shape.
         num_classes: number of classes, background included.
         title: of a count of the volumes that are done; None counts nothing.
-        with_asd: False skips the ASD, which is most of the scoring time (validation during training).
 
     Raises:
         InputError: when there is no volume, or a volume's shapes or labels do not fit; names the volume.
@@ -104,15 +101,10 @@ def evaluate(
         try:
             labels = segment(volume.image)
             count()
-            return tuple(score(labels, volume.label, num_classes, with_asd=with_asd))
+            return tuple(score(labels, volume.label, num_classes))
         except InputError as error:
             raise InputError(f"{volume.name}: {error}") from None
 
     with counting(title, len(volumes[:: ranks.world()])) if title else nullcontext(lambda: None) as count:
         scores = ranks.shared_out(scored, volumes)
     return Evaluation(tuple(volume.name for volume in volumes), tuple(scores))
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None

@@ -1,9 +1,10 @@
-"""What every way of predicting a volume needs: eval mode, labels and entropy."""
+"""What every way of predicting a volume needs: eval mode, the image on the device, labels and entropy."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def on_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """`array` as a tensor there. CUDA takes pageable memory over before it returns, others may not."""
+    device = torch.device(device)
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=device.type == "cuda")
 
 
 def labels_of(scores: Tensor, dim: int) -> Tensor:

@@ -1,26 +1,40 @@
 """Prediction by a 2D network: of volumes, slice by slice, and of single images.
 
 Protocol as in the public code of SSL4MIS and UniMatch: each slice is resized to the network's input size (nearest),
-predicted, arg-maxed and resized back (nearest).
+predicted, arg-maxed and resized back (nearest). All on the network's device, the slices of several volumes together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segmentation.data.slices import resize_nearest
+from segmentation.data.resize import resize_tensor
 from segmentation.errors import InputError
-from segmentation.scoring.predict import entropy_of, eval_mode, labels_of
+from segmentation.scoring.predict import entropy_of, eval_mode, labels_of, on_device
+
+PIXELS = {"cpu": 2**18}
+"""Of a batch, by kind of device. More are slower on a CPU: the system hands out their memory anew at each layer."""
+MOST_PIXELS = 2**21
+"""Where nothing else is said."""
+BATCHES = 16
+"""Held at once, so that all but the last of them are of one size."""
+
+Read = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def segment_volume(
-    model: nn.Module, volume_image: np.ndarray, size: tuple[int, int], device: torch.device | str, *, batch: int = 32
-) -> np.ndarray:
-    """The labels of `predict_volume` alone, which saves the softmax and half the resizing."""
-    (labels,) = _predicted(model, _slices(volume_image), size, device, batch, _labels)
-    return labels
+def segment_volumes(
+    model: nn.Module,
+    images: Iterable[np.ndarray],
+    size: tuple[int, int],
+    device: torch.device | str,
+    *,
+    batch: int | None = None,
+) -> Iterator[Tensor]:
+    """The labels of `predict_volume` alone, of several volumes: tensors on `device`, which nothing has waited for."""
+    for (labels,) in _predicted(model, map(_slices, images), size, device, batch, _labels):
+        yield labels
 
 
 def predict_volume(
@@ -29,7 +43,7 @@ def predict_volume(
     size: tuple[int, int],
     device: torch.device | str,
     *,
-    batch: int = 32,
+    batch: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segment one volume slice by slice, in eval mode.
 
@@ -39,7 +53,7 @@ def predict_volume(
         volume_image: (D, H, W) float32.
         size: height and width of the network's input, pixels.
         device: where the model lives.
-        batch: slices per forward pass.
+        batch: slices per forward pass; None for what suits the device.
 
     Returns:
         Labels (D, H, W) uint8, and the entropy of the softmax (D, H, W) float32: in nats over log(C), so that
@@ -48,22 +62,28 @@ def predict_volume(
     Raises:
         InputError: when the image is not a (D, H, W) array with at least one voxel.
     """
-    labels, entropy = _predicted(model, _slices(volume_image), size, device, batch, _labels_and_entropy)
-    return labels, entropy
+    return _labels_and_entropy_of(model, _slices(volume_image), size, device, batch)
 
 
-def segment_image(model: nn.Module, image: np.ndarray, size: tuple[int, int], device: torch.device | str) -> np.ndarray:
-    """The labels of `predict_image` alone."""
-    (labels,) = _predicted(model, image[None], size, device, 1, _labels)
-    return labels[0]
+def segment_images(
+    model: nn.Module, images: Iterable[np.ndarray], size: tuple[int, int], device: torch.device | str
+) -> Iterator[Tensor]:
+    """The same as `segment_volumes` for images (C, H, W)."""
+    for (labels,) in _predicted(model, (image[None] for image in images), size, device, None, _labels):
+        yield labels[0]
 
 
 def predict_image(
     model: nn.Module, image: np.ndarray, size: tuple[int, int], device: torch.device | str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same for one image (C, H, W) float32: labels (H, W) uint8 and entropy (H, W) float32."""
-    labels, entropy = _predicted(model, image[None], size, device, 1, _labels_and_entropy)
+    """The same as `predict_volume` for one image (C, H, W) float32: labels (H, W) uint8 and entropy (H, W) float32."""
+    labels, entropy = _labels_and_entropy_of(model, image[None], size, device, None)
     return labels[0], entropy[0]
+
+
+def batch_size(size: tuple[int, int], device: torch.device | str) -> int:
+    """How many images of `size` a forward pass takes."""
+    return max(1, PIXELS.get(torch.device(device).type, MOST_PIXELS) // (size[0] * size[1]))
 
 
 def _labels(logits: Tensor) -> tuple[Tensor, ...]:
@@ -72,6 +92,13 @@ def _labels(logits: Tensor) -> tuple[Tensor, ...]:
 
 def _labels_and_entropy(logits: Tensor) -> tuple[Tensor, ...]:
     return labels_of(logits, 1), entropy_of(logits.float().softmax(1), 1)
+
+
+def _labels_and_entropy_of(
+    model: nn.Module, images: np.ndarray, size: tuple[int, int], device: torch.device | str, batch: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    ((labels, entropy),) = _predicted(model, [images], size, device, batch, _labels_and_entropy)
+    return labels.cpu().numpy(), entropy.cpu().numpy()
 
 
 def _slices(volume_image: np.ndarray) -> np.ndarray:
@@ -83,20 +110,33 @@ def _slices(volume_image: np.ndarray) -> np.ndarray:
 
 def _predicted(
     model: nn.Module,
-    images: np.ndarray,
+    images: Iterable[np.ndarray],
     size: tuple[int, int],
     device: torch.device | str,
-    batch: int,
-    read: Callable[[Tensor], tuple[Tensor, ...]],
-) -> list[np.ndarray]:
-    """What `read` makes of the logits of `images` (N, C, H, W), each (B, *size), as (N, H, W) in their own size."""
-    resized = np.stack([_resize(image, size) for image in images])
-    inputs = torch.from_numpy(resized).to(memory_format=torch.channels_last)
-    with eval_mode(model), torch.inference_mode():
-        parts = [read(model(chunk.to(device))) for chunk in inputs.split(batch)]
-    height, width = images.shape[2:]
-    return [_resize(torch.cat(part).cpu().numpy(), (height, width)) for part in zip(*parts, strict=True)]
+    batch: int | None,
+    read: Read,
+) -> Iterator[tuple[Tensor, ...]]:
+    """What `read` makes of the logits (B, C, *size), for each of `images` (N, C, H, W): (N, H, W) in its own size."""
+    batch = batch or batch_size(size, device)
+    for group in _groups(images, BATCHES * batch):
+        with eval_mode(model), torch.inference_mode():
+            inputs = torch.cat([resize_tensor(on_device(image, device), size) for image in group])
+            parts = [read(model(chunk)) for chunk in inputs.split(batch)]
+            planes = [torch.cat(part).split([*map(len, group)]) for part in zip(*parts, strict=True)]
+            results = [
+                tuple(resize_tensor(part, image.shape[2:]) for part in of_image)
+                for image, *of_image in zip(group, *planes, strict=True)
+            ]
+        yield from results
 
 
-def _resize(planes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    return np.stack([resize_nearest(plane, shape) for plane in planes])
+def _groups(images: Iterable[np.ndarray], slices: int) -> Iterator[list[np.ndarray]]:
+    """`images` in lists of at least so many slices each, but the last."""
+    group: list[np.ndarray] = []
+    for image in images:
+        group.append(image)
+        if sum(map(len, group)) >= slices:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -14,7 +14,7 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from segmentation.errors import InputError
-from segmentation.scoring.predict import entropy_of, eval_mode, labels_of
+from segmentation.scoring.predict import entropy_of, eval_mode, labels_of, on_device
 
 
 def segment_volume(
@@ -25,9 +25,9 @@ def segment_volume(
     device: torch.device | str,
     *,
     batch: int = 4,
-) -> np.ndarray:
-    """The labels of `predict_volume` alone."""
-    return labels_of(_probabilities(model, image, window, stride, device, batch), 0).cpu().numpy()
+) -> Tensor:
+    """The labels of `predict_volume` alone, on `device`."""
+    return labels_of(_probabilities(model, image, window, stride, device, batch), 0)
 
 
 def predict_volume(
@@ -80,7 +80,7 @@ def _probabilities(
     def softmax(crops: Tensor) -> Tensor:
         return model(crops).float().softmax(dim=1)  # float32 under autocast, too
 
-    whole = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).to(device)
+    whole = on_device(image.astype(np.float32, copy=False), device)
     with eval_mode(model), torch.inference_mode():
         averaged = sliding_window_inference(
             whole[None, None], tuple(window), batch, softmax, overlap=_overlaps(window, stride), mode="constant"

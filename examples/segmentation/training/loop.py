@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from segmentation import ranks
 from segmentation.data.files import Volume
 from segmentation.errors import OldRunError, RunError
-from segmentation.scoring.evaluate import evaluate
+from segmentation.scoring.dice import mean_dice
 from segmentation.training import checkpoint
 from segmentation.training.identity import Identity, require_same
 from segmentation.training.interrupt import interruptible
@@ -163,10 +163,10 @@ def _dice(model: nn.Module, trainer: Trainer, volumes: list[Volume]) -> float:
     """Mean Dice in percent."""
     task = trainer.task
 
-    def segment(image: np.ndarray) -> np.ndarray:
-        return task.segment(model, image, trainer.recipe, task.stride, trainer.device)
+    def segment(images: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        return task.segment_each(model, images, trainer.recipe, task.stride, trainer.device)
 
-    return evaluate(segment, volumes, task.num_classes, with_asd=False).dice
+    return mean_dice(segment, volumes, task.num_classes)
 
 
 @ranks.on_main  # the others wait: where one ends after an interruption, torchrun ends all

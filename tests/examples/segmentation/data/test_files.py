@@ -20,11 +20,11 @@ from segmentation.data.files import (
     write_case,
     write_list,
 )
+from segmentation.data.resize import resize_nearest
 from segmentation.data.slices import (
     load_slices,
     load_unlabelled,
     load_volumes,
-    resize_nearest,
     slice_path,
     volume_path,
     write_slices,

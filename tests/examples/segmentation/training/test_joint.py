@@ -32,8 +32,8 @@ from segmentation.errors import InputError
 from segmentation.networks.dropout import Dropout
 from segmentation.networks.unet import UNet
 from segmentation.recipe import Recipe
+from segmentation.scoring.dice import mean_dice
 from segmentation.scoring.evaluate import evaluate
-from segmentation.scoring.slicewise import segment_volume
 from segmentation.training import loop as train
 from segmentation.training.identity import identity
 from segmentation.training.joint import JointBatchNorm, JointDropout, _Gather, joint, require_even_shares
@@ -293,19 +293,21 @@ def _float32_step(slices: tuple[Slices, Slices]) -> dict[str, Tensor]:
 
 def _scores(volumes: list[Volume]) -> dict[str, Any]:
     torch.manual_seed(0)
-    return evaluate(_segment(), volumes, num_classes=4).to_dict()
+    model = nn.Conv2d(1, 4, 1)
+    each = partial(ACDC.segment_each, model, recipe=_recipe(), stride=None, device=CPU)
+    return {**evaluate(_segment(model), volumes, num_classes=4).to_dict(), "mean": mean_dice(each, volumes, 4)}
 
 
-def _segment() -> Callable[[np.ndarray], np.ndarray]:
-    return partial(segment_volume, nn.Conv2d(1, 4, 1), size=(32, 32), device="cpu")
+def _segment(model: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    return partial(ACDC.segment, model, recipe=_recipe(), stride=None, device=CPU)
 
 
 def _errors(volumes: list[Volume]) -> list[str]:
     """A volume that one rank meets, a folder that rank 0 can't write, and a batch that two can't share."""
-    spoilt = replace(volumes[1], image=volumes[1].image[0])
+    spoilt, segment = replace(volumes[1], image=volumes[1].image[0]), _segment(nn.Conv2d(1, 4, 1))
     texts = []
     for work in (
-        lambda: evaluate(_segment(), [volumes[0], spoilt], num_classes=4),
+        lambda: evaluate(segment, [volumes[0], spoilt], num_classes=4),
         lambda: cli.job(ACDC, cli.parse(ACDC, "", ["--device", "cpu", "--out", __file__])),
         lambda: require_even_shares(_recipe(unlabelled_batch=5)),
     ):

@@ -470,13 +470,13 @@ def test_ctrl_c_in_the_last_validation_is_not_swallowed(
     slices, validation, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(tiny_recipe, iterations=2)
-    evaluate = train.evaluate
+    mean_dice = train.mean_dice
 
-    def press_ctrl_c(*arguments, **keywords):
+    def press_ctrl_c(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(*arguments, **keywords)
+        return mean_dice(*arguments)
 
-    monkeypatch.setattr(train, "evaluate", press_ctrl_c)
+    monkeypatch.setattr(train, "mean_dice", press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         _fit(_trainer(recipe, slices), validation, _folder(tmp_path), resume=False)
     resumed = _trainer(recipe, slices)
@@ -502,8 +502,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_the_rate_leaves_validation_out(
     slices, validation, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a, **k: time.sleep(1) or evaluate(*a, **k))
+    mean_dice = train.mean_dice
+    monkeypatch.setattr(train, "mean_dice", lambda *arguments: time.sleep(1) or mean_dice(*arguments))
     trainer = _trainer(replace(tiny_recipe, iterations=4), slices)
     values = trainer.step(0)
     monkeypatch.setattr(trainer, "step", lambda t: time.sleep(0.01) or values)
