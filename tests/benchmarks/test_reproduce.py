@@ -317,6 +317,29 @@ def test_a_draw_labels_other_patients(lab: SimpleNamespace, here: Any) -> None:
     assert len({*map(tuple, names.values())}) > 1
 
 
+def test_pairs_are_tested_though_they_differ_from_their_preset(lab: SimpleNamespace, here: Any) -> None:
+    fixmatch, gapmatch, *_ = lab.grid.cells(["power"])
+    for cell in (fixmatch, gapmatch):
+        assert here.attempt(cell)
+    found = here.records.of([fixmatch, gapmatch])
+    assert [record["recipe"]["weight"] for record in found.values()] == [0.5, 0.5]
+    assert found[gapmatch]["recipe"]["eps"] == 0.02
+    row = lab.power.table(found).rows[1]
+    gain = found[gapmatch]["test_last"]["dice"] - found[fixmatch]["test_last"]["dice"]
+    assert (row[1], row[4]) == ("last", f"{gain:+.1f} [-]")
+
+
+@pytest.mark.parametrize(("device", "presets"), [("cpu", ["medium", "study"]), ("meta", ["paper"])])
+def test_a_gpu_takes_what_is_not_reduced(
+    device: str, presets: list[str], lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab.reproduce, "usable_device", torch.device)
+    asked: list[Any] = []
+    monkeypatch.setattr(lab.reproduce, "run", lambda _, cells, *__: asked.extend(cells) or 0)
+    assert lab.reproduce.main(["--run", "--device", device]) == 0
+    assert {cell.preset for cell in asked} == {*presets}
+
+
 def test_a_failure_is_recorded_and_does_not_stop_the_others(
     lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
