@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--preset",
         nargs="+",
         choices=grid.PRESETS,
-        help="(default of --plan: all; of --run: paper on a GPU, study else)",
+        help="(default of --plan: all; of --run: paper on a GPU, the others else)",
     )
     parser.add_argument("--data-acdc", type=Path, help="ACDC in the h5 layout; without it its cells are not run")
     parser.add_argument("--data-la", type=Path, help="LA in the h5 layout; without it its cells are not run")
@@ -185,7 +185,8 @@ def _lab(arguments: argparse.Namespace) -> Lab:
 def _default_presets(arguments: argparse.Namespace) -> Sequence[str]:
     if arguments.plan:
         return grid.PRESETS
-    return ("study",) if usable_device(arguments.device).type == "cpu" else (grid.FULL_SCALE,)
+    reduced = usable_device(arguments.device).type == "cpu"
+    return [preset for preset in grid.PRESETS if (preset != grid.FULL_SCALE) == reduced]
 
 
 def _state(lab: Lab, cell: Cell, lists: Mapping[str, str] | None) -> tuple[str, str]:

@@ -4,14 +4,14 @@ A run is a `Cell`. BLOCKS is the whole grid, the most urgent part first; a cell 
 To add runs, add a block, or a value to a sweep. A cell's name tells it from all others, and is that of its JSON file.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 from segmentation.acdc import ACDC
 from segmentation.la import LA
-from segmentation.recipe import Recipe, Run, run_name
+from segmentation.recipe import GAP_FIELDS, METHOD_FIELDS, Recipe, Run, run_name
 from segmentation.task import Task
 
 TASKS: dict[str, Task] = {"ACDC": ACDC, "LA": LA}
@@ -51,6 +51,12 @@ CONTROLS: dict[str, tuple[dict[str, Any], ...]] = {
     "weight": ({"weight": 0.5}, {"weight": 1.0}, {"weight": 2.0}),
     "tau": SWEEPS["tau"],
 }
+# FixMatch against GapMatch, over so many seeds and labelled patients that a gain of a few points can be told from none.
+MEDIUM, POWER = "medium", "power"
+POWER_CHANGES = tuple({"weight": 0.5, "eps": eps} for eps in (0.02, 0.1))
+
+Repeat = tuple[int, int | None]
+"""Seed and draw: what two runs have in common that make a pair."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Cell:
         share: labelled part of the training patients, percent.
         seed: of the run.
         changes: recipe fields in which it differs from the preset, as pairs in the recipe's order; `cell` sees to that.
+        draw: seed by which the labelled patients are drawn; None for the first of the list.
     """
 
     data_set: str
@@ -74,18 +81,25 @@ class Cell:
     share: int
     seed: int
     changes: tuple[tuple[str, Any], ...] = ()
+    draw: int | None = None
 
     @property
     def name(self) -> str:
-        """Such as `acdc_1pct_study_gapmatch_eps0.2_alpha2_seed1`."""
+        """Such as `acdc_1pct_study_gapmatch_eps0.2_alpha2_draw3_seed1`."""
+        data = [self.data_set.lower(), f"{self.share}pct", self.preset]
         changes = [_change(name, value) for name, value in self.changes]
-        run = run_name(self.method, self.gap)
-        return "_".join([self.data_set.lower(), f"{self.share}pct", self.preset, run, *changes, f"seed{self.seed}"])
+        draw = [] if self.draw is None else [f"draw{self.draw}"]
+        return "_".join([*data, run_name(self.method, self.gap), *changes, *draw, f"seed{self.seed}"])
+
+    @property
+    def repeat(self) -> Repeat:
+        """In what it differs from the runs that are averaged with it."""
+        return self.seed, self.draw
 
     @property
     def tested(self) -> bool:
         """Whether the test volumes are scored: not where recipes are compared, which is validation's part."""
-        return not self.changes
+        return not self.changes or self.preset == MEDIUM
 
     @property
     def recipe(self) -> Recipe:
@@ -100,8 +114,20 @@ def title(method: Run) -> str:
     return Recipe(method=name, gap=gap).label
 
 
+def idle(method: Run) -> set[str]:
+    """Recipe fields that mean nothing to it."""
+    name, gap = method
+    return {*GAP_FIELDS * (not gap), *METHOD_FIELDS * (name == "supervised")}
+
+
 def cell(
-    data_set: str, preset: str, method: Run, share: int, seed: int, changes: Mapping[str, Any] | None = None
+    data_set: str,
+    preset: str,
+    method: Run,
+    share: int,
+    seed: int,
+    changes: Mapping[str, Any] | None = None,
+    draw: int | None = None,
 ) -> Cell:
     """A cell of the grid. Changes that change nothing are left out, so that one recipe has one name.
 
@@ -109,32 +135,32 @@ def cell(
         TypeError: a change is of no field of the recipe.
         InputError: a value is not one, or the method has no such option.
     """
-    plain = Cell(data_set, preset, *method, share, seed)
+    plain = Cell(data_set, preset, *method, share, seed, draw=draw)
     if not changes:
         return plain
     recipe, changed = plain.recipe, replace(plain.recipe, **changes)
     now, then = changed.to_dict(), recipe.to_dict()
-    real = tuple((name, getattr(changed, name)) for name in now if now[name] != then[name])
-    return Cell(data_set, preset, *method, share, seed, real)
+    differing = [name for name in now if now[name] != then[name] and name not in idle(method)]
+    return replace(plain, changes=tuple((name, getattr(changed, name)) for name in differing))
 
 
 class Block(NamedTuple):
-    """Cells that belong together, each share and method for one seed before the next seed."""
+    """Cells that belong together: all runs of one seed and draw before the next draw, and all draws before the next
+    seed."""
 
     group: str
     data_set: str
     preset: str
-    methods: Iterable[Run]
-    shares: Iterable[int]
-    seeds: Iterable[int]
-    changes: Iterable[Mapping[str, Any]] = ({},)
+    methods: Collection[Run]
+    shares: Collection[int]
+    seeds: Collection[int]
+    changes: Collection[Mapping[str, Any]] = ({},)
+    draws: Collection[int | None] = (None,)
 
     def cells(self) -> Iterator[Cell]:
-        for seed in self.seeds:
-            for share in self.shares:
-                for method in self.methods:
-                    for changes in self.changes:
-                        yield cell(self.data_set, self.preset, method, share, seed, changes)
+        inner = product(self.seeds, self.draws, self.shares, self.methods, self.changes)
+        for seed, draw, share, method, changes in inner:
+            yield cell(self.data_set, self.preset, method, share, seed, changes, draw)
 
 
 BLOCKS = (
@@ -146,7 +172,9 @@ BLOCKS = (
     Block("table 1", "LA", "paper", (GAPMATCH, FIXMATCH, SUPERVISED), SHARES, (0,)),
     Block("table 2", "ACDC", "paper", TABLE_2, (5, 10), (0,)),
     Block("table 3", "ACDC", "paper", TABLE_3, (5, 10), (0,)),
-    # reduced scale, on a CPU; first what the runs with GAP depend on
+    # reduced scale, on a CPU
+    Block(POWER, "ACDC", MEDIUM, (FIXMATCH, GAPMATCH), (1,), range(5), POWER_CHANGES, (None, 1, 2, 3, 4)),
+    # more reduced; first what the runs with GAP depend on
     *(Block("hyper-parameters", "ACDC", "study", (FIXMATCH,), (1,), (0, 1), sweep) for sweep in CONTROLS.values()),
     Block("hyper-parameters", "ACDC", "study", (GAPMATCH,), (1,), (0, 1), SWEEPS["eps and alpha"][: len(EPS)]),
     Block("table 1", "ACDC", "study", TABLE_1, SHARES, (0, 1, 2)),
@@ -168,6 +196,20 @@ def cells(groups: Collection[str] | None = None, presets: Collection[str] | None
     of_groups = [block for block in BLOCKS if groups is None or block.group in groups]
     chosen = [block for block in of_groups if presets is None or block.preset in presets]
     return list(dict.fromkeys(chain.from_iterable(block.cells() for block in chosen)))
+
+
+def repeats(wanted: Cell, groups: Collection[str] | None = None) -> list[Cell]:
+    """The cells of these groups (None: all) that differ from `wanted` in nothing but their seed and draw."""
+    method = wanted.method, wanted.gap
+    alike = [
+        block._replace(methods=[method], shares=[wanted.share])
+        for block in BLOCKS
+        if (groups is None or block.group in groups)
+        and (block.data_set, block.preset) == (wanted.data_set, wanted.preset)
+        and (method in block.methods and wanted.share in block.shares)
+    ]
+    found = dict.fromkeys(chain.from_iterable(block.cells() for block in alike))
+    return [cell for cell in found if replace(cell, seed=wanted.seed, draw=wanted.draw) == wanted]
 
 
 def _change(name: str, value: Any) -> str:

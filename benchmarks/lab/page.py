@@ -3,18 +3,17 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
-from typing import NamedTuple
 
-from benchmarks.common import show
-from benchmarks.lab import grid
+from benchmarks.common import save_plot
+from benchmarks.lab import full_size, grid, power
 from benchmarks.lab import plots as lab_plots
 from benchmarks.lab import scores as lab_scores
-from benchmarks.lab.grid import FIXMATCH, FULL_SCALE, GAPMATCH, SHARES, SWEEPS, Cell, cell, title
+from benchmarks.lab.grid import FIXMATCH, FULL_SCALE, GAPMATCH, MEDIUM, SHARES, SWEEPS, TASKS, Cell, cell, title
+from benchmarks.lab.intervals import LEAST_PAIRS
 from benchmarks.lab.published import FULLY_SUPERVISED, PUBLISHED, Scores
 from benchmarks.lab.records import Record, Records
-from benchmarks.lab.scores import Found
-from presentation.markdown_table import markdown_table
+from benchmarks.lab.scores import CHOSEN, LAST, Found, Iterate
+from benchmarks.lab.tables import Table, difference, empty_share, mean_and_deviation, number
 from segmentation.recipe import Recipe, Run
 
 TABLES: dict[str, tuple[Run, ...]] = {
@@ -24,9 +23,9 @@ TABLES: dict[str, tuple[Run, ...]] = {
     "FixMatch with thresholds that adapt": grid.THRESHOLDS,
 }
 
-HEADER = ["Method", *(f"{share} %, {whose}" for share in SHARES for whose in ("ours", "paper"))]
+HEADER = ["Method", *(f"{share} %, {whose}" for share in SHARES for whose in ("ours", "ours, last", "paper"))]
 
-PREAMBLE = """\
+PREAMBLE = f"""\
 # Results: does GAP improve whatever it is added to?
 
 Written by `python benchmarks/reproduce.py --report`; don't edit it by hand.
@@ -46,55 +45,69 @@ the next time; on a GPU it takes the full-scale cells, on a CPU the reduced ones
 ## How to read the tables
 
 Numbers are Dice in percent and, below it, ASD in voxels, on the test volumes: mean ± sample standard deviation over n
-seeds ("-" with one seed). The iteration is chosen on the validation volumes (LA has none: the last one). The labelled
-patients are the first of the list, so seeds differ in initial weights, batches and augmentation, not in patients. A
-gain is the score with GAP less that without, seed by seed: for the Dice more is better, for the ASD less. "open" has
-not been run; where a table has begun, shares at which all is open are left out. "paper" is Huang et al., AAAI 2025,
-which prints no spread.
+runs ("-" with one). "ours" is at the iteration that was chosen on the validation volumes (LA has none: the last one),
+"last" at the last iteration, "-" where it was not scored. Seeds differ in initial weights, batches and augmentation;
+the labelled patients are the first of the list, unless n counts draws: those differ in the labelled patients. "open"
+has not been run; where a table has begun, shares at which all is open are left out. "paper" is Huang et al., AAAI
+2025, which prints no spread.
+
+A gain is the score with GAP less that without, pair by pair of one seed and one draw: for the Dice more is better,
+for the ASD less. Behind it stands the 95 % interval of its mean, by bootstrap over the pairs (10,000 resamples,
+percentiles), of several draws over draws and the pairs within each. With fewer than {LEAST_PAIRS} pairs there is none
+("-"); with few it is narrower than the truth, and with {LEAST_PAIRS} no more than their range.
 
 A class that a run finds nowhere in a volume is an empty prediction. It counts as Dice 0 and ASD 0, so the ASD looks
-better than it is. "% empty" is their share in the predictions of all seeds, where there were any. † marks a mean or a
+better than it is. "% empty" is their share in the predictions of all runs, where there were any. † marks a mean or a
 gain that has a run in which more than half were empty: there the ASD says nothing. ‡ marks one that has a run whose
-best iteration was in the warm-up, before any unlabelled image was learnt from: the method did harm, and the numbers are
-those of training on labels alone, for fewer iterations than the row "Supervised".
+chosen iteration was in the warm-up, before any unlabelled image was learnt from: the method did harm, and the numbers
+are those of training on labels alone, for fewer iterations than the row "Supervised".
 """
 
 HYPER_PARAMETERS = """\
 ## Hyper-parameters
 
-GapMatch on ACDC, 1 % of the labels; as controls FixMatch with the same thresholds, and with other weights of its loss:
-g1 + alpha g2 weighs the unlabelled images 1 + alpha times as much, so GapMatch's counterpart at alpha 1 is FixMatch at
-twice the weight. The best Dice in percent on the validation volumes in the course of a run, mean ± sample standard
-deviation over n seeds. "default" is the recipe of the tables above, and its runs are those of table 1. Values are
-compared on the validation volumes alone; of the others' runs only those of weight 1, once the default, were tested.
+GapMatch on ACDC, 1 % of the labels; as controls FixMatch with the same thresholds, and with other weights of its
+loss: g1 + alpha g2 weighs the unlabelled images 1 + alpha times as much, so GapMatch's counterpart at alpha 1 is
+FixMatch at twice the weight. The best Dice in percent on the validation volumes in the course of a run, and below it
+that of the last iteration, mean ± sample standard deviation over n runs. "default" is the recipe of the tables above,
+and its runs are those of table 1. Values are compared on the validation volumes alone; of the others' runs only those
+of weight 1, once the default, were tested.
 """
 
 
-class Table(NamedTuple):
-    """Text, the header first."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        return f"### {self.title}\n\n{markdown_table(self.header, self.rows)}\n"
-
-
 def write(records: Records, page: Path, figures: Path) -> None:
-    """Print all tables, and write `page` and its figures."""
+    """Print all tables, and write `page` and its figures. Runs beside the grid lie next to the records' folder."""
     cells = grid.cells()
     found = records.of(cells)
-    parts = [PREAMBLE, *(_picture(path, page) for path in lab_plots.draw(found, figures))]
+    parts = [PREAMBLE, *_full_size(records.folder.parent, page, figures)]
+    pictures = [_picture(path, page, lab_plots.CAPTIONS[path.stem]) for path in lab_plots.draw(found, figures)]
+    parts += ["## The grid in pictures\n", *pictures] if pictures else []
     for data_set, preset in dict.fromkeys((batch.data_set, batch.preset) for batch in grid.BLOCKS):
-        parts += [_heading(found, data_set, preset), *map(_told, comparisons(found, data_set, preset))]
-    parts += [HYPER_PARAMETERS, *map(_told, sweeps(found)), _every_run(found)]
+        parts += [_heading(found, data_set, preset), *(table.told() for table in comparisons(found, data_set, preset))]
+        parts += [power.TEXT, power.table(found).told()] if preset == MEDIUM else []
+    parts += [HYPER_PARAMETERS, *(table.told() for table in sweeps(found)), _every_run(found)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts), encoding="utf-8")
     stale = [cell.name for cell in cells if records.state(cell) == "stale"]
     print(f"{len(found)} of {len(cells)} cells are in {page}")
     if stale:
         print(f"left out, as their recipe has changed since: {', '.join(stale)}")
+
+
+def _full_size(results: Path, page: Path, figures: Path) -> list[str]:
+    """The section on runs beside the grid, if there are any."""
+    studies = full_size.read(results)
+    if not studies:
+        return []
+    path = figures / f"{full_size.PICTURE}.png"
+    save_plot(full_size.picture(studies), path)
+    made = "\n".join(map(full_size.provenance, studies))
+    return [
+        f"## Runs at full size on a GPU\n\n{full_size.TEXT}",
+        _picture(path, page, full_size.CAPTION),
+        full_size.table(studies).told(),
+        f"How they were made:\n\n{made}\n",
+    ]
 
 
 # ---------------------------------------------------------------- tables
@@ -112,9 +125,9 @@ def comparisons(found: Found, data_set: str, preset: str) -> list[Table]:
 
 
 def _telling(table: Table) -> Table:
-    """Without shares at which nothing has run, once something has, and without columns of the paper that are empty."""
+    """Without shares at which nothing has run, once something has, and without columns of a share that are empty."""
     methods, *columns = zip(table.header, *table.rows, strict=True)
-    shares = list(zip(columns[::2], columns[1::2], strict=True))
+    shares = list(zip(columns[::3], columns[1::3], columns[2::3], strict=True))
     begun = [share for share in shares if any(text not in ("", "open") for text in share[0][1:])]
     shown = [column for share in begun or shares for column in share if any(column[1:])]
     header, *rows = zip(methods, *shown, strict=True)
@@ -126,39 +139,47 @@ def _rows(found: Found, data_set: str, preset: str, methods: Sequence[Run]) -> l
     published = PUBLISHED[data_set]
     rows = []
     for method, gap in methods:
-        ours = [_ours(found, data_set, preset, (method, gap), share) for share in SHARES]
+        ours = [
+            [_ours(found, data_set, preset, (method, gap), share, iterate) for iterate in (CHOSEN, LAST)]
+            for share in SHARES
+        ]
         paper = [_scores(published.get((method, gap), {}).get(share)) for share in SHARES]
-        rows.append([title((method, gap)), *_alternating(ours, paper)])
+        rows.append([title((method, gap)), *_in_turn(ours, paper)])
         if gap and (method, False) in methods:
-            gains = [_gain(found, data_set, preset, method, share) for share in SHARES]
+            gains = [
+                [_gain(found, data_set, preset, method, share, iterate) for iterate in (CHOSEN, LAST)]
+                for share in SHARES
+            ]
             paper = [_scores(lab_scores.published_gain(data_set, method, share), signed=True) for share in SHARES]
-            rows.append(["gain", *_alternating(gains, paper)])
+            rows.append(["gain", *_in_turn(gains, paper)])
     if (methods, preset) == (grid.TABLE_1, FULL_SCALE):
-        rows.append(["Supervised by all labels", *_alternating([""] * 3, [_scores(FULLY_SUPERVISED[data_set])] * 3)])
+        rows.append(["Supervised by all labels", *["", "", _scores(FULLY_SUPERVISED[data_set])] * len(SHARES)])
     return rows
 
 
-def _ours(found: Found, data_set: str, preset: str, method: Run, share: int) -> str:
-    """Mean and spread over the seeds, and what is missing of them."""
-    declared = lab_scores.seeds(data_set, preset, method, share)
-    records = list(lab_scores.done(found, declared).values())
-    tests = [record["test"] for record in records]
-    text = _spread([test["dice"] for test in tests], [test["asd"] for test in tests]) + lab_scores.marks(records)
-    return text + _count(found, declared, len(tests)) + _empty(tests)
+def _ours(found: Found, data_set: str, preset: str, method: Run, share: int, iterate: Iterate) -> str:
+    """Mean and spread over the repeats, and what is missing of them."""
+    declared = lab_scores.repeats(data_set, preset, method, share)
+    records = [*lab_scores.done(found, declared).values()]
+    scored = [record for record in records if record.get(iterate)]
+    if iterate == LAST and not scored:
+        return "-" if records else ""
+    tests = [record[iterate] for record in scored]
+    text = _spread([test["dice"] for test in tests], [test["asd"] for test in tests])
+    text += lab_scores.marks(scored, iterate)
+    return text + _count(found, declared, len(tests)) + empty_share(tests)
 
 
-def _gain(found: Found, data_set: str, preset: str, method: str, share: int) -> str:
-    gains = lab_scores.gains(found, data_set, preset, method, share)
-    pairs = gains.values()
-    with_gap, plain = (lab_scores.seeds(data_set, preset, (method, gap), share) for gap in (True, False))
-    text = _spread([dice for dice, _ in pairs], [asd for _, asd in pairs], signed=True)
-    text += lab_scores.marks(lab_scores.compared_by_gain(found, data_set, preset, method, share))
-    return text + _number(len(pairs), len(with_gap)) if pairs else _count(found, [*plain, *with_gap], 0)
-
-
-def _empty(tests: Sequence[Record]) -> str:
-    empty, predictions = (sum(test[name] for test in tests) for name in ("empty", "predictions"))
-    return f"\n{100 * empty / predictions:.1f} % empty" if empty else ""
+def _gain(found: Found, data_set: str, preset: str, method: str, share: int, iterate: Iterate) -> str:
+    declared = [lab_scores.repeats(data_set, preset, (method, gap), share) for gap in (False, True)]
+    pairs = lab_scores.pairs(found, data_set, preset, method, share, iterate)
+    if not pairs:
+        begun = lab_scores.pairs(found, data_set, preset, method, share)
+        return ("-" if begun else "") if iterate == LAST else _count(found, [*declared[0], *declared[1]], 0)
+    gains = lab_scores.gains(pairs, iterate)
+    dice, asd = ({repeat: gain[index] for repeat, gain in gains.items()} for index in (0, 1))
+    marks = lab_scores.marks((record for pair in pairs.values() for record in pair), iterate)
+    return f"{difference(dice, 1)}\n{difference(asd, 2)}{marks}{number(len(pairs), declared[1])}"
 
 
 def _count(found: Found, declared: Sequence[Cell], done: int) -> str:
@@ -167,24 +188,11 @@ def _count(found: Found, declared: Sequence[Cell], done: int) -> str:
     failures = f"{failed} failed" if failed else ""
     if not done:
         return failures or "open"
-    return _number(done, len(declared)) + f", {failures}" * bool(failed)
+    return number(done, declared) + f", {failures}" * bool(failed)
 
 
-def _number(done: int, declared: int) -> str:
-    return f" (n = {done})" if done == declared else f" (n = {done} of {declared})"
-
-
-def _spread(dice: Sequence[float], asd: Sequence[float], signed: bool = False) -> str:
-    if not dice:
-        return ""
-    return f"{mean_and_deviation(dice, 1, signed)}\n{mean_and_deviation(asd, 2, signed)}"
-
-
-def mean_and_deviation(values: Sequence[float], digits: int, signed: bool = False) -> str:
-    """Mean ± sample standard deviation; "-" for that of one value."""
-    sign = "+" if signed else ""
-    deviation = f"{stdev(values):.{digits}f}" if len(values) > 1 else "-"
-    return f"{mean(values):{sign}.{digits}f} ± {deviation}"
+def _spread(dice: Sequence[float], asd: Sequence[float]) -> str:
+    return f"{mean_and_deviation(dice, 1)}\n{mean_and_deviation(asd, 2)}" if dice else ""
 
 
 def _scores(scores: Scores | None, signed: bool = False) -> str:
@@ -195,8 +203,9 @@ def _scores(scores: Scores | None, signed: bool = False) -> str:
     return f"{dice:{sign}.1f}\n{asd:{sign}.{2 if abs(asd) < 10 else 1}f}"
 
 
-def _alternating(ours: Sequence[str], paper: Sequence[str]) -> list[str]:
-    return [text for pair in zip(ours, paper, strict=True) for text in pair]
+def _in_turn(ours: Sequence[Sequence[str]], paper: Sequence[str]) -> list[str]:
+    """Share by share."""
+    return [text for texts, theirs in zip(ours, paper, strict=True) for text in (*texts, theirs)]
 
 
 # ---------------------------------------------------------------- hyper-parameters
@@ -251,11 +260,11 @@ def _common(name: str, sweep: Sequence[Mapping[str, object]]) -> str:
 
 
 def _validated(found: Found, preset: str, changes: Mapping[str, object], method: Run = GAPMATCH) -> str:
-    dice = list(lab_scores.validations(found, preset, changes, method).values())
-    text = mean_and_deviation(dice, 1) if dice else ""
+    dice = [[*lab_scores.validations(found, preset, changes, method, iterate).values()] for iterate in (CHOSEN, LAST)]
+    text = "\n".join(mean_and_deviation(values, 1) for values in dice if values)
     default = not cell("ACDC", preset, method, 1, 0, changes).changes
     declared = lab_scores.compared(preset, changes, method)
-    return text + _count(found, declared, len(dice)) + ", default" * default
+    return text + _count(found, declared, len(dice[0])) + ", default" * default
 
 
 # ---------------------------------------------------------------- the rest of the page
@@ -272,23 +281,27 @@ def _heading(found: Found, data_set: str, preset: str) -> str:
             "",
             f"{done} of {len(declared)} cells have run{_hardware(found, declared)}.",
             "",
-            protocol(preset, declared[0].recipe),
+            protocol(data_set, preset),
             "",
         ]
     )
 
 
-def protocol(preset: str, recipe: Recipe) -> str:
+def protocol(data_set: str, preset: str) -> str:
+    """What all runs of a preset have in common."""
+    recipe = Recipe(**TASKS[data_set].presets[preset])
     size = " x ".join(map(str, recipe.size))
     weights = "a moving average of the weights" if recipe.average_decay else "the trained weights"
     statistics = f"taken anew over {recipe.statistics_samples} samples" if recipe.statistics_samples else "running"
+    weight = "is each method's own" if recipe.weight is None else f"{recipe.weight:g}"
+    loss = "each method's own" if recipe.unlabelled_loss is None else f"`{recipe.unlabelled_loss}`"
     warm_up = f", the first {recipe.warm_up:,} of them on labelled images alone" if recipe.warm_up else ""
     lines = (
         f"Preset `{preset}`: input {size}, network width {recipe.width}, batch {recipe.labelled_batch} labelled + "
         f"{recipe.unlabelled_batch} unlabelled, {recipe.iterations:,} iterations of SGD (lr {recipe.lr:g}, momentum "
         f"{recipe.momentum:g}){warm_up}, validated every {recipe.validate_every:,}.",
-        f"tau {recipe.tau:g}, eps {recipe.eps:g}, alpha {recipe.alpha:g}, weight of the consistency loss "
-        f"{recipe.own.weight:g}; R of equation 7: `{recipe.own.unlabelled_loss}`.",
+        f"tau {recipe.tau:g}, eps {recipe.eps:g}, alpha {recipe.alpha:g}, the weight of the consistency loss "
+        f"{weight}; R of equation 7: {loss}.",
         f"Scored: {weights}; batch-norm statistics: {statistics}.",
     )
     return "\n".join(f"- {line}" for line in lines)
@@ -304,7 +317,8 @@ def _hardware(found: Found, declared: Sequence[Cell]) -> str:
 
 
 def _every_run(found: Found) -> str:
-    header = ["Cell", "Dice %", "ASD", "By class", "Empty", "Validation %", "Iteration", "s/iteration"]
+    scores = ("Dice %", "ASD", "By class", "Empty")
+    header = ["Cell", *scores, *(f"{name}, last" for name in scores), "Validation %", "Iteration", "s/iteration"]
     table = Table("Runs", header, [_run_row(cell, record) for cell, record in found.items()])
     return f"""\
 ## Every run
@@ -318,22 +332,19 @@ def _every_run(found: Found) -> str:
 
 def _run_row(cell: Cell, record: Record) -> list[str]:
     if record["state"] == "failed":
-        return [cell.name, f"failed: {record['reason']}", *[""] * 6]
-    test, validation = record["test"], record["validation_dice"]
-    scores = ["not tested", "", "", ""]
-    if test:
-        scores = [f"{test['dice']:.1f}", f"{test['asd']:.2f}", " ".join(f"{dice:.1f}" for dice in test["class_dice"])]
-        scores.append(f"{test['empty']} of {test['predictions']}")
+        return [cell.name, f"failed: {record['reason']}", *[""] * 10]
+    validation = record["validation_dice"]
+    scores = ["not tested", *[""] * 7] if record["test"] is None else [*_test(record[CHOSEN]), *_test(record.get(LAST))]
     validated = "" if validation is None else f"{validation:.1f}"
     return [cell.name, *scores, validated, f"{record['chosen_iteration']:,}", f"{record['seconds_per_iteration']:.3g}"]
 
 
-def _told(table: Table) -> str:
-    """The table's Markdown, once it is on the screen."""
-    show(table.title, table.header, table.rows)
-    return table.markdown()
+def _test(test: Record | None) -> list[str]:
+    if test is None:
+        return ["-"] * 4
+    by_class = " ".join(f"{dice:.1f}" for dice in test["class_dice"])
+    return [f"{test['dice']:.1f}", f"{test['asd']:.2f}", by_class, f"{test['empty']} of {test['predictions']}"]
 
 
-def _picture(path: Path, page: Path) -> str:
-    caption = lab_plots.CAPTIONS[path.stem]
+def _picture(path: Path, page: Path, caption: str) -> str:
     return f"![{caption}]({Path(os.path.relpath(path, page.parent)).as_posix()})\n\n{caption}\n"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.lab.grid import Cell
+from benchmarks.lab.grid import Cell, idle
 from segmentation.errors import InputError
 from segmentation.figures.tables import write_json
-from segmentation.recipe import GAP_FIELDS, METHOD_FIELDS, Recipe
+from segmentation.recipe import Recipe
 
 Record = dict[str, Any]
 State = Literal["done", "failed", "stale", "open"]
@@ -65,5 +65,4 @@ def changed(cell: Cell, record: Record) -> list[str]:
     plain = Recipe(method=cell.method, gap=cell.gap)
     now, defaults = (json.loads(json.dumps(recipe.to_dict())) for recipe in (cell.recipe, plain))
     then = {**defaults, **BEFORE, **record["recipe"]}
-    idle = {*GAP_FIELDS * (not cell.gap), *METHOD_FIELDS * (cell.method == "supervised")}
-    return [name for name in now if name not in idle and then[name] != now[name]]
+    return [name for name in now if name not in idle((cell.method, cell.gap)) and then[name] != now[name]]

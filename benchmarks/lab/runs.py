@@ -107,6 +107,7 @@ class Lab:
             task=task,
             data=self.data[cell.data_set],
             patients=patients_for_share(cell.share, task.training_patients),
+            patients_seed=cell.draw,
             recipes=[cell.recipe],
             device=self.device,
             amp=self.amp,
@@ -195,16 +196,15 @@ def interrupted_after(seconds: float | None = None) -> Iterator[None]:
 
 
 def _labelled_patients(job: Job, names: Sequence[str]) -> list[str]:
-    labelled, _ = split_by_patients(names, job.patients, job.task.patient)
+    labelled, _ = split_by_patients(names, job.patients, job.task.patient, job.patients_seed)
     return list(dict.fromkeys(map(job.task.patient, labelled)))
 
 
 def _result(folder: Path) -> dict[str, Any]:
     """What `run` wrote into `folder`, but for the scores of single volumes; and the validation curve."""
     result = json.loads((folder / "result.json").read_text())
-    if result["test"]:
-        volumes = result["test"].pop("volumes")
-        result["test"]["predictions"] = sum(len(volume["dice"]) for volume in volumes.values())
+    for test in filter(None, (result["test"], result["test_last"])):
+        test["predictions"] = sum(len(volume["dice"]) for volume in test.pop("volumes").values())
     with (folder / "validation.csv").open() as file:
         curve = [[int(row["iteration"]), float(row["dice"])] for row in csv.DictReader(file)]
     return {**result, "validation_curve": curve}

@@ -1,56 +1,77 @@
-"""Scores out of the lab's records, seed by seed: what tables and plots are made of."""
+"""Scores out of the lab's records, repeat by repeat: what tables and plots are made of.
+
+A repeat is a seed and a draw of the labelled patients (`grid.Repeat`); an iterate is one of a run's two sets of weights
+that were tested.
+"""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.lab import grid
-from benchmarks.lab.grid import GAPMATCH, Cell, cell
+from benchmarks.lab.grid import GAPMATCH, Cell, Repeat, cell
 from benchmarks.lab.published import PUBLISHED, Scores
 from benchmarks.lab.records import Record
 from segmentation.recipe import Run
 
 Found = Mapping[Cell, Record]
+Changes = Mapping[str, Any]
+Iterate = Literal["test", "test_last"]
+"""Key of a record: scores of the iteration that validation chose, and of the last one, which old records lack."""
+CHOSEN: Iterate = "test"
+LAST: Iterate = "test_last"
 
 
-def seeds(data_set: str, preset: str, method: Run, share: int) -> list[Cell]:
-    """The grid's cells of the plain preset that differ in nothing but their seed."""
-    wanted = cell(data_set, preset, method, share, 0)
-    return [c for c in grid.cells(presets=[preset]) if replace(c, seed=0) == wanted]
+def repeats(data_set: str, preset: str, method: Run, share: int, changes: Changes | None = None) -> list[Cell]:
+    """The grid's cells of the preset with `changes` that differ in nothing but their seed and draw."""
+    return grid.repeats(cell(data_set, preset, method, share, 0, changes))
 
 
-def done(found: Found, cells: list[Cell]) -> dict[int, Record]:
-    """Seed -> record of those that came to a result."""
-    return {c.seed: found[c] for c in cells if c in found and found[c]["state"] == "done"}
+def done(found: Found, cells: Iterable[Cell]) -> dict[Repeat, Record]:
+    """Those that came to a result."""
+    return {c.repeat: found[c] for c in cells if c in found and found[c]["state"] == "done"}
 
 
-def tests(found: Found, data_set: str, preset: str, method: Run, share: int) -> dict[int, Record]:
-    """Seed -> scores on the test volumes."""
-    records = done(found, seeds(data_set, preset, method, share))
-    return {seed: record["test"] for seed, record in records.items()}
+def tests(found: Found, data_set: str, preset: str, method: Run, share: int) -> dict[Repeat, Record]:
+    """Scores on the test volumes."""
+    records = done(found, repeats(data_set, preset, method, share))
+    return {repeat: record[CHOSEN] for repeat, record in records.items()}
 
 
-def gains(found: Found, data_set: str, preset: str, method: str, share: int) -> dict[int, Scores]:
-    """Seed -> Dice and ASD with GAP less those without, where both have run."""
-    plain, with_gap = (tests(found, data_set, preset, (method, gap), share) for gap in (False, True))
+def pairs(
+    found: Found,
+    data_set: str,
+    preset: str,
+    method: str,
+    share: int,
+    iterate: Iterate = CHOSEN,
+    changes: Changes | None = None,
+) -> dict[Repeat, tuple[Record, Record]]:
+    """The runs without and with GAP, where both have scores."""
+    plain, with_gap = (done(found, repeats(data_set, preset, (method, gap), share, changes)) for gap in (False, True))
+    both = {repeat: (plain[repeat], record) for repeat, record in with_gap.items() if repeat in plain}
+    return {repeat: pair for repeat, pair in both.items() if all(record.get(iterate) for record in pair)}
+
+
+def gains(runs: Mapping[Repeat, tuple[Record, Record]], iterate: Iterate = CHOSEN) -> dict[Repeat, Scores]:
+    """Dice and ASD with GAP less those without, of `pairs`."""
+    scored = {repeat: (plain[iterate], with_gap[iterate]) for repeat, (plain, with_gap) in runs.items()}
     return {
-        seed: (with_gap[seed]["dice"] - plain[seed]["dice"], with_gap[seed]["asd"] - plain[seed]["asd"])
-        for seed in with_gap
-        if seed in plain
+        repeat: (with_gap["dice"] - plain["dice"], with_gap["asd"] - plain["asd"])
+        for repeat, (plain, with_gap) in scored.items()
     }
 
 
-def compared_by_gain(found: Found, data_set: str, preset: str, method: str, share: int) -> list[Record]:
-    """The runs that `gains` are made of."""
-    plain, with_gap = (done(found, seeds(data_set, preset, (method, gap), share)) for gap in (False, True))
-    return [records[seed] for records in (plain, with_gap) for seed in with_gap if seed in plain]
+def by_draw(values: Mapping[Repeat, float]) -> list[list[float]]:
+    """The values of each draw, as `intervals.interval` takes them."""
+    draws = dict.fromkeys(draw for _, draw in values)
+    return [[value for (_, other), value in values.items() if other == draw] for draw in draws]
 
 
-def marks(records: Iterable[Record]) -> str:
-    """† if one predicted next to nothing, ‡ if one was at its best before its method began."""
+def marks(records: Iterable[Record], iterate: Iterate = CHOSEN) -> str:
+    """† if one predicted next to nothing, ‡ if one was chosen before its method began."""
     records = list(records)
-    empty = any(record["test"]["empty"] > record["test"]["predictions"] / 2 for record in records)
-    return "†" * empty + "‡" * any(map(_early, records))
+    empty = any(record[iterate]["empty"] > record[iterate]["predictions"] / 2 for record in records)
+    return "†" * empty + "‡" * (iterate == CHOSEN and any(map(_early, records)))
 
 
 def _early(record: Record) -> bool:
@@ -66,13 +87,17 @@ def published_gain(data_set: str, method: str, share: int) -> Scores | None:
     return scores[1][0] - scores[0][0], scores[1][1] - scores[0][1]
 
 
-def compared(preset: str, changes: Mapping[str, Any], method: Run = GAPMATCH) -> list[Cell]:
-    """Cells of the hyper-parameter study that differ in nothing but their seed; the default has no more than others."""
-    wanted = cell("ACDC", preset, method, 1, 0, changes)
-    return [c for c in grid.cells(["hyper-parameters"], [preset]) if replace(c, seed=0) == wanted]
+def compared(preset: str, changes: Changes, method: Run = GAPMATCH) -> list[Cell]:
+    """The repeats within the hyper-parameter study; the default has no more than others."""
+    return grid.repeats(cell("ACDC", preset, method, 1, 0, changes), ["hyper-parameters"])
 
 
-def validations(found: Found, preset: str, changes: Mapping[str, Any], method: Run = GAPMATCH) -> dict[int, float]:
-    """Seed -> validation Dice in percent of `method` with `changes` on ACDC, 1 % of the labels."""
+def validations(
+    found: Found, preset: str, changes: Changes, method: Run = GAPMATCH, iterate: Iterate = CHOSEN
+) -> dict[Repeat, float]:
+    """Validation Dice in percent of `method` with `changes` on ACDC, 1 % of the labels."""
     records = done(found, compared(preset, changes, method))
-    return {seed: record["validation_dice"] for seed, record in records.items()}
+    return {
+        repeat: record["validation_dice"] if iterate == CHOSEN else record["validation_curve"][-1][1]
+        for repeat, record in records.items()
+    }

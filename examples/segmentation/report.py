@@ -1,7 +1,7 @@
 """What a job leaves: a record a run, a table and pictures of all."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,13 +21,22 @@ from segmentation.training.loop import Progress
 PICTURED_CASES = 3
 
 
+class Evaluations(NamedTuple):
+    """A run's scores on the test volumes."""
+
+    chosen: Evaluation
+    """With the weights that validation chose."""
+    last: Evaluation
+    """With those of the last iteration; the same object where that is the chosen one."""
+
+
 @ranks.on_main
-def write_record(path: Path, job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None) -> None:
+def write_record(path: Path, job: Job, recipe: Recipe, progress: Progress, evaluations: Evaluations | None) -> None:
     """Of one run, as JSON: what was run, where, and what came of it."""
-    write_json(path, _record(job, recipe, progress, evaluation))
+    write_json(path, _record(job, recipe, progress, evaluations))
 
 
-def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
+def _record(job: Job, recipe: Recipe, progress: Progress, evaluations: Evaluations | None) -> dict[str, Any]:
     return {
         "data_set": job.task.name,
         "recipe": recipe.to_dict(),
@@ -45,7 +54,8 @@ def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation
         "seconds_per_iteration": progress.seconds / progress.iteration,
         "chosen_iteration": progress.best_iteration,
         "validation_dice": progress.best_dice if job.task.validation_list else None,
-        "test": evaluation and evaluation.to_dict(),
+        "test": evaluations and evaluations.chosen.to_dict(),
+        "test_last": evaluations and evaluations.last.to_dict(),
     }
 
 
@@ -53,17 +63,23 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def row(recipe: Recipe, progress: Progress, evaluation: Evaluation) -> Row:
+def row(recipe: Recipe, progress: Progress, evaluations: Evaluations) -> Row:
     """Of the table."""
     seconds = progress.seconds / progress.iteration
-    return Row(recipe.label, evaluation, seconds, progress.best_iteration, _note(evaluation))
+    return Row(recipe.label, evaluations.chosen, seconds, progress.best_iteration, _note(evaluations), evaluations.last)
 
 
-def _note(evaluation: Evaluation) -> str:
+def _note(evaluations: Evaluations) -> str:
     """A word where a mean over mostly empty predictions would say nothing of the method."""
+    notes = [_collapsed(evaluations.chosen)]
+    if evaluations.last is not evaluations.chosen:
+        notes.append(_collapsed(evaluations.last, " at the last iteration"))
+    return "; ".join(filter(None, notes))
+
+
+def _collapsed(evaluation: Evaluation, when: str = "") -> str:
     predictions = sum(len(volume) for volume in evaluation.scores)
-    collapsed = evaluation.empty > predictions / 2
-    return f"collapsed: {evaluation.empty} of {predictions} empty" if collapsed else ""
+    return f"collapsed{when}: {evaluation.empty} of {predictions} empty" if evaluation.empty > predictions / 2 else ""
 
 
 @ranks.on_main

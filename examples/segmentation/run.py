@@ -16,13 +16,13 @@ from segmentation.errors import InputError
 from segmentation.figures.tables import Row
 from segmentation.job import Job, OldRuns
 from segmentation.recipe import SUPERVISED, Recipe
-from segmentation.report import report, row, write_record
+from segmentation.report import Evaluations, report, row, write_record
 from segmentation.scoring.components import largest_component
 from segmentation.scoring.evaluate import Evaluation, evaluate
 from segmentation.task import Pool, Task
 from segmentation.training.identity import Identity, identity
 from segmentation.training.joint import require_even_shares
-from segmentation.training.loop import Progress, fit, resume
+from segmentation.training.loop import Progress, Result, fit, resume
 from segmentation.training.step import Trainer, refuse_wrong_gradients
 
 LEAST_EPS_UNDER_AUTOCAST = 0.05
@@ -71,10 +71,10 @@ def run(job: Job) -> list[Row]:
     for trainer, run_identity, progress in zip(trainers, identities, found, strict=True):
         recipe, folder = trainer.recipe, job.folder(trainer.recipe)
         result = fit(trainer, samples.validation, folder, run_identity, progress, job.logged_as(recipe))
-        evaluation = None if job.goal == "training" else _evaluate(result.model, samples.test, job, recipe)
-        write_record(folder / "result.json", job, recipe, result.progress, evaluation)
-        if evaluation:
-            rows.append(row(recipe, result.progress, evaluation))
+        evaluations = None if job.goal == "training" else _scored(result, samples.test, job, recipe)
+        write_record(folder / "result.json", job, recipe, result.progress, evaluations)
+        if evaluations:
+            rows.append(row(recipe, result.progress, evaluations))
         models[recipe.label] = result.model
     if job.goal == "pictures":
         report(job, rows, models, samples.test)
@@ -186,9 +186,16 @@ def _resume(trainer: Trainer, folder: Path, run_identity: Identity) -> Progress 
     return progress
 
 
-def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe) -> Evaluation:
+def _scored(result: Result, volumes: list[Volume], job: Job, recipe: Recipe) -> Evaluations:
+    chosen = _evaluate(result.model, volumes, job, recipe)
+    if result.last is result.model:
+        return Evaluations(chosen, chosen)
+    return Evaluations(chosen, _evaluate(result.last, volumes, job, recipe, " by the last iteration"))
+
+
+def _evaluate(model: nn.Module, volumes: list[Volume], job: Job, recipe: Recipe, by: str = "") -> Evaluation:
     def segment(image: np.ndarray) -> np.ndarray:
         labels = job.task.segment(model, image, recipe, job.stride, job.device)
         return largest_component(labels) if job.largest_component else labels
 
-    return evaluate(segment, volumes, job.task.num_classes, title=f"{job.logged_as(recipe)}: scoring test volumes")
+    return evaluate(segment, volumes, job.task.num_classes, title=f"{job.logged_as(recipe)}: scoring test volumes{by}")

@@ -37,15 +37,17 @@ TINY = {
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The lab's modules, with study runs of four tiny iterations."""
     from benchmarks import reproduce
-    from benchmarks.lab import grid, page, plan, plots, published, records, runs, scores
+    from benchmarks.lab import grid, page, plan, plots, power, published, records, runs, scores
 
-    monkeypatch.setitem(grid.TASKS["ACDC"].presets, "study", TINY)
+    for preset in ("study", "medium"):
+        monkeypatch.setitem(grid.TASKS["ACDC"].presets, preset, TINY)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield SimpleNamespace(
         grid=grid,
         plan=plan,
         plots=plots,
+        power=power,
         records=records,
         page=page,
         runs=runs,
@@ -76,9 +78,12 @@ def _supervised(lab: SimpleNamespace, seed: int = 0, **changes: Any) -> Any:
     return lab.grid.cell("ACDC", "study", lab.grid.SUPERVISED, 1, seed, changes)
 
 
+def _test(dice: float, asd: float = 2.0, empty: int = 0) -> dict[str, Any]:
+    return {"dice": dice, "asd": asd, "class_dice": [dice] * 3, "empty": empty, "predictions": 120}
+
+
 def _record(cell: Any, dice: float = 50.0, asd: float = 2.0, **others: Any) -> dict[str, Any]:
-    """An invented one."""
-    test = {"dice": dice, "asd": asd, "class_dice": [dice] * 3, "empty": 0, "predictions": 120}
+    """An invented one, of before the last iteration was scored."""
     return {
         "state": "done",
         "recipe": cell.recipe.to_dict(),
@@ -90,7 +95,8 @@ def _record(cell: Any, dice: float = 50.0, asd: float = 2.0, **others: Any) -> d
         "seconds_per_iteration": 0.1,
         "chosen_iteration": 600,
         "validation_dice": dice,
-        "test": test if cell.tested else None,
+        "validation_curve": [[300, dice], [600, dice - 10]],
+        "test": _test(dice, asd) if cell.tested else None,
         **others,
     }
 
@@ -124,6 +130,9 @@ def test_names_say_what_is_run(lab: SimpleNamespace) -> None:
     assert vat.recipe.all_options["xi"] == 0.01
     momenta = ({"momentum": 0.5}, {"options": {"momentum": 0.5}})  # SGD's, and the thresholds'
     assert len({cell("ACDC", "study", ("flexmatch", False), 1, 0, momentum).name for momentum in momenta}) == 2
+    drawn = cell("ACDC", "study", gapmatch, 1, 2, {"eps": 0.2}, draw=3)
+    assert drawn.name == "acdc_1pct_study_gapmatch_eps0.2_draw3_seed2"
+    assert drawn.repeat == (2, 3)
     with pytest.raises(TypeError, match="radius"):
         cell("ACDC", "study", ("vat", False), 1, 0, {"radius": 0.05})
 
@@ -134,6 +143,27 @@ def test_a_change_to_the_default_is_no_change(lab: SimpleNamespace) -> None:
     assert lab.grid.cell("ACDC", "study", lab.grid.GAPMATCH, 1, 0, {"eps": 0.1, "alpha": 1.0}) == plain
     in_groups = [group for group in lab.grid.GROUPS if plain in lab.grid.cells([group])]
     assert in_groups == ["table 1", "hyper-parameters"]
+
+
+def test_a_change_that_means_nothing_to_a_method_is_no_change(lab: SimpleNamespace) -> None:
+    changes = {"eps": 0.02, "weight": 0.5}
+    assert lab.grid.cell("ACDC", "study", lab.grid.FIXMATCH, 1, 0, changes).changes == (("weight", 0.5),)
+    assert lab.grid.cell("ACDC", "study", lab.grid.SUPERVISED, 1, 0, changes).changes == ()
+
+
+def test_pairs_are_complete_one_after_the_other(lab: SimpleNamespace) -> None:
+    """FixMatch, then both GapMatches of the same seed and draw; all draws, then the next seed."""
+    cells = lab.grid.cells(["power"])
+    assert [cell.name.removeprefix("acdc_1pct_medium_") for cell in cells[:4]] == [
+        "fixmatch_weight0.5_seed0",
+        "gapmatch_weight0.5_eps0.02_seed0",
+        "gapmatch_weight0.5_seed0",  # 0.1 is the default
+        "fixmatch_weight0.5_draw1_seed0",
+    ]
+    repeats = [cell.repeat for cell in cells]
+    assert repeats[::3] == repeats[1::3] == repeats[2::3]
+    assert repeats[::3] == [(seed, draw) for seed in range(5) for draw in (None, 1, 2, 3, 4)]
+    assert all(cell.tested for cell in cells)
 
 
 def test_the_grid_holds_the_paper_s_tables_and_the_sweeps(lab: SimpleNamespace) -> None:
@@ -246,6 +276,8 @@ def test_a_cell_is_run_recorded_and_never_run_again(lab: SimpleNamespace, here: 
     assert record["validation_dice"] == pytest.approx(max(dice for _, dice in record["validation_curve"]), rel=1e-3)
     assert record["test"]["predictions"] == 2 * 3  # frames, classes
     assert len(record["test"]["class_dice"]) == 3
+    assert record["test_last"].keys() == record["test"].keys()
+    assert (record["test_last"] == record["test"]) == (record["chosen_iteration"] == 4)
     assert {"device", "torch", "commit", "threads", "date", "seconds_per_iteration"} <= set(record)
     assert record["wall_seconds"] > 4 * record["seconds_per_iteration"]
     assert not list(here.folder(cell).glob("*/last.pt"))
@@ -269,6 +301,43 @@ def test_a_changed_recipe_never_sees_the_test_volumes(
     assert here.records.read(cell)["test"] is None
     assert here.records.read(cell)["validation_dice"] >= 0
     assert {name.split("_")[0] for name in read} == {"patient004"}  # the fifth is the test's
+
+
+def test_a_draw_labels_other_patients(lab: SimpleNamespace, here: Any) -> None:
+    names = {}
+    for draw in (None, 0, 1, 2, 3):
+        cell = lab.grid.cell("ACDC", "study", lab.grid.SUPERVISED, 1, 0, draw=draw)
+        here.attempt(cell)
+        record = here.records.read(cell)
+        assert record["cell"]["draw"] == record["patients_seed"] == draw
+        content = torch.load(here.folder(cell) / "supervised" / "best.pt", weights_only=True)
+        names[draw] = record["labelled_names"]
+        assert content["iteration"] == record["chosen_iteration"]
+    assert names[None] == ["patient001"]
+    assert len({*map(tuple, names.values())}) > 1
+
+
+def test_pairs_are_tested_though_they_differ_from_their_preset(lab: SimpleNamespace, here: Any) -> None:
+    fixmatch, gapmatch, *_ = lab.grid.cells(["power"])
+    for cell in (fixmatch, gapmatch):
+        assert here.attempt(cell)
+    found = here.records.of([fixmatch, gapmatch])
+    assert [record["recipe"]["weight"] for record in found.values()] == [0.5, 0.5]
+    assert found[gapmatch]["recipe"]["eps"] == 0.02
+    row = lab.power.table(found).rows[1]
+    gain = found[gapmatch]["test_last"]["dice"] - found[fixmatch]["test_last"]["dice"]
+    assert (row[1], row[4]) == ("last", f"{gain:+.1f} [-]")
+
+
+@pytest.mark.parametrize(("device", "presets"), [("cpu", ["medium", "study"]), ("meta", ["paper"])])
+def test_a_gpu_takes_what_is_not_reduced(
+    device: str, presets: list[str], lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab.reproduce, "usable_device", torch.device)
+    asked: list[Any] = []
+    monkeypatch.setattr(lab.reproduce, "run", lambda _, cells, *__: asked.extend(cells) or 0)
+    assert lab.reproduce.main(["--run", "--device", device]) == 0
+    assert {cell.preset for cell in asked} == {*presets}
 
 
 def test_a_failure_is_recorded_and_does_not_stop_the_others(
@@ -376,7 +445,8 @@ def test_log_lines_name_the_cell(lab: SimpleNamespace, here: Any, capsys: pytest
     cell = _supervised(lab)
     here.attempt(cell)
     lines = [line for line in capsys.readouterr().out.splitlines() if "/4 " in line or "/2" in line]
-    assert len(lines) == 4 + 2 + 2  # steps, validations, the test volumes
+    early = here.records.read(cell)["chosen_iteration"] < 4
+    assert len(lines) == 4 + 2 + 2 + 2 * early  # steps, validations, the test volumes, and by the last iteration
     assert all(line.startswith(cell.name) for line in lines)
 
 
@@ -525,6 +595,8 @@ def test_a_field_that_a_record_lacks_had_its_default(lab: SimpleNamespace, here:
         (lab.grid.cell("ACDC", "study", lab.grid.FIXMATCH, 1, 0, {"warm_up": 1}), "warm_up", "stale"),
         (_supervised(lab, aligned="predictions"), "aligned", "done"),  # means nothing without GAP
         (lab.grid.cell("ACDC", "study", lab.grid.GAPMATCH, 1, 0, {"aligned": "predictions"}), "aligned", "stale"),
+        (lab.grid.cell("ACDC", "study", ("em", False), 1, 0, {"ramp_up": 0.0}), "ramp_up", "done"),
+        (lab.grid.cell("ACDC", "study", ("em", False), 1, 0), "ramp_up", "stale"),  # it has one of its own by now
         (lab.grid.cell("ACDC", "study", ("vat", False), 1, 0), "options", "done"),
         (lab.grid.cell("ACDC", "study", ("vat", False), 1, 0, {"options": {"xi": 0.01}}), "options", "stale"),
     ):
@@ -565,8 +637,9 @@ def test_means_deviations_and_gains_by_hand(lab: SimpleNamespace) -> None:
     assert rows["VAT"][1] == "50.0 ± 10.0\n3.00 ± 0.00 (n = 3)"
     spread = math.sqrt(2 * 4.0**2)  # of 46 and 54
     assert rows["VAT + GAP"][1] == f"50.0 ± {spread:.1f}\n1.75 ± 0.35 (n = 2 of 3)"
-    assert rows["gain"][1] == "+5.0 ± 1.4\n-1.25 ± 0.35 (n = 2 of 3)"  # +6 and +4; -1 and -1.5
-    assert [rows[name][2] for name in ("VAT", "VAT + GAP", "gain")] == ["54.2\n2.99", "61.8\n3.10", "+7.6\n+0.11"]
+    assert rows["gain"][1] == "+5.0 ± 1.4 [-]\n-1.25 ± 0.35 [-] (n = 2 of 3)"  # +6 and +4; -1 and -1.5
+    assert [rows[name][2] for name in ("VAT", "VAT + GAP", "gain")] == ["-"] * 3  # the last iteration was not scored
+    assert [rows[name][3] for name in ("VAT", "VAT + GAP", "gain")] == ["54.2\n2.99", "61.8\n3.10", "+7.6\n+0.11"]
 
 
 def test_a_gain_is_of_the_seeds_that_both_have(lab: SimpleNamespace) -> None:
@@ -574,7 +647,8 @@ def test_a_gain_is_of_the_seeds_that_both_have(lab: SimpleNamespace) -> None:
     for gap, seed, dice in ((False, 0, 10.0), (False, 1, 40.0), (True, 1, 45.0), (True, 2, 90.0)):
         cell = lab.grid.cell("ACDC", "study", ("vat", gap), 1, seed)
         found[cell] = _record(cell, dice)
-    assert lab.scores.gains(found, "ACDC", "study", "vat", 1) == {1: (5.0, 0.0)}
+    pairs = lab.scores.pairs(found, "ACDC", "study", "vat", 1)
+    assert lab.scores.gains(pairs) == {(1, None): (5.0, 0.0)}
 
 
 def test_single_runs_losses_failures_and_collapses_are_shown(lab: SimpleNamespace) -> None:
@@ -594,7 +668,7 @@ def test_single_runs_losses_failures_and_collapses_are_shown(lab: SimpleNamespac
     rows = {row[0]: row[1] for row in table.rows[:3]}
     assert rows["EM"] == "60.0 ± -\n2.00 ± - (n = 1 of 3)"
     assert rows["EM + GAP"] == "20.0 ± -\n2.00 ± -† (n = 1 of 3), 1 failed\n50.8 % empty"
-    assert rows["gain"] == "-40.0 ± -\n+0.00 ± -† (n = 1 of 3)"
+    assert rows["gain"] == "-40.0 ± - [-]\n+0.00 ± - [-]† (n = 1 of 3)"
 
 
 def test_columns_that_say_nothing_are_left_out(lab: SimpleNamespace) -> None:
@@ -603,8 +677,8 @@ def test_columns_that_say_nothing_are_left_out(lab: SimpleNamespace) -> None:
         table.title.split(" on ")[0]: table for table in lab.page.comparisons({cell: _record(cell)}, "ACDC", "study")
     }
     thresholds, table_2 = tables["FixMatch with thresholds that adapt"], tables["Table 2"]
-    assert list(thresholds.header) == ["Method", "1 %, ours"]  # the paper has no such row
-    assert list(thresholds.rows[0]) == ["FlexMatch", "50.0 ± -\n2.00 ± - (n = 1 of 2)"]
+    assert list(thresholds.header) == ["Method", "1 %, ours", "1 %, ours, last"]  # the paper has no such row
+    assert list(thresholds.rows[0]) == ["FlexMatch", "50.0 ± -\n2.00 ± - (n = 1 of 2)", "-"]
     assert list(table_2.header) == ["Method", *(f"{n} %, {whose}" for n in (1, 5, 10) for whose in ("ours", "paper"))]
     assert {row[1] for row in table_2.rows} == {"open"}
 
@@ -619,11 +693,45 @@ def test_empty_predictions_are_counted_over_all_seeds(lab: SimpleNamespace) -> N
         table = next(t for t in lab.page.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
         return [row[1].split("(n = ")[0][-2:] + row[1].split(")")[1] for row in table.rows[:3]]
 
-    assert shown() == ["0 \n20.0 % empty", "0 ", "0 "]  # 72 of 360
+    assert shown() == ["0 \n20.0 % empty", "0 ", "] "]  # 72 of 360
     found[cells[False, 1]]["test"]["empty"] = 108
     assert shown() == ["† \n50.0 % empty", "0 ", "† "]
     del found[cells[True, 1]]  # the gain has no part in seed 1
-    assert shown() == ["† \n50.0 % empty", "0 ", "0 "]
+    assert shown() == ["† \n50.0 % empty", "0 ", "] "]
+
+
+def test_the_last_iterate_stands_beside_the_chosen_one(lab: SimpleNamespace) -> None:
+    """Of three pairs, one of which is older than its scores."""
+    cells = {(gap, s): lab.grid.cell("ACDC", "study", ("em", gap), 1, s) for gap in (False, True) for s in range(3)}
+    found = {cell: _record(cell, 40.0 + 6 * cell.gap) for cell in cells.values()}
+    for (gap, seed), cell in cells.items():
+        if seed > 0:
+            found[cell]["test_last"] = _test(30.0 + 10 * seed * gap, empty=90 * gap * (seed == 2))
+    table = next(t for t in lab.page.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
+    assert table.header[:4] == ("Method", "1 %, ours", "1 %, ours, last", "1 %, paper")
+    plain, with_gap, gain = (row[1:3] for row in table.rows[:3])
+    assert plain == ("40.0 ± 0.0\n2.00 ± 0.00 (n = 3)", "30.0 ± 0.0\n2.00 ± 0.00 (n = 2 of 3)")
+    assert with_gap[1] == "45.0 ± 7.1\n2.00 ± 0.00† (n = 2 of 3)\n37.5 % empty"
+    assert gain[0] == "+6.0 ± 0.0 [+6.0, +6.0]\n+0.00 ± 0.00 [+0.00, +0.00] (n = 3)"
+    assert gain[1] == "+15.0 ± 7.1 [-]\n+0.00 ± 0.00 [-]† (n = 2 of 3)"
+    row = lab.page._run_row(cells[True, 2], found[cells[True, 2]])
+    assert row[1:9] == ["46.0", "2.00", "46.0 46.0 46.0", "0 of 120", "50.0", "2.00", "50.0 50.0 50.0", "90 of 120"]
+    assert lab.page._run_row(cells[True, 0], found[cells[True, 0]])[5:9] == ["-"] * 4
+
+
+def test_a_mean_counts_seeds_and_draws(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = lab.grid.Block("table 2", "ACDC", "study", lab.grid.TABLE_2, (1,), (0, 1), draws=(None, 7))
+    monkeypatch.setattr(lab.grid, "BLOCKS", (block,))
+    cells = [cell for cell in lab.grid.cells() if cell.method == "em"]
+    found = {cell: _record(cell, 40.0 + (2 + 2 * (cell.draw == 7)) * cell.gap) for cell in cells}
+
+    def gain() -> str:
+        table = next(t for t in lab.page.comparisons(found, "ACDC", "study") if "Table 2" in t.title)
+        return table.rows[2][1].splitlines()[1].split("] ")[1], table.rows[2][1].split("\n")[0]
+
+    assert gain() == ("(n = 2 seeds x 2 draws)", "+3.0 ± 1.2 [+2.0, +4.0]")
+    del found[cells[-1]]
+    assert gain()[0] == "(n = 3 of 2 seeds x 2 draws)"
 
 
 def test_a_run_at_its_best_in_the_warm_up_is_marked(lab: SimpleNamespace) -> None:
@@ -647,8 +755,8 @@ def test_sweeps_compare_validation_over_the_same_seeds(lab: SimpleNamespace) -> 
     strong = [grid.cell("ACDC", "study", grid.GAPMATCH, 1, seed, {"eps": 0.5, "alpha": 2.0}) for seed in range(2)]
     found = {cell: _record(cell, 40.0 + 10 * cell.seed) for cell in (*default, *strong)}
     eps_alpha, _, tau, *_ = lab.page.sweeps(found)
-    assert eps_alpha.rows[-1] == ["0.5", "open", "open", "45.0 ± 7.1 (n = 2)"]
-    assert ["0.95", "45.0 ± 7.1 (n = 2), default"] in tau.rows  # seed 2 is not in the study
+    assert eps_alpha.rows[-1] == ["0.5", "open", "open", "45.0 ± 7.1\n35.0 ± 7.1 (n = 2)"]
+    assert ["0.95", "45.0 ± 7.1\n35.0 ± 7.1 (n = 2), default"] in tau.rows  # seed 2 is not in the study
 
 
 def test_a_second_preset_has_sections_and_pictures_of_its_own(
@@ -659,10 +767,9 @@ def test_a_second_preset_has_sections_and_pictures_of_its_own(
     monkeypatch.setattr(lab.grid, "BLOCKS", (*lab.grid.BLOCKS, *more))
     monkeypatch.setattr(lab.grid, "PRESETS", (*lab.grid.PRESETS, "other"))
     records = lab.records.Records(tmp_path / "cells")
-    for preset in ("study", "other"):
-        for cell in lab.grid.cells(presets=[preset]):
-            if cell.seed == 0:
-                records.write(cell, _record(cell))
+    for cell in lab.grid.cells(presets=["study", "medium", "other"]):
+        if cell.seed == 0:
+            records.write(cell, _record(cell))
     page = tmp_path / "results.md"
     lab.page.write(records, page, tmp_path)
     headings = [line for line in page.read_text().splitlines() if line.startswith("#")]
@@ -687,7 +794,7 @@ def test_the_report_of_nothing_is_all_open(lab: SimpleNamespace, tmp_path: Path)
 
 def test_the_report_has_every_section_and_picture(lab: SimpleNamespace, tmp_path: Path) -> None:
     records = lab.records.Records(tmp_path / "cells")
-    run = [cell for cell in lab.grid.cells(presets=["study"]) if cell.seed == 0]
+    run = [cell for cell in lab.grid.cells(presets=["study", "medium"]) if cell.seed == 0]
     for cell in run:
         records.write(cell, _record(cell))
     page, figures = tmp_path / "docs" / "results.md", tmp_path / "figures"

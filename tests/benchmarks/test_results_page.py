@@ -10,10 +10,11 @@ ROOT = Path(__file__).parents[2]
 def test_the_page_is_of_today() -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("h5py")
-    from benchmarks.lab import grid
+    from benchmarks.lab import full_size, grid, power
     from benchmarks.lab import page as results_page
 
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    protocols = [results_page.protocol(cell.preset, cell.recipe) for cell in grid.cells(["table 1"])]
-    for text in (results_page.PREAMBLE, results_page.HYPER_PARAMETERS, *dict.fromkeys(protocols)):
+    protocols = {results_page.protocol(block.data_set, block.preset) for block in grid.BLOCKS}
+    texts = results_page.PREAMBLE, results_page.HYPER_PARAMETERS, power.TEXT, full_size.TEXT
+    for text in (*texts, *protocols):
         assert text in page, "run `python benchmarks/reproduce.py --report`"

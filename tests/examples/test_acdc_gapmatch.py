@@ -22,6 +22,7 @@ from segmentation.errors import InputError
 from segmentation.recipe import RUNS, Recipe
 from segmentation.scoring.evaluate import Evaluation
 from segmentation.scoring.metrics import ClassScore
+from segmentation.training import loop
 from segmentation.training.loop import Progress
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -477,12 +478,52 @@ def test_ctrl_c_is_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize(("empty", "note"), [(4, "collapsed: 4 of 6 empty"), (3, "")])
-def test_a_collapse_is_noted(empty: int, note: str) -> None:
-    scores = [ClassScore(0.0, 0.0, empty=i < empty) for i in range(6)]
-    evaluation = Evaluation(("a", "b"), (tuple(scores[:3]), tuple(scores[3:])))
+@pytest.mark.parametrize(
+    ("empty", "note"),
+    [
+        ((4, 4), "collapsed: 4 of 6 empty; collapsed at the last iteration: 4 of 6 empty"),
+        ((3, 5), "collapsed at the last iteration: 5 of 6 empty"),
+        ((4, 3), "collapsed: 4 of 6 empty"),
+        ((3, 3), ""),
+    ],
+)
+def test_a_collapse_is_noted(empty: tuple[int, int], note: str) -> None:
     progress = Progress(iteration=1, validated=1)
-    assert report.row(Recipe(), progress, evaluation).note == note
+    assert report.row(Recipe(), progress, report.Evaluations(*map(_with_empty, empty))).note == note
+
+
+def test_a_collapse_is_noted_once_where_the_last_iteration_is_the_chosen_one() -> None:
+    both = report.Evaluations(*[_with_empty(4)] * 2)
+    assert report.row(Recipe(), Progress(iteration=1), both).note == "collapsed: 4 of 6 empty"
+
+
+def _with_empty(empty: int) -> Evaluation:
+    scores = [ClassScore(0.0, 0.0, empty=i < empty) for i in range(6)]
+    return Evaluation(("a", "b"), (tuple(scores[:3]), tuple(scores[3:])))
+
+
+def test_the_last_iteration_is_scored_beside_the_chosen_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs whose weights are the same, of which validation chooses other iterations."""
+    scored, evaluate = [], run.evaluate
+    monkeypatch.setattr(run, "evaluate", lambda *a, **k: scored.append(1) or evaluate(*a, **k))
+    tests, scorings, rows = {}, {}, {}
+    for name, validated in {"first": [2.0, 1.0], "last": [1.0, 2.0]}.items():
+        scored.clear()
+        dice = iter(validated)
+        monkeypatch.setattr(loop, "_dice", lambda *_, dice=dice: next(dice))
+        assert _run(data, tmp_path / name) == 0
+        result = json.loads((tmp_path / name / "gapmatch/result.json").read_text())
+        tests[name], scorings[name] = (result["test"], result["test_last"]), len(scored)
+        *_, header, _, line = (tmp_path / name / "table.md").read_text().splitlines()
+        titles, cells = ([cell.strip() for cell in row.split("|")] for row in (header, line))
+        rows[name] = dict(zip(titles, cells, strict=True))
+    assert scorings == {"first": 2, "last": 1}
+    assert tests["last"][0] == tests["last"][1] == tests["first"][1] != tests["first"][0]
+    chosen, last = tests["first"]
+    assert rows["first"]["Dice %"] == f"{chosen['dice']:.1f}"
+    assert rows["first"]["Dice % last"] == rows["last"]["Dice %"] == f"{last['dice']:.1f}"
 
 
 def test_a_checkpoint_from_another_network(

@@ -27,6 +27,7 @@ class Row(NamedTuple):
         seconds: training time per iteration, seconds.
         iteration: the iteration that validation chose.
         note: anything else worth a few words.
+        last: as `evaluation`, of the last iteration.
     """
 
     method: str
@@ -34,6 +35,7 @@ class Row(NamedTuple):
     seconds: float | None = None
     iteration: int | None = None
     note: str = ""
+    last: Evaluation | Mapping[str, Any] | None = None
 
 
 def print_table(
@@ -104,6 +106,8 @@ def _cells(rows: Sequence[Row], class_names: Sequence[str], published: Mapping[s
         "Method",
         "Dice %",
         "ASD voxel",
+        "Dice % last",
+        "ASD last",
         *(f"{name} %" for name in class_names),
         "Empty",
         "s/iteration",
@@ -113,12 +117,12 @@ def _cells(rows: Sequence[Row], class_names: Sequence[str], published: Mapping[s
     body = [_line(Row(*row), class_names) for row in rows]
     for method, (dice, asd) in published.items():
         body.append([f"{method} (paper)", f"{dice:g}", f"{asd:g}"] + [""] * (len(header) - 3))
-    used = [i for i in range(len(header)) if i < len(class_names) + 4 or any(line[i] for line in body)]
+    used = [i for i in range(len(header)) if any(line[i] for line in body)]
     return [[line[i] for i in used] for line in (header, *body)]
 
 
 def _line(row: Row, class_names: Sequence[str]) -> list[str]:
-    scores = row.evaluation.to_dict() if isinstance(row.evaluation, Evaluation) else row.evaluation
+    scores = _plain(row.evaluation)
     missing = {"dice", "asd", "class_dice", "empty"} - scores.keys()
     if missing:
         raise InputError(f"row {row.method!r}: no {', '.join(sorted(missing))} in its evaluation")
@@ -126,14 +130,22 @@ def _line(row: Row, class_names: Sequence[str]) -> list[str]:
         raise InputError(f"row {row.method!r}: {len(scores['class_dice'])} classes, expected {len(class_names)}")
     return [
         row.method,
-        f"{scores['dice']:.1f}",
-        "-" if scores["asd"] is None else f"{scores['asd']:.2f}",
+        *_means(scores),
+        *(("", "") if row.last is None else _means(_plain(row.last))),
         *(f"{dice:.1f}" for dice in scores["class_dice"]),
         str(scores["empty"]),
         "" if row.seconds is None else f"{row.seconds:#.3g}",
         "" if row.iteration is None else f"{row.iteration:,}",
         row.note,
     ]
+
+
+def _plain(evaluation: Evaluation | Mapping[str, Any]) -> Mapping[str, Any]:
+    return evaluation.to_dict() if isinstance(evaluation, Evaluation) else evaluation
+
+
+def _means(scores: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{scores['dice']:.1f}", "-" if scores["asd"] is None else f"{scores['asd']:.2f}"
 
 
 def _finite(obj: Any) -> Any:

@@ -39,9 +39,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run hands on: the model to score, and its progress."""
+    """What a finished run hands on."""
 
     model: nn.Module
+    """With the weights that are kept: those of `progress.best_iteration`."""
+    last: nn.Module
+    """With those of the last iteration; the same object where it is the one that is kept."""
     progress: Progress
 
 
@@ -93,7 +96,8 @@ def fit(
         trainer.release()
     best = copy.deepcopy(trainer.model)
     best.load_state_dict(progress.best_weights)
-    return Result(best, progress)
+    last = best if progress.best_iteration == progress.iteration else trainer.scored_model()
+    return Result(best, last, progress)
 
 
 def resume(trainer: Trainer, folder: Path, identity: Identity) -> Progress | None:

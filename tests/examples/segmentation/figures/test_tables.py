@@ -49,6 +49,14 @@ def test_columns_that_no_row_fills_are_left_out(tmp_path):
     assert cells(header) == ["Method", "Dice %", "ASD voxel", "RV %", "Myo %", "LV %", "Empty"]
 
 
+def test_the_last_iteration_stands_beside_the_chosen_one(tmp_path):
+    last = Evaluation(("a",), ((ClassScore(0.2, 4.0, False),) * 3,))
+    rows = [Row("m", EVALUATION, last=last), Row("read back", EVALUATION, last=last.to_dict()), Row("none", EVALUATION)]
+    header, _, *lines = write_markdown(tmp_path / "t.md", rows, "t", class_names=CLASSES).splitlines()[2:]
+    assert cells(header)[:5] == ["Method", "Dice %", "ASD voxel", "Dice % last", "ASD last"]
+    assert [cells(line)[1:5] for line in lines] == [["55.0", "0.92", "20.0", "4.00"]] * 2 + [["55.0", "0.92", "", ""]]
+
+
 def test_markdown_is_returned_and_written(tmp_path):
     path = tmp_path / "new" / "table.md"
     rows = [Row("FixMatch|weak", EVALUATION, 0.25), Row("GapMatch", EVALUATION, 0.5)]

@@ -582,6 +582,21 @@ def test_the_best_iteration_is_the_one_with_the_highest_validation_dice(
     assert [int(row[0]) for row in rows] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("validated", [[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+def test_the_last_iteration_s_weights_stand_beside_the_best(
+    slices, validation, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, validated: list[float]
+) -> None:
+    """Also where a run that is over is asked for again."""
+    dice = iter(validated)
+    monkeypatch.setattr(train, "_dice", lambda *_: next(dice))
+    trainer = _trainer(tiny_recipe, slices)
+    result = _fit(trainer, validation, _folder(tmp_path), resume=False)
+    again = _fit(_trainer(tiny_recipe, slices), validation, tmp_path, resume=True)
+    for found in (result, again):
+        _assert_equal([*found.last.state_dict().values()], [*trainer.scored_model().state_dict().values()])
+        assert (found.last is found.model) == (found.progress.best_iteration == 6) == (validated[-1] == 3)
+
+
 def _folder(path: Path) -> Path:
     path.mkdir(exist_ok=True)
     return path
