@@ -93,7 +93,7 @@ def measure(count: int, device: str, rounds: int) -> dict[str, Any]:
     """Medians for `count` tensors."""
     params = {method: make(equal(ELEMENTS * count, count), device, torch.float32) for method in (Ours, Bare)}
     tasks = {method.__name__: task(method(own), own) for method, own in params.items()}
-    taken = {name: median(seconds) * 1e6 for name, seconds in interleaved(tasks, device, rounds, warm_up=10).items()}
+    taken = {name: median(seconds) * 1e6 for name, seconds in interleaved(tasks, device, rounds, warm_up=3).items()}
     return {"tensors": count, "us": taken["Ours"], "bare us": taken["Bare"], "ratio": taken["Ours"] / taken["Bare"]}
 
 
@@ -107,7 +107,7 @@ def run(device: str, rounds: int, results: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     run(arguments.device, arguments.rounds, arguments.results)
