@@ -28,6 +28,8 @@ from .tensors import (
     usable_scale,
 )
 
+# On the CPU torch's fused SGD is slow (above), and there in tests alone.
+FUSED_DEVICE = "cuda"
 FUSED_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 # Summing more squares than this in float32 loses digits.
 CHUNK = 2**16
@@ -137,7 +139,7 @@ def _fusable(params: list[Tensor], grads: list[Tensor]) -> bool:
     """Whether the fused kernel can take all of these: it walks memory, and reads its learning rate as float32."""
     return (
         not torch.compiler.is_compiling()  # which fuses by itself
-        and params[0].device.type == "cuda"
+        and params[0].device.type == FUSED_DEVICE
         and params[0].dtype in FUSED_DTYPES
         and {g.dtype for g in grads} == {params[0].dtype}
         and PLAIN.issuperset(map(type, params))
