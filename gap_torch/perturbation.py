@@ -67,15 +67,16 @@ class Perturbation:
         assert self.grad_norm is not None
         moving = [(group, along) for group, along in zip(groups, directions, strict=True) if group.moves and along]
         params = _concatenated([group.params for group, _ in moving])
-        shards = all_local(params)
-        theta = self.memory.like(params, shards, sum(len(group.params) + len(group.others) for group in groups))
-        parts = self._parts(shards, theta, params)
+        shards = [all_local(group.params) for group, _ in moving]
+        most = sum(len(group.params) + len(group.others) for group in groups)
+        theta = self.memory.like(params, _concatenated(shards), most)
+        parts = self._parts(_concatenated(shards), theta, params)
         for here, copies, _ in parts:
             self.kernels.backup(here, copies)
         self.moved = [(whole, copies) for _, copies, whole in parts]  # to be restored from now on
-        for group, along in moving:
-            for here, directions_here in self._parts(all_local(group.params), along):
-                self.kernels.perturb(here, directions_here, self.grad_norm, group.eps)
+        for (group, along), own in zip(moving, shards, strict=True):
+            for here, along_here in self._parts(own, along):
+                self.kernels.perturb(here, along_here, self.grad_norm, group.eps)
 
     def _parts(self, *lists: list[Tensor]) -> list[tuple[list[Tensor], ...]]:
         """Parts of one device and dtype, of shards and what belongs to them."""
