@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .hooks import Hooks
 from .sharding import any_sharded, is_sharded, laid_out_as, local
-from .watch import Watch
 
 SEPARATE = "use perturbed(model, separate=True) or first_step(separate=True), which keep g1 apart from it."
 CREATE_GRAPH = "was computed with create_graph=True, whose gradients GAP can't accumulate: leave it out."
@@ -35,8 +35,6 @@ class Group(NamedTuple):
     """Theirs."""
     others: list[Tensor]
     """Parameters without one."""
-    trainable: list[Tensor]
-    """Of both, those that require gradients."""
 
     @classmethod
     def snapshot(cls, group: dict[str, Any]) -> "Group":
@@ -45,11 +43,10 @@ class Group(NamedTuple):
         gradients = [p.grad if p.requires_grad else None for p in every]
         g1 = [g1 for g1 in gradients if g1 is not None]
         if len(g1) == len(every):
-            return cls(group["gap_eps"], group["gap_alpha"], every, g1, [], every)
+            return cls(group["gap_eps"], group["gap_alpha"], every, g1, [])
         params = [p for p, g1 in zip(every, gradients, strict=True) if g1 is not None]
         others = [p for p, g1 in zip(every, gradients, strict=True) if g1 is None]
-        trainable = [p for p, g1 in zip(every, gradients, strict=True) if g1 is not None or p.requires_grad]
-        return cls(group["gap_eps"], group["gap_alpha"], params, g1, others, trainable)
+        return cls(group["gap_eps"], group["gap_alpha"], params, g1, others)
 
     @property
     def moves(self) -> bool:
@@ -76,11 +73,10 @@ class Accumulation:
         groups: all parameters.
         kernels: `multi_tensor` or `single_tensor`.
         separate: keep all of g1 apart, so that `.grad` is g2 alone until `combine`.
-        watch: tells when g2 comes.
     """
 
-    def __init__(self, groups: list[Group], kernels: ModuleType, separate: bool, watch: Watch) -> None:
-        self.groups, self.kernels, self.separate, self.watch = groups, kernels, separate, watch
+    def __init__(self, groups: list[Group], kernels: ModuleType, separate: bool) -> None:
+        self.groups, self.kernels, self.separate = groups, kernels, separate
         self.sums: list[_Sum] = []
         self.hooks: list[Any] = []
         self.seen_backward = False
@@ -103,7 +99,9 @@ class Accumulation:
             return
         for total in self._in_place():  # only now that all are scaled: gradients of one storage share their version
             total.versions = [g1._version for g1 in total.g1]
-        self.watch.start([p for group in self.groups for p in group.trainable], self._before_accumulation)
+        watched = [p for group in self.groups for p in group.params]
+        watched += [p for group in self.groups for p in group.others if p.requires_grad]
+        self.hooks.append(Hooks(watched, self._before_accumulation))
 
     def combine(self) -> None:
         """`.grad` = g1 + alpha * g2 (Algorithm 1, line 9)."""
@@ -119,8 +117,7 @@ class Accumulation:
                 self.kernels.scale_([local(g) for g in summed if g is not None], group.alpha)
 
     def stop_watching(self) -> None:
-        """Let go of the parameters and of the base optimizer."""
-        self.watch.stop()
+        """Take the hooks off the parameters and the base optimizer."""
         for hook in self.hooks:
             hook.remove()
 
@@ -145,8 +142,10 @@ class Accumulation:
                     f"change gradients after second_step(). Where you put g2 into .grad by hand, {SEPARATE}"
                 )
 
-    def _before_accumulation(self) -> None:
-        """Runs when the first g2 of a parameter is ready, before it is accumulated."""
+    def _before_accumulation(self, _: Tensor) -> None:
+        """Runs whenever g2 of a parameter is ready, before it is accumulated."""
+        if self.seen_backward:
+            return
         self.seen_backward = True
         for total in self._in_place():
             if [g1._version for g1 in total.g1] != total.versions:

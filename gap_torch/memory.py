@@ -1,12 +1,12 @@
 """Memory for theta, kept from step to step."""
 
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .tensors import of_one_kind
-from .watch import same
 
 
 class Memory:
@@ -34,7 +34,7 @@ class Memory:
             self.copies.clear()
             self.params = []
         # one look after the other: a list of them would keep Python's garbage collector busy
-        if not same(params, self.params) or any(_look(t) != look for t, look in zip(shards, self.looks, strict=True)):
+        if not _same(params, self.params) or any(_look(t) != look for t, look in zip(shards, self.looks, strict=True)):
             self.params, self.looks = params, [_look(shard) for shard in shards]
             self.theta = [self._copy(*each) for each in zip(params, shards, self.looks, strict=True)]
             self.uniform = of_one_kind(shards)
@@ -45,6 +45,10 @@ class Memory:
         if copy is None or _look(copy) != look:
             copy = self.copies[param] = torch.empty_like(shard)
         return copy
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def _look(tensor: Tensor) -> Any:

@@ -12,7 +12,6 @@ from .memory import Memory
 from .rounding import HALF, warn_if_rounded_away
 from .sharding import all_local, local
 from .tensors import by_kind
-from .watch import Watch
 
 
 class Perturbation:
@@ -26,7 +25,6 @@ class Perturbation:
         """For theta."""
         self.moved: list[tuple[list[Tensor], list[Tensor]]] = []
         """Parameters that are to be put back, and the copies of their theta; those of a kind together."""
-        self.watch = Watch()
         self.accumulation: Accumulation | None = None
         """Of g1 and g2, while perturbed."""
         self.grad_norm: Tensor | None = None
@@ -38,7 +36,7 @@ class Perturbation:
         """Move the parameters of `groups` along their g1, and make room for g2 in `.grad`."""
         self.kernels = multi_tensor if foreach else single_tensor
         groups = [group._replace(g1=sharding.all_laid_out_as(group.params, group.g1)) for group in groups]
-        self.accumulation = Accumulation(groups, self.kernels, separate, self.watch)
+        self.accumulation = Accumulation(groups, self.kernels, separate)
         directions = self._directions(groups, adaptive)
         self._move(groups, directions)
         if not (self.rounding_checked or torch.compiler.is_compiling() or _capturing()):

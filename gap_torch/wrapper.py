@@ -74,9 +74,6 @@ class GAPWrapper(Optimizer):
     wrapper's own does nothing, `model.zero_grad()` is noticed and does no harm, and a zeroing in place
     (`set_to_none=False`) is an error.
 
-    From the first step on each parameter has a hook, by which a zeroing is noticed. In other passes it does nothing; it
-    is in no copy or pickle, and goes when the wrapper does.
-
     Args:
         base_optimizer: an instance of any `torch.optim.Optimizer` but LBFGS.
         eps: radius of the perturbation in the units of the parameters (>= 0, Algorithm 1, line 7). A group
