@@ -32,12 +32,14 @@ class Memory:
         """
         if len(self.copies) > most:  # some belong to parameters that have left
             self.copies.clear()
-            self.params = []
+            self.params, self.theta = [], []
         # one look after the other: a list of them would keep Python's garbage collector busy
         if not _same(params, self.params) or any(_look(t) != look for t, look in zip(shards, self.looks, strict=True)):
-            self.params, self.looks = params, [_look(shard) for shard in shards]
+            self.params, self.theta = [], []  # what is not wanted any more is freed before its place is taken
+            self.looks = [_look(shard) for shard in shards]
             self.theta = [self._copy(*each) for each in zip(params, shards, self.looks, strict=True)]
             self.uniform = of_one_kind(shards)
+            self.params = params  # last: memory may run out on the way
         return self.theta
 
     def _copy(self, param: Tensor, shard: Tensor, look: Any) -> Tensor:

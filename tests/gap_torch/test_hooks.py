@@ -173,6 +173,32 @@ def test_a_parameter_whose_data_is_replaced_comes_back_bit_for_bit(change: str) 
         optimizer.zero_grad()
 
 
+def test_a_step_that_runs_out_of_memory_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    optimizer = GAPWrapper(SGD(model.parameters(), 0.1), eps=0.5)
+    _step(model, optimizer)
+    model.double()
+
+    def loss() -> Tensor:
+        return model(torch.ones(2, 4, dtype=torch.float64)).square().sum()
+
+    loss().backward()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", _out_of_memory)
+        with pytest.raises(MemoryError):
+            optimizer.first_step()
+    before = [p.detach().clone() for p in model.parameters()]
+    loss().backward()
+    with optimizer.perturbed(model):
+        assert all(c.dtype == torch.float64 for c in optimizer._perturbation.memory.theta)
+        loss().backward()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def _out_of_memory(*arguments: object) -> None:
+    raise MemoryError
+
+
 def test_the_host_calls_few_functions_for_each_parameter() -> None:
     """On a GPU the wrapper's time is the host's. What is asked is asked of whole lists."""
 
