@@ -7,6 +7,9 @@ copy and theta*; the restoration reads the copy and writes theta. A transfer cos
 that size, measured in the same turns (on CUDA of many in a row, lest a launch be counted as bandwidth). g2's
 accumulation is autograd's own work and is not timed; where a method asks for a sum of two gradients of its own making
 (naive Algorithm 1), that is.
+
+On CUDA the clock counts the host as well as the device, whichever takes longer. So each is also measured alone: the
+device with both steps replayed as CUDA graphs (`device_time_cuda.json`), the host over tiny tensors (`host_time.py`).
 """
 
 import argparse
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import host_time
 from benchmarks.common import (
     FIGURES,
     RESULTS,
@@ -40,9 +44,10 @@ from benchmarks.common import (
     vnet,
     write_results,
 )
-from benchmarks.peers import contestants
+from benchmarks.peers import Ours, contestants
 
 QUESTION = "Seconds of first_step + second_step, and over the floor of 7 parameter-sized transfers"
+DEVICE_QUESTION = "Seconds of the device alone for first_step + second_step, and over the same floor"
 TRANSFERS = 7
 COPIES = {"cpu": 1, "cuda": 20}
 # Some peers put other memory under the parameters, and tables of addresses would be made anew in every turn: each
@@ -63,7 +68,7 @@ OPT_IN = "1 B in 20 tensors"
 def measure(
     shapes: Shapes, device: str, dtype: torch.dtype, repetitions: int, chosen: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """Median and least seconds by method, and of a copy under "copy"."""
+    """Median and least seconds by method, of a copy under "copy", and on CUDA of the device alone under "device"."""
     owned = 2 * len(chosen) * numel(shapes) * dtype.itemsize <= OWN[device_kind(device)]
     shared = [] if owned else make(shapes, device, dtype)
     flat = torch.randn(numel(shapes), device=device).to(dtype)
@@ -99,8 +104,41 @@ def measure(
         return (clock() - start) / count
 
     tasks = {name: task(make_method) for name, make_method in chosen.items()}
+    if device_kind(device) == "cuda":
+        tasks["device"] = replayed(shared or make(shapes, device, dtype))
     taken = interleaved({"copy": copy, **tasks}, device, repetitions)
     return {name: {"median": median(seconds), "min": min(seconds)} for name, seconds in taken.items()}
+
+
+def replayed(params: list[torch.nn.Parameter]) -> Timed:
+    """Both steps as CUDA graphs, replayed many times in a row, so that the host is done before the device.
+
+    g2 comes between the two captures, because the second step is refused without it, and is in neither.
+    """
+    method, theta = Ours(params), [p.detach()[:1].clone() for p in params]
+    for _ in range(2):  # memory for the copy is there when the capture begins
+        method.first()
+        second_gradient(params)
+        method.second()
+        method.after()
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    with torch.cuda.graph(graphs[0]):
+        method.first()
+    second_gradient(params)
+    with torch.cuda.graph(graphs[1]):
+        method.second()
+
+    def run(clock: Callable[[], float]) -> float:
+        count = COPIES["cuda"]
+        start = clock()
+        for _ in range(count):
+            for graph in graphs:
+                graph.replay()
+        taken = clock() - start
+        check_restored(params, theta)
+        return taken / count
+
+    return run
 
 
 @torch.no_grad()
@@ -126,6 +164,7 @@ def main() -> None:
 
     chosen = contestants(arguments.compiled)
     rows: list[dict[str, Any]] = []
+    device_rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
         for name in arguments.sets:
             shapes = shrunk(SETS[name](), arguments.shrink)
@@ -148,11 +187,19 @@ def main() -> None:
                         "times ours": seconds[method]["median"] / seconds["gap-torch"]["median"],
                     }
                 )
+            if "device" in seconds:
+                alone, floor = seconds["device"]["median"], TRANSFERS / 2 * seconds["copy"]["median"]
+                row = {"parameters": name, "dtype": dtype, "device ms": alone * 1e3, "device / floor": alone / floor}
+                device_rows.append(row)
             shown = [{k: v for k, v in row.items() if k not in ("parameters", "dtype")} for row in rows[-len(chosen) :]]
             print_table(f"{name}, {dtype}", shown)
     kind = device_kind(arguments.device)
     write_results(arguments.results / f"overhead_{kind}.json", QUESTION, arguments.device, rows)
     draw(rows, arguments.figures / f"overhead_{kind}.png")
+    if device_rows:
+        print_table(DEVICE_QUESTION, device_rows)
+        write_results(arguments.results / f"device_time_{kind}.json", DEVICE_QUESTION, arguments.device, device_rows)
+    host_time.run(arguments.device, 5 * arguments.repetitions, arguments.results)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -2,9 +2,14 @@
 
 Autograd adds g2 into the tensors that hold g1, so that no second copy of the gradients is needed; an alpha other than 1
 is folded in as alpha * (g1 / alpha + g2). Where that can't be (`_can_accumulate`), g1 is kept apart.
+
+All of this runs in every step for every parameter, and on a GPU the host is what costs: what is asked is asked of whole
+lists, and tensors are gone through one by one only where one of them is out of the ordinary.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import is_
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .sharding import is_sharded, laid_out_as, local
+from .hooks import Hooks
+from .sharding import any_sharded, is_sharded, laid_out_as, local
 
 SEPARATE = "use perturbed(model, separate=True) or first_step(separate=True), which keep g1 apart from it."
 CREATE_GRAPH = "was computed with create_graph=True, whose gradients GAP can't accumulate: leave it out."
@@ -33,11 +39,14 @@ class Group(NamedTuple):
     @classmethod
     def snapshot(cls, group: dict[str, Any]) -> "Group":
         """Of one of an optimizer's `param_groups`."""
-        params = list(dict.fromkeys(group["params"]))
-        live = [p for p in params if p.requires_grad and p.grad is not None]
-        others = [p for p in params if not p.requires_grad or p.grad is None]
-        g1 = [p.grad for p in live if p.grad is not None]
-        return cls(group["gap_eps"], group["gap_alpha"], live, g1, others)
+        every = list(dict.fromkeys(group["params"]))
+        gradients = [p.grad if p.requires_grad else None for p in every]
+        g1 = [g1 for g1 in gradients if g1 is not None]
+        if len(g1) == len(every):
+            return cls(group["gap_eps"], group["gap_alpha"], every, g1, [])
+        params = [p for p, g1 in zip(every, gradients, strict=True) if g1 is not None]
+        others = [p for p, g1 in zip(every, gradients, strict=True) if g1 is None]
+        return cls(group["gap_eps"], group["gap_alpha"], params, g1, others)
 
     @property
     def moves(self) -> bool:
@@ -47,15 +56,14 @@ class Group(NamedTuple):
 
 @dataclass
 class _Sum:
-    """Where a group's gradients are."""
+    """The sum of a group's gradients on its way."""
 
-    alpha: float
-    collecting: list[Tensor]
-    """Parameters whose `.grad` takes in g2: it holds g1 / alpha, or nothing, where there is no g1."""
-    apart: list[Tensor] = field(default_factory=list)
-    """Parameters whose g1 is kept apart, their `.grad` being None."""
-    g1: list[Tensor] = field(default_factory=list)
-    """Of the latter."""
+    group: Group
+    g1: list[Tensor]
+    in_place: bool
+    """Whether `.grad` holds g1 / alpha and takes in g2. Else it starts from None."""
+    versions: list[int] = field(default_factory=list)
+    """Of `g1`, if in place."""
 
 
 class Accumulation:
@@ -70,110 +78,122 @@ class Accumulation:
     def __init__(self, groups: list[Group], kernels: ModuleType, separate: bool) -> None:
         self.groups, self.kernels, self.separate = groups, kernels, separate
         self.sums: list[_Sum] = []
-        self.in_place: list[tuple[Tensor, Tensor, int]] = []
-        """Parameter, the tensor of g1 / alpha in its `.grad`, and that tensor's version."""
         self.hooks: list[Any] = []
         self.seen_backward = False
 
     def make_room_for_g2(self) -> None:
         """Arrange g1 so that the perturbed pass can add to it, and watch that it does."""
-        in_place: list[tuple[Tensor, Tensor]] = []
         compiling = torch.compiler.is_compiling()
         for group in self.groups:
-            total, here = _Sum(group.alpha, list(group.others)), []
             # a compiled step has no hooks: a zeroing would go unnoticed
-            nowhere = self.separate or compiling or group.alpha == 0
-            for p, g1 in zip(group.params, group.g1, strict=True):
-                gradient = g1.clone() if _may_be_bucket_view(g1, compiling) else g1
-                if nowhere or not _can_accumulate(p, gradient, group.alpha):
-                    total.apart.append(p)
-                    total.g1.append(gradient)
-                    p.grad = None
-                else:
-                    total.collecting.append(p)
-                    here.append(gradient)
-                    if gradient is not g1:
-                        p.grad = gradient
-                    in_place.append((p, gradient))
-            if here and group.alpha != 1:
-                self.kernels.scale_(here, 1 / group.alpha)
-            self.sums.append(total)
+            in_place = not (self.separate or compiling) and _can_accumulate(group)
+            g1 = _own(group.g1, compiling)
+            if not in_place:
+                _set_gradients(group.params, [None] * len(group.params))
+            elif g1 is not group.g1:
+                _set_gradients(group.params, g1)
+            if in_place and group.alpha != 1:
+                self.kernels.scale_(g1, 1 / group.alpha)
+            self.sums.append(_Sum(group, g1, in_place))
         if compiling:  # there all of g1 is apart, and there is nothing to put back
             return
-        # versions only now that all are scaled: gradients of one storage share theirs
-        self.in_place = [(p, gradient, gradient._version) for p, gradient in in_place]
-        watched = [p for group in self.groups for p in group.params + group.others if p.requires_grad]
-        self.hooks = [p.register_hook(self._before_accumulation) for p in watched]
+        for total in self._in_place():  # only now that all are scaled: gradients of one storage share their version
+            total.versions = [g1._version for g1 in total.g1]
+        watched = [p for group in self.groups for p in group.params]
+        watched += [p for group in self.groups for p in group.others if p.requires_grad]
+        self.hooks.append(Hooks(watched, self._before_accumulation))
 
     def combine(self) -> None:
         """`.grad` = g1 + alpha * g2 (Algorithm 1, line 9)."""
-        apart = [p for total in self.sums for p in total.apart]
+        found = [[p.grad for p in total.group.params] for total in self.sums]
+        self._check(found)
+        for total, g2 in zip(self.sums, found, strict=True):
+            group = total.group
+            if not total.in_place:
+                weighted = zip(group.params, total.g1, g2, strict=True)
+                _set_gradients(group.params, [_weighted_sum(p, a, b, group.alpha) for p, a, b in weighted])
+            if group.alpha != 1:
+                summed = [*(g2 if total.in_place else []), *(p.grad for p in group.others if p.requires_grad)]
+                self.kernels.scale_([local(g) for g in summed if g is not None], group.alpha)
+
+    def stop_watching(self) -> None:
+        """Take the hooks off the parameters and the base optimizer."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _check(self, found: list[list[Tensor | None]]) -> None:
+        """Whether `found`, the gradients of each sum's parameters, are what a backward pass leaves."""
         # sharded and compiled gradients pass no hooks
-        if not (self.seen_backward or any(p.grad is not None for p in apart)):
+        apart = (g for total, g2 in zip(self.sums, found, strict=True) if not total.in_place for g in g2)
+        if not (self.seen_backward or any(g is not None for g in apart)):
             raise RuntimeError(
                 "no backward pass reached the parameters between first_step() and second_step(): run the same loss "
                 "again, forward and backward, at the perturbed parameters. Where you put g2 into .grad by hand "
                 f"(torch.func, gradient surgery), {SEPARATE}"
             )
-        if any(
-            p.grad is not None and p.grad.requires_grad for total in self.sums for p in total.collecting + total.apart
-        ):
-            raise RuntimeError(f"g2 {CREATE_GRAPH}")
-        for p, g1, _ in self.in_place:
-            # DDP may have taken the sum over into a bucket
-            if p.grad is not g1 and not (p.grad is not None and p.grad._is_view() and _distributed()):
+        for total, g2 in zip(self.sums, found, strict=True):
+            added = total.in_place and all(map(is_, g2, total.g1))
+            new = [*([] if added else g2), *(p.grad for p in total.group.others)]
+            if any(g is not None and g.requires_grad for g in new):
+                raise RuntimeError(f"g2 {CREATE_GRAPH}")
+            if total.in_place and not added and not all(map(_is_or_may_be_bucket, g2, total.g1)):
                 raise RuntimeError(
                     "a .grad was replaced or dropped after g2 had been added to it (or create_graph=True did so): "
                     f"change gradients after second_step(). Where you put g2 into .grad by hand, {SEPARATE}"
                 )
-        held = {p for p, _, _ in self.in_place}
-        for total in self.sums:
-            if total.alpha != 1:
-                live = [p for p in total.collecting if p.requires_grad or p in held]
-                summed = [local(p.grad) for p in live if p.grad is not None]
-                self.kernels.scale_(summed, total.alpha)
-            for p, first in zip(total.apart, total.g1, strict=True):
-                p.grad = _weighted_sum(p, first, p.grad, total.alpha)
-
-    def stop_watching(self) -> None:
-        """Take the hooks off the parameters."""
-        for hook in self.hooks:
-            hook.remove()
 
     def _before_accumulation(self, _: Tensor) -> None:
         """Runs whenever g2 of a parameter is ready, before it is accumulated."""
         if self.seen_backward:
             return
         self.seen_backward = True
-        for p, g1, version in self.in_place:
-            if g1._version != version:
+        for total in self._in_place():
+            if [g1._version for g1 in total.g1] != total.versions:
                 raise RuntimeError(
                     "g1 was overwritten between first_step() and the perturbed backward, as "
                     "zero_grad(set_to_none=False) does. No zeroing is needed there: remove it, or let it set the "
                     "gradients to None."
                 )
-            p.grad = g1  # which model.zero_grad() has detached, or DDP, when it arranged its buckets anew
+        for total in self._in_place():
+            # which model.zero_grad() has detached, or DDP, when it arranged its buckets anew
+            _set_gradients(total.group.params, total.g1)
+
+    def _in_place(self) -> Iterable[_Sum]:
+        return (total for total in self.sums if total.in_place)
 
 
-def _may_be_bucket_view(gradient: Tensor, compiling: bool) -> bool:
-    """Whether this is somebody else's memory: DDP writes the next gradient into the same bucket."""
+def _set_gradients(params: list[Tensor], gradients: list[Any]) -> None:
+    for p, gradient in zip(params, gradients, strict=True):
+        if p.grad is not gradient:
+            p.grad = gradient
+
+
+def _own(gradients: list[Tensor], compiling: bool) -> list[Tensor]:
+    """Copies of those that are somebody else's memory: DDP writes the next gradient into the same bucket."""
     if compiling:  # where tensors can't be asked
-        return _distributed()
-    return not is_sharded(gradient) and gradient._is_view()
+        return [g.clone() for g in gradients] if _distributed() else gradients
+    if not any(map(Tensor._is_view, gradients)):
+        return gradients
+    return [g.clone() if g._is_view() and not is_sharded(g) else g for g in gradients]
 
 
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _can_accumulate(param: Tensor, g1: Tensor, alpha: float) -> bool:
+def _is_or_may_be_bucket(gradient: Tensor | None, g1: Tensor) -> bool:
+    """DDP may have taken the sum over into a bucket."""
+    return gradient is g1 or (gradient is not None and gradient._is_view() and _distributed())
+
+
+def _can_accumulate(group: Group) -> bool:
     """Whether the perturbed pass may add g2 to g1 / alpha where g1 lies."""
-    if is_sharded(param):  # FSDP2 accumulates past autograd's hooks: a zeroing would go unnoticed
+    if any_sharded(group.params):  # FSDP2 accumulates past autograd's hooks: a zeroing would go unnoticed
         return False
-    if alpha == 1:
+    if group.alpha == 1:
         return True
-    narrow = g1.dtype in (torch.float16, torch.bfloat16)
-    return 1e-6 < alpha < 1e6 and not narrow  # else g1 / alpha may overflow
+    narrow = any(g1.dtype in (torch.float16, torch.bfloat16) for g1 in group.g1)
+    return 1e-6 < group.alpha < 1e6 and not narrow  # else g1 / alpha may overflow
 
 
 def _weighted_sum(param: Tensor, g1: Tensor, g2: Tensor | None, alpha: float) -> Tensor:

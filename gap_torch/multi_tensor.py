@@ -8,7 +8,7 @@ leave smaller ones to the caller, which is right. What shares out every tensor (
 find theta in the cache, is many times slower as soon as another process wants a core (docs/performance.md).
 """
 
-from collections.abc import Sequence
+from operator import eq
 
 import torch
 from torch import Tensor
@@ -17,17 +17,19 @@ from . import single_tensor
 from .sharding import PLAIN
 from .tensors import (
     as_real,
-    by_device_and_dtype,
+    by_kind,
     flattened,
     is_dense,
     norm_dtype,
     norm_of_norms,
-    ones_of,
+    ones_for,
     same_order,
     unconjugated,
     usable_scale,
 )
 
+# On the CPU torch's fused SGD is slow (above), and there in tests alone.
+FUSED_DEVICE = "cuda"
 FUSED_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 # Summing more squares than this in float32 loses digits.
 CHUNK = 2**16
@@ -38,7 +40,7 @@ CHUNKS_AT_ONCE = 32
 SAFE_NORM = (1e-8, 1e18)
 
 
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+def global_norm(tensors: list[Tensor]) -> Tensor:
     """L2 norm of all `tensors` as if they were one vector.
 
     Devices and dtypes may be mixed. Sums of squares are accumulated wide enough that float16 and bfloat16
@@ -51,69 +53,65 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
         0-dim tensor on the first tensor's device; float64 where the device has it, else float32.
     """
     norms = []
-    for (device, dtype), indices in by_device_and_dtype(tensors).items():
-        group = [tensors[i] for i in indices]
-        if dtype.is_complex:
+    for (group,) in by_kind(tensors):
+        if group[0].is_complex():
             group = [unconjugated(tensor) for tensor in group]
-        norms.append(_tensor_norms(group, norm_dtype(device)))
+        norms.append(_tensor_norms(group, norm_dtype(group[0].device)))
     return norm_of_norms(norms, tensors[0].device)
 
 
-def backup(params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    """Copy `params` into `copies`, tensor by tensor."""
-    for indices in by_device_and_dtype(copies).values():
-        torch._foreach_copy_([copies[i] for i in indices], [params[i] for i in indices])
+def backup(params: list[Tensor], copies: list[Tensor]) -> None:
+    """Copy `params`, of one device and dtype, into `copies`."""
+    torch._foreach_copy_(copies, params)
 
 
-def restore(params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+def restore(params: list[Tensor], copies: list[Tensor]) -> None:
     """Copy `copies` back into `params`: bit for bit what `backup` saw, whatever happened in between."""
     backup(copies, params)
 
 
-def perturb(params: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps: float | Tensor) -> None:
+def perturb(params: list[Tensor], grads: list[Tensor], norm: Tensor, eps: float | Tensor) -> None:
     """theta <- theta + eps * g / norm (Algorithm 1, line 7), in place.
 
     Nothing moves where `norm` is zero or not finite, or so small that eps / norm is not a finite float32.
     That is decided on the device.
 
     Args:
-        params: tensors of theta.
+        params: tensors of theta, of one device and dtype.
         grads: g1, of the same shapes and devices; of the same dtypes, or wider.
         norm: ||g1||, 0-dim.
         eps: radius of the perturbation in the units of theta; a 0-dim tensor is read on the device.
     """
-    for (device, dtype), indices in by_device_and_dtype(params).items():
-        theta, along = [params[i] for i in indices], [grads[i] for i in indices]
-        scale = usable_scale(eps, norm, device, dtype)
-        if isinstance(scale, Tensor):
-            _perturb_on_device(theta, along, scale)
-        elif scale:
-            _perturb_on_cpu(theta, along, scale)
+    scale = usable_scale(eps, norm, params[0].device, params[0].dtype)
+    if isinstance(scale, Tensor):
+        _perturb_on_device(params, grads, scale)
+    elif scale:
+        _perturb_on_cpu(params, grads, scale)
 
 
-def scale_(tensors: Sequence[Tensor], factor: float) -> None:
+def scale_(tensors: list[Tensor], factor: float) -> None:
     """Multiply every tensor by `factor` in place."""
-    for indices in by_device_and_dtype(tensors).values():
+    for (group,) in by_kind(tensors):
         # a real factor does not mind conjugation, of which `_foreach_mul_` will not hear
-        group = [tensors[i].conj() if tensors[i].is_conj() else tensors[i] for i in indices]
-        torch._foreach_mul_(group, factor)
+        torch._foreach_mul_([t.conj() if t.is_conj() else t for t in group], factor)
 
 
 def _perturb_on_cpu(params: list[Tensor], grads: list[Tensor], scale: float) -> None:
     if params[0].is_complex():
         params, grads = [as_real(p) for p in params], [unconjugated(g) for g in grads]
-    torch._foreach_addcmul_(params, grads, ones_of(grads), value=scale)
+    torch._foreach_addcmul_(params, grads, ones_for(params), value=scale)
 
 
 def _perturb_on_device(params: list[Tensor], grads: list[Tensor], scale: Tensor) -> None:
-    fusable: list[tuple[Tensor, Tensor]] = []
-    rest: list[tuple[Tensor, Tensor]] = []
-    for pair in zip(map(as_real, params), map(_in_order_of, params, grads), strict=True):
-        (fusable if _fusable(*pair) else rest).append(pair)
-    if fusable:
-        _perturb_fused([p for p, _ in fusable], [g for _, g in fusable], scale)
-    if rest:
-        single_tensor.add_scaled([p for p, _ in rest], [g for _, g in rest], scale)
+    if _fusable(params, grads):
+        _perturb_fused(params, grads, scale)
+        return
+    pairs = [*zip(map(as_real, params), map(_in_order_of, params, grads), strict=True)]
+    fusable = [_fusable([p], [g]) for p, g in pairs]
+    for fused, move in ((True, _perturb_fused), (False, single_tensor.add_scaled)):
+        chosen = [pair for pair, its in zip(pairs, fusable, strict=True) if its is fused]
+        if chosen:
+            move([p for p, _ in chosen], [g for _, g in chosen], scale)
 
 
 def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor) -> None:
@@ -134,20 +132,19 @@ def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor) -> 
     )
     # The kernel does not tell autograd. Without this, a backward through a graph that was built at theta
     # would quietly use the weights of theta*.
-    for param in params:
-        torch.autograd.graph.increment_version(param)
+    torch.autograd.graph.increment_version(params)
 
 
-def _fusable(param: Tensor, grad: Tensor) -> bool:
-    """Whether the fused kernel can take these: it walks memory, and reads its learning rate as float32."""
+def _fusable(params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether the fused kernel can take all of these: it walks memory, and reads its learning rate as float32."""
     return (
         not torch.compiler.is_compiling()  # which fuses by itself
-        and param.device.type == "cuda"
-        and param.dtype in FUSED_DTYPES
-        and param.dtype == grad.dtype
-        and param.stride() == grad.stride()
-        and type(param) in PLAIN
-        and is_dense(param)
+        and params[0].device.type == FUSED_DEVICE
+        and params[0].dtype in FUSED_DTYPES
+        and {g.dtype for g in grads} == {params[0].dtype}
+        and PLAIN.issuperset(map(type, params))
+        and all(map(eq, map(Tensor.stride, params), map(Tensor.stride, grads)))
+        and all(map(is_dense, params))
     )
 
 
@@ -170,11 +167,13 @@ def _tensor_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     if not narrow:
         return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
     norms = _chunk_norms(tensors, torch.float32)
-    return norms if SAFE_NORM[0] < norms.max() < SAFE_NORM[1] else _chunk_norms(tensors, dtype)
+    return norms if SAFE_NORM[0] < norms.max().item() < SAFE_NORM[1] else _chunk_norms(tensors, dtype)
 
 
 def _chunk_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Norms of `tensors`, and of the chunks of large ones."""
+    if max(map(Tensor.numel, tensors)) <= CHUNK:
+        return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
     small, norms = [], []
     for tensor in tensors:
         if tensor.numel() <= CHUNK:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from . import multi_tensor, sharding, single_tensor
 from .accumulation import Accumulation, Group
+from .memory import Memory
 from .rounding import HALF, warn_if_rounded_away
 from .sharding import all_local, local
-from .tensors import is_dense
+from .tensors import by_kind
 
 
 class Perturbation:
@@ -20,10 +21,10 @@ class Perturbation:
     """
 
     def __init__(self) -> None:
-        self.copies: dict[Tensor, Tensor] = {}
-        """Parameter -> memory for its theta, kept from step to step."""
-        self.moved: tuple[list[Tensor], list[Tensor]] = ([], [])
-        """Parameters that are to be put back, and the copies of their theta."""
+        self.memory = Memory()
+        """For theta."""
+        self.moved: list[tuple[list[Tensor], list[Tensor]]] = []
+        """Parameters that are to be put back, and the copies of their theta; those of a kind together."""
         self.accumulation: Accumulation | None = None
         """Of g1 and g2, while perturbed."""
         self.grad_norm: Tensor | None = None
@@ -34,7 +35,7 @@ class Perturbation:
     def begin(self, groups: list[Group], *, foreach: bool, adaptive: bool, separate: bool) -> None:
         """Move the parameters of `groups` along their g1, and make room for g2 in `.grad`."""
         self.kernels = multi_tensor if foreach else single_tensor
-        groups = [group._replace(g1=[*map(sharding.laid_out_as, group.params, group.g1)]) for group in groups]
+        groups = [group._replace(g1=sharding.all_laid_out_as(group.params, group.g1)) for group in groups]
         self.accumulation = Accumulation(groups, self.kernels, separate)
         directions = self._directions(groups, adaptive)
         self._move(groups, directions)
@@ -45,10 +46,10 @@ class Perturbation:
     def restore(self) -> None:
         """Put everything back that `begin` moved; `.grad` is not touched."""
         assert self.accumulation is not None
-        params, theta = self.moved
-        self.kernels.restore(all_local(params), theta)
+        for params, theta in self.moved:
+            self.kernels.restore(all_local(params), theta)
         self.accumulation.stop_watching()
-        self.moved, self.accumulation = ([], []), None
+        self.moved, self.accumulation = [], None
 
     def _directions(self, groups: list[Group], adaptive: bool) -> list[list[Tensor]]:
         """What each group's parameters move along, by eps / `grad_norm` of it."""
@@ -62,26 +63,22 @@ class Perturbation:
 
     def _move(self, groups: list[Group], directions: list[list[Tensor]]) -> None:
         assert self.grad_norm is not None
-        if len(self.copies) > sum(len(group.params) + len(group.others) for group in groups):
-            self.copies.clear()  # some belong to parameters that have left
-        moving = [(group, along) for group, along in zip(groups, directions, strict=True) if group.moves]
+        moving = [(group, along) for group, along in zip(groups, directions, strict=True) if group.moves and along]
+        params = _concatenated([group.params for group, _ in moving])
         shards = [all_local(group.params) for group, _ in moving]
-        theta = [self._memory(group.params, parts) for (group, _), parts in zip(moving, shards, strict=True)]
-        copies = _concatenated(theta)
-        self.kernels.backup(_concatenated(shards), copies)
-        self.moved = _concatenated([group.params for group, _ in moving]), copies  # to be restored from now on
-        for (group, along), parts in zip(moving, shards, strict=True):
-            self.kernels.perturb(parts, along, self.grad_norm, group.eps)
+        most = sum(len(group.params) + len(group.others) for group in groups)
+        theta = self.memory.like(params, _concatenated(shards), most)
+        parts = self._parts(_concatenated(shards), theta, params)
+        for here, copies, _ in parts:
+            self.kernels.backup(here, copies)
+        self.moved = [(whole, copies) for _, copies, whole in parts]  # to be restored from now on
+        for (group, along), own in zip(moving, shards, strict=True):
+            for here, along_here in self._parts(own, along):
+                self.kernels.perturb(here, along_here, self.grad_norm, group.eps)
 
-    def _memory(self, params: list[Tensor], shards: list[Tensor]) -> list[Tensor]:
-        """Where theta of `params` is to be kept."""
-        theta = []
-        for p, shard in zip(params, shards, strict=True):
-            copy = self.copies.get(p)
-            if copy is None or not _alike(shard, copy):
-                copy = self.copies[p] = torch.empty_like(shard)
-            theta.append(copy)
-        return theta
+    def _parts(self, *lists: list[Tensor]) -> list[tuple[list[Tensor], ...]]:
+        """Parts of one device and dtype, of shards and what belongs to them."""
+        return [lists] if self.memory.uniform else by_kind(*lists)
 
     def _check_rounding(self, groups: list[Group], directions: list[list[Tensor]]) -> bool:
         """Whether that need not be done again. The host waits, if there are half-precision parameters."""
@@ -89,7 +86,7 @@ class Perturbation:
         half = []
         for group, along in zip(groups, directions, strict=True):
             moved = zip(group.params, along, strict=True) if group.moves else ()
-            half += [(group.eps, local(p), self.copies[p], g) for p, g in moved if p.dtype in HALF]
+            half += [(group.eps, local(p), self.memory.copies[p], g) for p, g in moved if p.dtype in HALF]
         if not half:
             return True
         norm = self.grad_norm.item()
@@ -101,18 +98,12 @@ class Perturbation:
 
 
 def _concatenated(lists: list[list[Tensor]]) -> list[Tensor]:
-    return [tensor for tensors in lists for tensor in tensors]
+    return lists[0] if len(lists) == 1 else [tensor for tensors in lists for tensor in tensors]
 
 
 def _times_size(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
     """|theta| g, element by element, wide enough for half precision."""
     return [g.to(torch.promote_types(g.dtype, torch.float32)) * p.abs() for p, g in zip(params, gradients, strict=True)]
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    if a.dtype is not b.dtype or a.shape != b.shape or a.device != b.device:
-        return False
-    return a.stride() == b.stride() or not is_dense(a)  # of which there is no like
 
 
 def _capturing() -> bool:

@@ -10,7 +10,7 @@ from .knobs import KEYS
 
 
 def check_together(
-    group: "dist.ProcessGroup", check: Callable[[], None], param_groups: Iterable[dict[str, Any]]
+    group: "dist.ProcessGroup", check: Callable[[], object], param_groups: Iterable[dict[str, Any]]
 ) -> None:
     """Run `check` on every rank of `group`, and compare what they are to optimize. One small gather.
 

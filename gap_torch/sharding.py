@@ -26,6 +26,11 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     return isinstance(tensor, DTensor)
 
 
+def any_sharded(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of `tensors` is a DTensor."""
+    return not PLAIN.issuperset(map(type, tensors)) and any(map(is_sharded, tensors))
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor, in the same memory; any other tensor itself."""
     if not is_sharded(tensor):
@@ -36,7 +41,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def all_local(tensors: list[Tensor]) -> list[Tensor]:
     """`local` of each."""
-    return tensors if PLAIN.issuperset(map(type, tensors)) else [local(t) for t in tensors]
+    return [local(t) for t in tensors] if any_sharded(tensors) else tensors
 
 
 def laid_out_as(param: Tensor, gradient: Tensor) -> Tensor:
@@ -44,6 +49,11 @@ def laid_out_as(param: Tensor, gradient: Tensor) -> Tensor:
     if is_sharded(gradient) and is_sharded(param) and gradient.placements != param.placements:
         return gradient.redistribute(placements=param.placements)
     return gradient
+
+
+def all_laid_out_as(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """`laid_out_as` of each."""
+    return [*map(laid_out_as, params, gradients)] if any_sharded(gradients) else gradients
 
 
 def joint_norm(tensors: Sequence[Tensor], norm: Callable[[list[Tensor]], Tensor]) -> Tensor:
@@ -58,7 +68,7 @@ def joint_norm(tensors: Sequence[Tensor], norm: Callable[[list[Tensor]], Tensor]
     Raises:
         RuntimeError: the other processes don't come within the group's time-out, or the group can't reduce.
     """
-    if PLAIN.issuperset(map(type, tensors)):
+    if not any_sharded(tensors):
         return norm(list(tensors))
     shards: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for tensor in tensors:

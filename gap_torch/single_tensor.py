@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tensors import as_real, by_device_and_dtype, norm_dtype, norm_of_norms, ones_of, unconjugated, usable_scale
+from .tensors import as_real, by_kind, norm_dtype, norm_of_norms, ones_for, unconjugated, usable_scale
 
 
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+def global_norm(tensors: list[Tensor]) -> Tensor:
     """L2 norm of all `tensors` as if they were one vector."""
     norms = []
-    for (device, _), indices in by_device_and_dtype(tensors).items():
-        group = [unconjugated(tensors[i]) for i in indices]
-        norms.append(torch.stack([torch.linalg.vector_norm(t, dtype=norm_dtype(device)) for t in group]))
+    for (group,) in by_kind(tensors):
+        dtype = norm_dtype(group[0].device)
+        norms.append(torch.stack([torch.linalg.vector_norm(unconjugated(t), dtype=dtype) for t in group]))
     return norm_of_norms(norms, tensors[0].device)
 
 
@@ -29,15 +29,14 @@ def restore(params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
 
 
 def perturb(params: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, eps: float | Tensor) -> None:
-    """theta <- theta + eps * g / norm, in place."""
-    for (device, dtype), indices in by_device_and_dtype(params).items():
-        theta, along = [as_real(params[i]) for i in indices], [unconjugated(grads[i]) for i in indices]
-        scale = usable_scale(eps, norm, device, dtype)
-        if isinstance(scale, Tensor):
-            add_scaled(theta, along, scale)
-        elif scale:
-            for param, grad, one in zip(theta, along, ones_of(along), strict=True):
-                param.addcmul_(grad, one, value=scale)
+    """theta <- theta + eps * g / norm, in place, for `params` of one device and dtype."""
+    theta, along = [*map(as_real, params)], [*map(unconjugated, grads)]
+    scale = usable_scale(eps, norm, params[0].device, params[0].dtype)
+    if isinstance(scale, Tensor):
+        add_scaled(theta, along, scale)
+    elif scale:
+        for param, grad, one in zip(theta, along, ones_for(theta), strict=True):
+            param.addcmul_(grad, one, value=scale)
 
 
 def add_scaled(params: Sequence[Tensor], grads: Sequence[Tensor], scale: Tensor) -> None:

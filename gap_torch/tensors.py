@@ -1,7 +1,7 @@
 """What kernels over lists of tensors need to know: kinds of tensors, their memory, and the size of a step."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,15 +11,19 @@ LARGEST_SCALE = torch.finfo(torch.float32).max
 # ---------------------------------------------------------------------- kinds
 
 
-def by_device_and_dtype(tensors: Sequence[Tensor]) -> Mapping[tuple[torch.device, torch.dtype], Sequence[int]]:
-    """Device and dtype -> the indices of such tensors, in the order of their first one."""
-    kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
-    if len(kinds) == 1:
-        return {kinds.pop(): range(len(tensors))}
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        groups[tensor.device, tensor.dtype].append(index)
-    return groups
+def of_one_kind(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are of one device and dtype."""
+    return len({t.dtype for t in tensors}) == len({t.device for t in tensors}) == 1
+
+
+def by_kind(*lists: list[Tensor]) -> list[tuple[list[Tensor], ...]]:
+    """Lists of equal length, cut into parts whose tensors share device and dtype in the first of them."""
+    if of_one_kind(lists[0]):
+        return [lists]
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for index, tensor in enumerate(lists[0]):
+        kinds[tensor.device, tensor.dtype].append(index)
+    return [tuple([tensors[i] for i in indices] for tensors in lists) for indices in kinds.values()]
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -73,8 +77,10 @@ def flattened(*tensors: Tensor) -> list[Tensor]:
 
 def norm_of_norms(norms: list[Tensor], device: torch.device) -> Tensor:
     """L2 norm of 1-dim tensors of norms, 0-dim on `device`."""
+    if len(norms) == 1 and norms[0].device == device:
+        return torch.linalg.vector_norm(norms[0], dtype=norm_dtype(device))
     norms = [to_device(n.to(norm_dtype(n.device)), device) for n in norms]
-    return torch.linalg.vector_norm(norms[0] if len(norms) == 1 else torch.cat(norms))
+    return torch.linalg.vector_norm(torch.cat(norms))
 
 
 def norm_dtype(device: torch.device) -> torch.dtype:
@@ -87,11 +93,12 @@ def usable_scale(eps: float | Tensor, norm: Tensor, device: torch.device, dtype:
 
     A number for the CPU, where nothing has to be waited for. Else, and under torch.compile, a 0-dim tensor there.
     """
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        number, length = float(eps), norm.item()
+        ratio = number / length if length else 0.0
+        return ratio if 0 < ratio <= LARGEST_SCALE else 0.0
     radius = to_device(eps, device) if isinstance(eps, Tensor) else eps
     scale = radius / to_device(norm, device)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        number = float(scale)
-        return number if 0 < number <= LARGEST_SCALE else 0.0
     if dtype in (torch.float64, torch.complex128):  # which move in float64, all narrower ones in float32
         scale = scale.double()
         scale = torch.where(scale <= LARGEST_SCALE, scale, 0.0)
@@ -100,10 +107,9 @@ def usable_scale(eps: float | Tensor, norm: Tensor, device: torch.device, dtype:
     return scale.nan_to_num(0.0, 0.0, 0.0)  # one operation for a float32: on a GPU each is a launch
 
 
-def ones_of(grads: Sequence[Tensor]) -> list[Tensor]:
-    """A 0-dim one on the CPU for each of `grads`, of its dtype.
+def ones_for(params: Sequence[Tensor]) -> list[Tensor]:
+    """A 0-dim one on the CPU for each of `params`, which are of one dtype.
 
     theta + scale * g * 1: addcmul computes that in float32 for half precision, where add rounds `scale` first.
     """
-    ones = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in {g.dtype for g in grads}}
-    return [ones[g.dtype] for g in grads]
+    return [torch.ones((), dtype=params[0].dtype, device="cpu")] * len(params)

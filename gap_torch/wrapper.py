@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,12 +146,10 @@ class GAPWrapper(Optimizer):
             RuntimeError: called twice, or not `due`; no parameter has a gradient, or a gradient is sparse or a graph
                 of its own; with a `process_group`, any of that on any of its ranks, or other parameters there.
         """
-        if self.process_group is None:
-            self._check_first_step()
-        else:
-            ranks.check_together(self.process_group, self._check_first_step, self.param_groups)
+        if self.process_group is not None:
+            ranks.check_together(self.process_group, self._checked_groups, self.param_groups)
+        groups = self._checked_groups()
         try:
-            groups = [Group.snapshot(group) for group in self.param_groups]
             self._warn_of_unused_sum(groups)
             self._perturbation.begin(groups, foreach=self.foreach, adaptive=self.adaptive, separate=separate)
             self._watch_base()
@@ -411,7 +410,7 @@ class GAPWrapper(Optimizer):
     def _note_sum(self) -> None:
         if not torch.compiler.is_compiling():
             # DDP hands the same views out again and again
-            sums = (p.grad for p in self._params() if p.grad is not None and not (is_sharded(p) or p.grad._is_view()))
+            sums = (g for p in self._params() if (g := p.grad) is not None and not (is_sharded(p) or g._is_view()))
             self._unused_sum[:] = sorted(islice(sums, 8), key=Tensor.numel)[:1]  # a small one, for it is held
 
     def _warn_of_unused_sum(self, groups: list[Group]) -> None:
@@ -434,7 +433,8 @@ class GAPWrapper(Optimizer):
             return False  # that step's are on the CPU
         return not any(p.grad is not None and local(p.grad).any() for p in self._params())
 
-    def _check_first_step(self) -> None:
+    def _checked_groups(self) -> list[Group]:
+        """The parameter groups as they are, if this is the time for a `first_step`."""
         self._forbid_while_perturbed("first_step() a second time")
         self._knobs.fill_in()
         if not self.due:
@@ -442,7 +442,9 @@ class GAPWrapper(Optimizer):
                 f"first_step() in an update without GAP (interval={self.interval}): put the perturbed pass under "
                 "`if optimizer.due:`."
             )
-        _check_first_gradients([p.grad for p in self._params() if p.requires_grad and p.grad is not None])
+        groups = [Group.snapshot(group) for group in self.param_groups]
+        _check_first_gradients([g1 for group in groups for g1 in group.g1])
+        return groups
 
     def _forbid_while_perturbed(self, action: str) -> None:
         if self._perturbed:
@@ -490,13 +492,11 @@ def _check_first_gradients(g1: list[Tensor]) -> None:
             "first_step() found no gradient: call backward() on the consistency loss before it, on a model "
             "whose parameters this optimizer holds."
         )
-    for gradient in g1:
-        if gradient.layout != torch.strided:
-            raise RuntimeError(
-                f"first_step() can't take the sparse gradient of a parameter of shape {tuple(gradient.shape)}."
-            )
-        if gradient.requires_grad:
-            raise RuntimeError(f"g1 {CREATE_GRAPH}")
+    if {g.layout for g in g1} != {torch.strided}:
+        shape = next(tuple(g.shape) for g in g1 if g.layout != torch.strided)
+        raise RuntimeError(f"first_step() can't take the sparse gradient of a parameter of shape {shape}.")
+    if any(map(attrgetter("requires_grad"), g1)):
+        raise RuntimeError(f"g1 {CREATE_GRAPH}")
 
 
 def _check_base(base: object) -> None:

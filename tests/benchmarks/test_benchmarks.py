@@ -5,11 +5,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import thread_time
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+from gap_torch import multi_tensor
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +46,114 @@ def test_overhead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"device", "torch", "commit", "threads", "cores", "load", "date"} < set(record)
     assert len(record["results"]) == 2 * 2 * 4
     assert all(row["ms"] > 0 for row in record["results"])
+    host = json.loads((tmp_path / "results/host_time_cpu.json").read_text())["results"]
+    assert [row["tensors"] for row in host] == [82, 1000]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_overhead_on_a_gpu_tells_device_and_host_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--device", "cuda", "--sets", "UNet", "--dtypes", "float32", "--repetitions", "2"]
+    _run("overhead", tmp_path, monkeypatch, *arguments)
+    wall, device, host = (
+        json.loads((tmp_path / f"results/{name}_cuda.json").read_text())["results"]
+        for name in ("overhead", "device_time", "host_time")
+    )
+    assert 0 < device[0]["device ms"] < wall[0]["ms"]
+    assert all(row["ratio"] > 0 for row in host)
+
+
+class _Recorded:
+    """In place of a CUDA graph: what is captured is run at once, and again by `replay`."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def test_the_device_is_timed_over_both_steps_without_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import overhead
+
+    capturing: list[_Recorded] = []
+
+    @contextmanager
+    def capture(graph: _Recorded) -> Iterator[None]:
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    def kernel(call: Any) -> Any:
+        def recorded(*arguments: Any) -> Any:
+            if capturing:
+                capturing[-1].calls.append(lambda: (seen.append(call.__name__), call(*arguments)))
+            return call(*arguments)
+
+        return recorded
+
+    seen: list[str] = []
+    for name in ("perturb", "restore"):
+        monkeypatch.setattr(multi_tensor, name, kernel(getattr(multi_tensor, name)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(overhead, "COPIES", {"cuda": 3})
+    params = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(2, 3))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    times = iter([10.0, 16.0])
+    assert overhead.replayed(params)(lambda: next(times)) == 2.0
+    assert seen == ["perturb", "restore"] * 3
+    assert all((p == 1).all() for p in params)
+
+
+def test_host_time_counts_the_steps_alone() -> None:
+    from benchmarks import host_time
+
+    class Slow:
+        def first(self) -> None:
+            assert all(p.grad is not None for p in params)
+            burn(0.01)
+
+        def second(self) -> None:
+            assert all((p.grad == 2).all() for p in params)
+            burn(0.01)
+
+        def after(self) -> None:
+            burn(0.1)
+
+    def burn(seconds: float) -> None:
+        end = thread_time() + seconds
+        while thread_time() < end:
+            pass
+
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    run = host_time.task(Slow(), params)
+    waits: list[float] = []
+    assert 0.02 <= run(lambda: waits.append(0.0) or 0.0) < 0.1
+    assert len(waits) == 2
+
+
+def test_the_bare_calls_do_what_the_wrapper_does() -> None:
+    from benchmarks import host_time, peers
+    from benchmarks.common import make, second_gradient
+
+    params = make([(3, 4), (5,)], "cpu", torch.float32)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, twin in zip(params, twins, strict=True):
+        twin.grad = p.grad.clone() if p.grad is not None else None
+    before = [p.detach().clone() for p in params]
+    bare, ours = host_time.Bare(twins), peers.Ours(params)
+    bare.first()
+    ours.first()
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, twin)
+    second_gradient(params)
+    bare.second()
+    ours.second()
+    assert all(map(torch.equal, twins, before))
+    assert all(map(torch.equal, params, before))
 
 
 def test_parameter_sets_have_the_size_they_are_named_for(tmp_path: Path) -> None:

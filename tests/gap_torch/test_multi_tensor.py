@@ -227,6 +227,36 @@ def test_gradients_that_differ_in_strides_of_size_one_take_the_fused_path(monkey
     torch.testing.assert_close(param, grad / grad.norm())
 
 
+LAYOUTS = {
+    "alike": lambda t: t,
+    "transposed": lambda t: t.t(),
+    "with gaps": lambda t: t[:, ::2],
+    "another dtype": lambda t: t.double(),
+}
+
+
+@pytest.mark.parametrize("layouts", [["alike"], ["alike", "transposed", "with gaps", "another dtype"], ["with gaps"]])
+def test_what_can_be_fused_is_fused_and_the_rest_moves_too(layouts, device, monkeypatch):
+    """The way of a GPU; torch's fused kernel is there on a CPU too."""
+    monkeypatch.setattr(multi_tensor, "FUSED_DEVICE", device)
+    seen, fused = [], multi_tensor._perturb_fused
+    monkeypatch.setattr(multi_tensor, "_perturb_fused", lambda *a: seen.append(len(a[0])) or fused(*a))
+    shared = [torch.randn(6, 6, device=device) for _ in layouts]
+    params = [LAYOUTS[layout](p) if layout != "another dtype" else p for layout, p in zip(layouts, shared, strict=True)]
+    grads = [LAYOUTS[layout](torch.randn(6, 6, device=device)) for layout in layouts]
+    grads = [g.contiguous() if layout == "transposed" else g for layout, g in zip(layouts, grads, strict=True)]
+    expected = [p + 0.25 * g.to(p.dtype) for p, g in zip(params, grads, strict=True)]
+    versions = [p._version for p in params]
+    multi_tensor._perturb_on_device(params, grads, torch.tensor(0.25, device=device))
+    for p, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, e)
+    assert all(p._version > version for p, version in zip(params, versions, strict=True))
+    assert seen == [1] * ("alike" in layouts)
+    moved = [p.clone() for p in params]
+    multi_tensor._perturb_on_device(params, grads, torch.tensor(0.0, device=device))
+    assert all(map(torch.equal, params, moved))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [3, 24, 100, 1000])
 @KERNELS

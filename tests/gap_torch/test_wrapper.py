@@ -591,22 +591,24 @@ def test_extra_memory_is_one_copy_of_the_parameters_kept_from_step_to_step():
     addresses = set()
     for _ in range(3):
         gap_step(model, optimizer, unsup)
-        addresses.add(tuple(c.data_ptr() for c in optimizer._perturbation.copies.values()))
+        addresses.add(tuple(c.data_ptr() for c in optimizer._perturbation.memory.copies.values()))
         optimizer.zero_grad()
     assert len(addresses) == 1
-    assert sum(c.numel() for c in optimizer._perturbation.copies.values()) == sum(p.numel() for p in model.parameters())
+    assert sum(c.numel() for c in optimizer._perturbation.memory.copies.values()) == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_copies_of_parameters_that_have_left_the_optimizer_are_freed():
     """As when a backbone is frozen and taken out, or an optimizer's groups are made anew."""
     model, optimizer, unsup, *_ = build("mlp")
     gap_step(model, optimizer, unsup)
-    gone = weakref.ref(optimizer._perturbation.copies[model[0].weight])
+    gone = weakref.ref(optimizer._perturbation.memory.copies[model[0].weight])
     optimizer.zero_grad()
     optimizer.param_groups[0]["params"] = list(model[2].parameters())
     gap_step(model, optimizer, unsup)
     assert gone() is None
-    assert set(optimizer._perturbation.copies) == set(model[2].parameters())
+    assert set(optimizer._perturbation.memory.copies) == set(model[2].parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
