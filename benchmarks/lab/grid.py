@@ -53,6 +53,8 @@ CONTROLS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 # FixMatch against GapMatch, over so many seeds and labelled patients that a gain of a few points can be told from none.
 MEDIUM, POWER = "medium", "power"
+FLOAT32 = (MEDIUM,)
+"""Presets without autocast: in bfloat16 a network sees rounding noise of a small radius more than its direction."""
 POWER_CHANGES = tuple({"weight": 0.5, "eps": eps} for eps in (0.02, 0.1))
 
 Repeat = tuple[int, int | None]

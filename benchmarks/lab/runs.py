@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import environment
+from benchmarks.lab import grid
 from benchmarks.lab.grid import TASKS, Cell
 from benchmarks.lab.records import Record, Records
 from segmentation.data.files import patients_for_share, split_by_patients
@@ -39,7 +40,7 @@ class Lab:
         records: where the results go.
         work: a folder for one folder a cell, with its checkpoints and logs.
         device: where to train.
-        amp: autocast dtype, or None for float32.
+        amp: autocast dtype, or None for float32; presets in `grid.FLOAT32` have none.
     """
 
     data: Mapping[str, Path]
@@ -110,7 +111,7 @@ class Lab:
             patients_seed=cell.draw,
             recipes=[cell.recipe],
             device=self.device,
-            amp=self.amp,
+            amp=None if cell.preset in grid.FLOAT32 else self.amp,
             out=self.folder(cell),
             old_runs="resume",
             title=cell.name,
