@@ -22,12 +22,16 @@ PICTURED_CASES = 3
 
 
 @ranks.on_main
-def write_record(path: Path, job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None) -> None:
+def write_record(
+    path: Path, job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None, captured: bool
+) -> None:
     """Of one run, as JSON: what was run, where, and what came of it."""
-    write_json(path, _record(job, recipe, progress, evaluation))
+    write_json(path, _record(job, recipe, progress, evaluation, captured))
 
 
-def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
+def _record(
+    job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation | None, captured: bool
+) -> dict[str, Any]:
     return {
         "data_set": job.task.name,
         "recipe": recipe.to_dict(),
@@ -37,7 +41,7 @@ def _record(job: Job, recipe: Recipe, progress: Progress, evaluation: Evaluation
         "device": _device_name(job.device),
         "amp": str(job.amp) if job.amp else None,
         "compiled": job.compiled,
-        "graph": job.graph,
+        "graph": captured,
         "torch": torch.__version__,
         "processes": ranks.world(),
         "threads": torch.get_num_threads(),

@@ -47,6 +47,7 @@ def run(job: Job) -> list[Row]:
     Raises:
         InputError: bad input, before any training.
         RunError: a loss is not finite.
+        CaptureError: a CUDA graph could not be captured; the process can't go on.
     """
     recipe = job.recipes[0]
     require_even_shares(recipe)
@@ -68,7 +69,7 @@ def run(job: Job) -> list[Row]:
         recipe, folder = trainer.recipe, job.folder(trainer.recipe)
         result = fit(trainer, samples.validation, folder, run_identity, progress, job.logged_as(recipe))
         evaluation = None if job.goal == "training" else _evaluate(result.model, samples.test, job, recipe)
-        write_record(folder / "result.json", job, recipe, result.progress, evaluation)
+        write_record(folder / "result.json", job, recipe, result.progress, evaluation, trainer.captured)
         if evaluation:
             rows.append(row(recipe, result.progress, evaluation))
         models[recipe.label] = result.model
