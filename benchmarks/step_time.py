@@ -92,6 +92,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as in the examples
     preset = ACDC.presets["paper" if arguments.size > 128 else "cpu"]
     recipe = Recipe(**{**preset, "size": (arguments.size, arguments.size), "width": arguments.width})
     recipe = replace(recipe, labelled_batch=arguments.batch, unlabelled_batch=arguments.batch)

@@ -20,7 +20,7 @@ from benchmarks.lab import grid
 from benchmarks.lab.grid import TASKS, Cell
 from benchmarks.lab.records import Record, Records
 from segmentation.data.files import patients_for_share, split_by_patients
-from segmentation.errors import InputError, OldRunError, RunError, UserError
+from segmentation.errors import CaptureError, InputError, OldRunError, RunError, UserError
 from segmentation.figures.tables import write_json
 from segmentation.job import Job
 from segmentation.run import read_lists, run
@@ -126,12 +126,17 @@ def work(lab: Lab, cells: Sequence[Cell], seconds: float) -> None:
     """Attempt `cells` in their order until `seconds` are over or all are done; the next call goes on from there.
 
     What a user can mend, and errors in the code, leave a cell open and do not stop the others.
+
+    Raises:
+        CaptureError: after which this process can't go on.
     """
     try:
         with interrupted_after(seconds):
             for cell in cells:
                 try:
                     lab.attempt(cell)
+                except CaptureError:
+                    raise
                 except UserError as error:
                     print(f"{cell.name} stays open: {error}", flush=True)
                 except Exception:  # hours of other cells are not to be lost to a slip in one method

@@ -39,8 +39,8 @@ class Captured:
             torch.cuda.current_stream().wait_stream(self.side)
             return outputs
         if not self.inputs:  # recording does nothing yet: this step is done by the replay below
-            self.inputs = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
-            with torch.cuda.graph(self.graph, stream=self.side):
+            self.inputs = {name: torch.empty_like(tensor, device=DEVICE) for name, tensor in batch.items()}
+            with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
                 self.outputs = self.step(self.inputs)
         for name, tensor in batch.items():
             self.inputs[name].copy_(tensor, non_blocking=True)
@@ -52,7 +52,7 @@ def train(model: nn.Module, amp: torch.dtype | None = None, capture: bool = DEVI
     """Train `model`, on DEVICE, in place."""
     on_cuda = DEVICE.type == "cuda"
     # A learning rate that changes has to be a tensor, and the base optimizer one that never asks the host.
-    lr = torch.tensor(LR, device=DEVICE)
+    lr = torch.tensor(LR, dtype=torch.float32, device=DEVICE)
     base = torch.optim.AdamW(model.parameters(), lr=lr, fused=on_cuda, capturable=on_cuda)
     optimizer = GAPWrapper(base, eps=EPS)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=amp == torch.float16)

@@ -122,7 +122,7 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
         "--graph",
         choices=("auto", "on", "off"),
         default="auto",
-        help="capture the training step as a CUDA graph (auto: on CUDA, wherever it can be)",
+        help="capture the training step as a CUDA graph (auto: on CUDA, in one process; a line says where it can't be)",
     )
     if task.stride is not None:
         parser.add_argument(

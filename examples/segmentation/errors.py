@@ -16,5 +16,9 @@ class OldRunError(InputError):
         return "; ".join(self.args) + "."
 
 
+class CaptureError(UserError, RuntimeError):
+    """A CUDA graph could not be captured. torch may be in disorder after it: this process can't go on."""
+
+
 class RunError(UserError, RuntimeError):
     """A run that came to nothing, though its input was good."""

@@ -31,12 +31,16 @@ class Evaluations(NamedTuple):
 
 
 @ranks.on_main
-def write_record(path: Path, job: Job, recipe: Recipe, progress: Progress, evaluations: Evaluations | None) -> None:
+def write_record(
+    path: Path, job: Job, recipe: Recipe, progress: Progress, evaluations: Evaluations | None, captured: bool
+) -> None:
     """Of one run, as JSON: what was run, where, and what came of it."""
-    write_json(path, _record(job, recipe, progress, evaluations))
+    write_json(path, _record(job, recipe, progress, evaluations, captured))
 
 
-def _record(job: Job, recipe: Recipe, progress: Progress, evaluations: Evaluations | None) -> dict[str, Any]:
+def _record(
+    job: Job, recipe: Recipe, progress: Progress, evaluations: Evaluations | None, captured: bool
+) -> dict[str, Any]:
     return {
         "data_set": job.task.name,
         "recipe": recipe.to_dict(),
@@ -47,7 +51,7 @@ def _record(job: Job, recipe: Recipe, progress: Progress, evaluations: Evaluatio
         "device": _device_name(job.device),
         "amp": str(job.amp) if job.amp else None,
         "compiled": job.compiled,
-        "graph": job.graph,
+        "graph": captured,
         "torch": torch.__version__,
         "processes": ranks.world(),
         "threads": torch.get_num_threads(),

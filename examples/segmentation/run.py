@@ -50,6 +50,7 @@ def run(job: Job) -> list[Row]:
     Raises:
         InputError: bad input, before any training.
         RunError: a loss is not finite.
+        CaptureError: a CUDA graph could not be captured; the process can't go on.
     """
     recipe = job.recipes[0]
     require_even_shares(recipe)
@@ -72,7 +73,7 @@ def run(job: Job) -> list[Row]:
         recipe, folder = trainer.recipe, job.folder(trainer.recipe)
         result = fit(trainer, samples.validation, folder, run_identity, progress, job.logged_as(recipe))
         evaluations = None if job.goal == "training" else _scored(result, samples.test, job, recipe)
-        write_record(folder / "result.json", job, recipe, result.progress, evaluations)
+        write_record(folder / "result.json", job, recipe, result.progress, evaluations, trainer.captured)
         if evaluations:
             rows.append(row(recipe, result.progress, evaluations))
         models[recipe.label] = result.model

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..tensors import by_kind, norm_dtype, to_device
 from .method import Outputs
 
 
@@ -55,11 +56,11 @@ class Teacher(nn.Module):
         _check_alike(list(self.model.parameters()), list(model.parameters()))
         _check_alike(list(self.model.buffers()), list(model.buffers()))
         self.updates += 1
-        follow(self.model, model, (1 - 1 / self.updates).clamp(max=self.decay))
+        follow(self.model, model, (1 - 1 / self.updates.to(norm_dtype(self.updates.device))).clamp(max=self.decay))
 
     def get_extra_state(self) -> Tensor:
         """The number of updates, for `state_dict`."""
-        return self.updates
+        return self.updates  # under the name that it had when it was a number
 
     def set_extra_state(self, state: Tensor) -> None:
         """What `get_extra_state` gave."""
@@ -74,14 +75,14 @@ def follow(average: nn.Module, model: nn.Module, keep: Tensor) -> None:
 
     Args:
         average: changed in place.
-        model: of the same architecture, on the same device.
-        keep: in [0, 1], 0-dim, on that device: nothing is read by the host.
+        model: of the same architecture, on the same devices.
+        keep: in [0, 1], 0-dim: nothing is read by the host.
     """
-    ours, latest = ([p.detach() for p in each.parameters()] for each in (average, model))
+    parameters = ([p.detach() for p in each.parameters()] for each in (average, model))
     buffers, latest_buffers = list(average.buffers()), list(model.buffers())
-    if ours:
+    for ours, latest in by_kind(*parameters):
         torch._foreach_sub_(ours, latest)
-        torch._foreach_mul_(ours, keep.to(ours[0].dtype))
+        torch._foreach_mul_(ours, to_device(keep, ours[0].device).to(ours[0].dtype))
         torch._foreach_add_(ours, latest)
     if buffers:
         torch._foreach_copy_(buffers, latest_buffers)

@@ -360,6 +360,22 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(
     assert here.records.state(good) == "done"
 
 
+def test_a_capture_that_fails_leaves_its_cell_open_and_ends_the_process(
+    lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segmentation.errors import CaptureError
+
+    cell = _supervised(lab)
+
+    def fails(job: Any) -> None:
+        raise CaptureError("capturing the step failed")
+
+    monkeypatch.setattr(lab.runs, "run", fails)
+    with pytest.raises(CaptureError):
+        lab.runs.work(here, [cell], 600)
+    assert here.records.read(cell) is None
+
+
 def test_what_the_budget_cuts_off_goes_on_to_the_same_end(
     lab: SimpleNamespace, here: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

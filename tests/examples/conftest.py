@@ -1,8 +1,10 @@
 """What several tests share: a tiny phantom and recipe, and runs without pictures."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from segmentation.recipe import Recipe
 
@@ -14,6 +16,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("phantom")
     write_phantom(root, train_patients=3, val_patients=1, test_patients=1, slices=2, size=32)
     return root
+
+
+@pytest.fixture(autouse=True)
+def _cudnn() -> Iterator[None]:
+    """Back to its own choice of algorithms after a job, which has it try them."""
+    yield
+    torch.backends.cudnn.benchmark = False
 
 
 @pytest.fixture

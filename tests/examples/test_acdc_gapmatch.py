@@ -663,10 +663,13 @@ def test_a_graph_is_refused_on_the_cpu(data: Path, tmp_path: Path, capsys: pytes
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_run_on_cuda_is_the_same_captured_and_not(data: Path, tmp_path: Path) -> None:
-    cuda = ["--device", "cuda", "--amp", "none", "--graph", "on", "--iterations", "20"]
-    assert _run(data, tmp_path / "whole", *cuda) == 0
-    assert _run(data, tmp_path / "out", *cuda, "--graph", "off") == 0  # the other way of the same step
-    ours, theirs = (json.loads((tmp_path / name / "gapmatch/result.json").read_text()) for name in ("whole", "out"))
-    assert ours["graph"]
-    assert not theirs["graph"]
-    assert ours["validation_dice"] == pytest.approx(theirs["validation_dice"], abs=5)
+    """As far as rounding lets it: over the first replays."""
+    losses = {}
+    for graph in ("on", "off"):
+        out = tmp_path / graph
+        cuda = ["--device", "cuda", "--amp", "none", "--iterations", "8", "--eps", "0.01"]
+        assert _run(data, out, *cuda, "--graph", graph) == 0
+        assert json.loads((out / "gapmatch/result.json").read_text())["graph"] == (graph == "on")
+        lines = (out / "gapmatch/train.csv").read_text().splitlines()
+        losses[graph] = [float(value) for line in lines[6:9] for value in line.split(",")[1:3]]
+    assert losses["on"] == pytest.approx(losses["off"], rel=0.01)

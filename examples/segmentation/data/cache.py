@@ -8,6 +8,7 @@ checksums find damage. Whatever goes wrong with the cache, the files themselves 
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
@@ -98,6 +99,7 @@ def _save(path: Path, members: Sequence[str], into: Sequence[np.ndarray]) -> Non
     part = path.with_name(f"{path.name}.{uuid4().hex}")  # several processes may start together
     try:
         path.parent.mkdir(exist_ok=True)
+        _remove_leftovers(path)
         try:
             with ZipFile(part, "w") as file:
                 for index, member in enumerate(members):
@@ -109,6 +111,13 @@ def _save(path: Path, members: Sequence[str], into: Sequence[np.ndarray]) -> Non
             part.unlink(missing_ok=True)
     except OSError as error:
         _say(f"{path.parent}: can't be written ({error.strerror}); the data will be read anew next time")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What processes that were killed while they wrote have left, if it is an hour old."""
+    for part in path.parent.glob(f"{path.name}.*"):
+        if time.time() - part.stat().st_mtime > 3_600:
+            part.unlink(missing_ok=True)
 
 
 def _others(path: Path, names: set[str]) -> Iterator[tuple[str, bytes]]:

@@ -20,6 +20,8 @@ MOST_PIXELS = 2**21
 """Where nothing else is said."""
 BATCHES = 16
 """Held at once, so that all but the last of them are of one size."""
+HELD = 2**27
+"""Pixels of labels that are held at once, in the images' own sizes: photographs may be large."""
 
 Read = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -131,11 +133,11 @@ def _predicted(
 
 
 def _groups(images: Iterable[np.ndarray], slices: int) -> Iterator[list[np.ndarray]]:
-    """`images` in lists of at least so many slices each, but the last."""
+    """`images` in lists of at least so many slices, or of HELD pixels, but the last."""
     group: list[np.ndarray] = []
     for image in images:
         group.append(image)
-        if sum(map(len, group)) >= slices:
+        if sum(map(len, group)) >= slices or sum(image[:, 0].size for image in group) >= HELD:
             yield group
             group = []
     if group:

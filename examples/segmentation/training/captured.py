@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from segmentation import ranks
-from segmentation.errors import RunError
+from segmentation.errors import CaptureError
 from segmentation.recipe import Recipe
 from segmentation.training.cuda_graph import CudaGraph, Recorder, Values
 from segmentation.training.inputs import Inputs
@@ -43,7 +43,7 @@ class CapturedStep:
         recorder: makes what records it.
 
     Raises:
-        RunError: when called, the capture fails all the same.
+        CaptureError: when called, the capture fails all the same.
     """
 
     def __init__(
@@ -83,17 +83,18 @@ class CapturedStep:
         return self.values
 
     def _rehearse(self, inputs: Inputs, joined: bool) -> Values:
-        values, obstacle = self.recorder.rehearse(lambda: self.compute(inputs, joined))
         self.rehearsals += 1
-        if obstacle and self.rehearsals == REHEARSALS:
+        last = self.rehearsals == REHEARSALS
+        values, obstacle = self.recorder.rehearse(lambda: self.compute(inputs, joined), watch=last)
+        if obstacle:
             self._give_up(obstacle)
         return values
 
     def _record(self, inputs: Inputs, joined: bool) -> Values:
         try:
             return self.recorder.record(lambda: self.compute(inputs, joined))
-        except RuntimeError as error:  # torch's allocator and random numbers may be in disorder: no going on from here
-            raise RunError(f"capturing the step as a CUDA graph failed ({error}); run with --graph off.") from error
+        except RuntimeError as error:
+            raise CaptureError(f"capturing the step as a CUDA graph failed ({error}); run with --graph off.") from error
 
     def _give_up(self, why: str) -> None:
         self.forget()

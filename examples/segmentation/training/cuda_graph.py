@@ -1,8 +1,9 @@
 """What records a step and replays it: a CUDA graph."""
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -14,8 +15,8 @@ Values = dict[str, Tensor]
 class Recorder(Protocol):
     """What records a step: a CUDA graph."""
 
-    def rehearse(self, function: Callable[[], Values]) -> tuple[Values, str | None]:
-        """Call `function` as it is. Returns what it does, and why it can't be recorded, if it is known by now."""
+    def rehearse(self, function: Callable[[], Values], watch: bool) -> tuple[Values, str | None]:
+        """Call `function` as it is. Returns what it does, and if to `watch` has shown it, why it can't be recorded."""
 
     def record(self, function: Callable[[], Values]) -> Values:
         """Record `function`; what it returns has values after a `replay`. RuntimeError where that fails."""
@@ -32,14 +33,16 @@ class CudaGraph:
         self.side = torch.cuda.Stream(device)  # nothing can be captured on the default one
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def rehearse(self, function: Callable[[], Values]) -> tuple[Values, str | None]:
+    def rehearse(self, function: Callable[[], Values], watch: bool) -> tuple[Values, str | None]:
         self.side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.side), waits_of_the_host() as waits:
+        watching: AbstractContextManager[list[str]] = waits_of_the_host() if watch else nullcontext([])
+        with torch.cuda.stream(self.side), watching as waits:
             values = function()
         torch.cuda.current_stream(self.device).wait_stream(self.side)
         return values, waits[0] if waits else None
 
     def record(self, function: Callable[[], Values]) -> Values:
+        gc.collect()  # an earlier run's graph may wait for it, with all its memory
         torch.cuda.synchronize(self.device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.side):

@@ -73,6 +73,7 @@ def fit(
 
     Raises:
         RunError: a loss is not finite.
+        CaptureError: a CUDA graph could not be captured; the process can't go on.
     """
     recipe, progress = trainer.recipe, progress or Progress()
     name = name or recipe.name

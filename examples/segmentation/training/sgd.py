@@ -23,10 +23,13 @@ class SGD(torch.optim.SGD):
     def __init__(self, parameters: Iterable[nn.Parameter], recipe: Recipe, fused: bool | None = None) -> None:
         parameters = list(parameters)
         device = parameters[0].device
-        fused = device.type == "cuda" if fused is None else fused
-        self.lr = torch.tensor(recipe.lr, device=device) if fused else recipe.lr
-        super().__init__(parameters, self.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=fused or None)
-        if fused and recipe.momentum:
+        self.fused = (device.type == "cuda" if fused is None else fused) or None  # False would mean no foreach either
+        self.lr = recipe.lr
+        self.lr_on_device = torch.tensor(recipe.lr, dtype=torch.float32, device=device) if self.fused else recipe.lr
+        super().__init__(
+            parameters, self.lr_on_device, recipe.momentum, weight_decay=recipe.weight_decay, fused=self.fused
+        )
+        if self.fused and recipe.momentum:
             # The fused kernel leaves those that it makes itself unwritten where a GradScaler has the first step
             # skipped, and goes on from whatever was in that memory (seen with torch 2.14).
             for p in parameters:
@@ -34,9 +37,10 @@ class SGD(torch.optim.SGD):
 
     def set_lr(self, lr: float) -> None:
         """Of the next step. The host does not wait."""
-        if isinstance(self.lr, Tensor):
-            self.lr.fill_(lr)
+        self.lr = lr
+        if isinstance(self.lr_on_device, Tensor):
+            self.lr_on_device.fill_(lr)
         else:
-            self.lr = lr
-        for group in self.param_groups:
-            group["lr"] = self.lr  # also where a checkpoint has brought another tensor
+            self.lr_on_device = lr
+        for group in self.param_groups:  # a checkpoint may have brought another tensor, and another device's kernel
+            group["lr"], group["fused"] = self.lr_on_device, self.fused

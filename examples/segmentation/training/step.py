@@ -268,7 +268,7 @@ class Trainer:
     def to_host(self, values: dict[str, Tensor]) -> dict[str, float]:
         """What `step` returned as numbers, and its learning rate; one copy, which waits for the device."""
         numbers = torch.stack([value.float() for value in values.values()]).tolist()
-        return {**dict(zip(values, numbers, strict=True)), "learning_rate": float(self.sgd.lr)}
+        return {**dict(zip(values, numbers, strict=True)), "learning_rate": self.sgd.lr}
 
     def scored_model(self) -> nn.Module:
         """The weights to validate and to test, as the recipe says."""
@@ -292,6 +292,11 @@ class Trainer:
         unlabelled = index - len(self.labelled)
         pool, index = (self.labelled, index) if unlabelled < 0 else (self.unlabelled, unlabelled)
         return pool.image_batch(torch.tensor([index]), generator)
+
+    @property
+    def captured(self) -> bool:
+        """Whether the step is, or will be after a few iterations, a CUDA graph."""
+        return isinstance(self.run, CapturedStep) and not self.run.given_up
 
     def release(self) -> None:
         """Give back the memory of a captured step."""

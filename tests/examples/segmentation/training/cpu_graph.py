@@ -28,7 +28,7 @@ class CpuGraph(TorchDispatchMode):
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
         self.replays = 0
 
-    def rehearse(self, function: Callable[[], Any]) -> tuple[Any, str | None]:
+    def rehearse(self, function: Callable[[], Any], watch: bool) -> tuple[Any, str | None]:
         return function(), None
 
     def record(self, function: Callable[[], Any]) -> Any:

@@ -4,19 +4,23 @@ On the CPU a recorder of operations stands in for the CUDA graph (`cpu_graph`).
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from gap_torch import GAPWrapper, losses, multi_tensor
 from segmentation import ranks
-from segmentation.errors import RunError
+from segmentation.errors import CaptureError
 from segmentation.recipe import RUNS, Recipe
 from segmentation.training import captured
 from segmentation.training.captured import CapturedStep, obstacle
+from segmentation.training.loop import fit
 from segmentation.training.sgd import SGD
 from segmentation.training.step import Trainer
 
@@ -116,6 +120,23 @@ def test_a_captured_run_goes_on_as_if_it_had_not_stopped(run: str) -> None:
 
 
 @pytest.mark.usefixtures("as_on_cuda")
+def test_what_another_device_s_optimizer_has_saved_goes_on_here() -> None:
+    """The kernel is this device's, and the learning rate the tensor that is filled."""
+    recipe = _recipe("2D", "gapmatch")
+    task = PROBLEMS["2D"][0]
+    plain = Trainer(task, recipe, *pools(recipe, task.num_classes), CPU, None)
+    fused, ordinary = _trainer("2D", recipe, graph=True), _trainer("2D", recipe, graph=False)
+    plain.step(0)
+    for trainer in (fused, ordinary):
+        trainer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    _assert_same_steps(fused, ordinary, range(1, 6))
+    assert all(group["fused"] for group in fused.optimizer.param_groups)
+    plain.load_state_dict(copy.deepcopy(fused.state_dict()))
+    plain.step(6)
+    assert not any(group["fused"] for group in plain.optimizer.param_groups)
+
+
+@pytest.mark.usefixtures("as_on_cuda")
 def test_float16_with_its_scaler() -> None:
     recipe = _recipe("2D", "gapmatch")
     graphed, ordinary = (_trainer("2D", recipe, graph, torch.float16) for graph in (True, False))
@@ -139,7 +160,7 @@ def test_a_step_whose_host_waits_is_not_captured_and_says_so_once(capsys: pytest
     recipe = _recipe("2D", "gapmatch")
     trainer, ordinary = _trainer("2D", recipe, graph=True), _trainer("2D", recipe, graph=False)
     graph = CpuGraph(lambda: _state(trainer))
-    graph.rehearse = lambda function: (function(), "the host waits at method.py:7")
+    graph.rehearse = lambda function, watch: (function(), "the host waits at method.py:7" if watch else None)
     trainer.run = CapturedStep(trainer.compute, CPU, lambda _: graph)
     _assert_same_steps(trainer, ordinary, range(8))
     assert not graph.calls
@@ -148,11 +169,22 @@ def test_a_step_whose_host_waits_is_not_captured_and_says_so_once(capsys: pytest
     assert line.endswith("the host waits at method.py:7")
 
 
+@pytest.mark.usefixtures("as_on_cuda")
+def test_a_run_that_is_over_gives_the_graph_back(tmp_path: Path) -> None:
+    recipe = _recipe("2D", "gapmatch", validate_every=20)
+    trainer = _trainer("2D", recipe, graph=True)
+    fit(trainer, [], tmp_path, {})
+    assert trainer.run.recorder.replays == 0
+    assert not trainer.run.recorder.calls
+    assert trainer.run.inputs is None
+    assert trainer.captured
+
+
 def test_a_capture_that_fails_ends_the_run_with_what_to_do() -> None:
     trainer = _trainer("2D", _recipe("2D", "gapmatch"), graph=True)  # on the CPU the losses look at their target
     for t in range(captured.REHEARSALS):
         trainer.step(t)
-    with pytest.raises(RunError, match=r"CUDA graph failed .*the host looks at a value.*--graph off"):
+    with pytest.raises(CaptureError, match=r"CUDA graph failed .*the host looks at a value.*--graph off"):
         trainer.step(captured.REHEARSALS)
 
 
@@ -177,47 +209,72 @@ def test_ranks_are_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
 
-def _on_cuda(dims: str, recipe: Recipe, graph: bool, amp: torch.dtype | None = None) -> Trainer:
+def _on_cuda(dims: str, recipe: Recipe, graph: bool, amp: torch.dtype | None = None, compiled: bool = False) -> Trainer:
     task = PROBLEMS[dims][0]
-    return Trainer(task, recipe, *pools(recipe, task.num_classes), torch.device("cuda"), amp, graph=graph)
+    return Trainer(task, recipe, *pools(recipe, task.num_classes), torch.device("cuda"), amp, compiled, graph)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """In which rounding stays rounding; that of kernels that add in any order grows tenfold in a few iterations."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def _assert_same_on_cuda(graphed: Trainer, ordinary: Trainer, steps: range) -> None:
+    for t in steps:
+        ours, theirs = graphed.to_host(graphed.step(t)), ordinary.to_host(ordinary.step(t))
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+@needs_cuda
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("run", ["fixmatch", "gapmatch"])
+def test_a_cuda_graph_and_ordinary_steps_agree_over_50_iterations(run: str) -> None:
+    recipe = replace(_recipe("2D", run), iterations=100, lr=0.01)
+    graphed, ordinary = (_on_cuda("2D", recipe, graph) for graph in (True, False))
+    _assert_same_on_cuda(graphed, ordinary, range(50))
+    assert graphed.run.recorder.graph is not None
+    for a, b in zip(_weights(graphed), _weights(ordinary), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@needs_cuda
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("dims", PROBLEMS)
+@pytest.mark.parametrize("run", RUNS)
+def test_every_run_is_captured_on_cuda(run: str, dims: str) -> None:
+    recipe = _recipe(dims, run)
+    graphed, ordinary = (_on_cuda(dims, recipe, graph) for graph in (True, False))
+    _assert_same_on_cuda(graphed, ordinary, range(8))
+    assert graphed.run.recorder.graph is not None
 
 
 @needs_cuda
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("run", ["fixmatch", "gapmatch"])
-def test_a_cuda_graph_and_ordinary_steps_agree_over_50_iterations(run: str, amp: torch.dtype | None) -> None:
-    recipe = replace(_recipe("2D", run), iterations=100, lr=0.001, eps=0.01)  # a stable course: rounding stays rounding
-    graphed, ordinary = (_on_cuda("2D", recipe, graph, amp) for graph in (True, False))
-    for t in range(50):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_precision_is_captured_on_cuda_compiled_too(amp: torch.dtype | None, compiled: bool) -> None:
+    recipe = replace(_recipe("2D", "gapmatch"), lr=0.001, eps=0.01)
+    graphed, ordinary = (_on_cuda("2D", recipe, graph, amp, compiled) for graph in (True, False))
+    counts = []
+    for t in range(9):
         ours, theirs = graphed.to_host(graphed.step(t)), ordinary.to_host(ordinary.step(t))
+        counts.append(counters["stats"]["unique_graphs"])
     assert graphed.run.recorder.graph is not None
-    assert ours["loss_labelled"] == pytest.approx(theirs["loss_labelled"], rel=0.02)
-    for a, b in zip(_weights(graphed), _weights(ordinary), strict=True):
-        torch.testing.assert_close(a, b, rtol=0.02, atol=2e-3)
+    assert counts[-1] == counts[captured.REHEARSALS - 1]
+    assert ours["loss_labelled"] == pytest.approx(theirs["loss_labelled"], rel=0.05)
 
 
 @needs_cuda
-@pytest.mark.parametrize("dims", PROBLEMS)
-@pytest.mark.parametrize("run", RUNS)
-def test_every_run_is_captured_on_cuda(run: str, dims: str) -> None:
-    recipe = replace(_recipe(dims, run), lr=0.001, eps=0.01)
-    graphed, ordinary = (_on_cuda(dims, recipe, graph) for graph in (True, False))
-    for t in range(8):
-        ours, theirs = graphed.to_host(graphed.step(t)), ordinary.to_host(ordinary.step(t))
-        assert ours == pytest.approx(theirs, rel=0.01, abs=1e-4)  # other random numbers would show at once
-    assert graphed.run.recorder.graph is not None
-
-
-@needs_cuda
+@pytest.mark.usefixtures("float64")
 def test_a_captured_run_on_cuda_goes_on_as_if_it_had_not_stopped() -> None:
-    recipe = replace(_recipe("2D", "ict+gap"), lr=0.001, eps=0.01)
+    recipe = _recipe("2D", "ict+gap")
     whole, first, resumed = (_on_cuda("2D", recipe, graph=True) for _ in range(3))
     for t in range(8):
         whole.step(t), first.step(t)
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
-    for t in range(8, 16):
-        ours, theirs = resumed.to_host(resumed.step(t)), whole.to_host(whole.step(t))
-    assert ours == pytest.approx(theirs, rel=0.01, abs=1e-4)
+    _assert_same_on_cuda(resumed, whole, range(8, 16))
 
 
 @needs_cuda
@@ -233,5 +290,5 @@ def test_a_method_that_looks_at_a_value_on_cuda_is_noticed_before(capsys: pytest
     trainer.method.compare = looks
     for t in range(8):
         trainer.step(t)
-    assert trainer.run.given_up
+    assert not trainer.captured
     assert f"{__file__}:" in capsys.readouterr().err
