@@ -28,12 +28,13 @@ from gap_torch.consistency import (
     SelfAdaptiveThreshold,
     Teacher,
     Threshold,
+    UniMatch,
 )
 from gap_torch.consistency.method import Augmentation
 from gap_torch.consistency.targets import Mode
 from gap_torch.losses import MaskedLoss, dice_loss
 from segmentation.errors import InputError
-from segmentation.networks.attachments import Attach, PerturbedDecoders, Pyramid
+from segmentation.networks.attachments import Attach, PerturbedDecoders, PerturbedFeatures, Pyramid
 
 DECAY = 0.99  # of teachers
 
@@ -89,6 +90,10 @@ def _freematch(s: Setting, *, cutmix: float = 0.5, momentum: float = 0.999) -> M
     return _with_threshold(s, SelfAdaptiveThreshold(s.num_classes, momentum), cutmix)
 
 
+def _unimatch(s: Setting, *, cutmix: float = 0.5) -> Method:
+    return UniMatch(s.weak, s.strong, s.tau, CutMix(cutmix), s.loss, mode=s.targets)
+
+
 def _mean_teacher(s: Setting, *, noise: float = 0.1, decay: float = DECAY) -> Method:
     return MeanTeacher(Teacher(s.model, decay), s.weak, noise, mode=s.targets)
 
@@ -117,6 +122,7 @@ class Entry:
         attachment: what it needs of the network beside its logits.
         thresholded: whether the recipe's tau says which of its pseudo-labels count.
         with_gap: label with GAP, where it is not "LABEL + GAP".
+        draws: batches of unlabelled images that it takes in an iteration, as one.
     """
 
     label: str
@@ -125,6 +131,7 @@ class Entry:
     attachment: Attach | None = None
     thresholded: bool = False
     with_gap: str = ""
+    draws: int = 1
 
     def __post_init__(self) -> None:
         for name, default in self.options.items():
@@ -152,6 +159,8 @@ TABLE: dict[str, Entry] = {
     "fixmatch": Entry("FixMatch", _fixmatch, (TARGETS, 1), thresholded=True, with_gap="GapMatch"),
     "flexmatch": Entry("FlexMatch", _flexmatch, (TARGETS, 1), thresholded=True),
     "freematch": Entry("FreeMatch", _freematch, (TARGETS, 1)),
+    # targets of two batches; decoding perturbed features too is 0.64 of a pass, in the labelled one as well
+    "unimatch": Entry("UniMatch", _unimatch, (1.3, 3.64), PerturbedFeatures, thresholded=True, draws=2),
     "mean_teacher": Entry("Mean Teacher", _mean_teacher, (TARGETS, 1)),
     "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid),
     "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders),  # its further decoders run in the labelled pass too

@@ -21,6 +21,7 @@ from .mixup import MixUp
 from .pseudo_label import PseudoLabel
 from .teacher import Teacher
 from .thresholds import FixedThreshold, Threshold
+from .unimatch import UniMatch
 from .urpc import URPC
 from .vat import VAT
 
@@ -48,6 +49,7 @@ __all__ = [
     "SelfAdaptiveThreshold",
     "Teacher",
     "Threshold",
+    "UniMatch",
     "Views",
     "alignment",
     "auxiliary_logits",

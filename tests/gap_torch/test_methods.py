@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gap_torch.consistency import VAT, Batch, CutMixSeg, FixMatch, Method, Teacher, Views
 from gap_torch.losses import ce_dice_loss
@@ -71,15 +72,16 @@ class Tiny(nn.Module):
 
 
 def _problem(name: str, spatial: tuple[int, ...], classes: int) -> tuple[nn.Module, Method, Tensor]:
-    """A model, the method called `name`, and unlabelled images, in float64."""
+    """A model, the method called `name`, and unlabelled images for four views, in float64."""
     model = Tiny(len(spatial), classes).double()
     method = METHODS[name](model, classes)
     model.auxiliary = name in AUXILIARY
-    return model, method, torch.randn(4, 1, *spatial, dtype=torch.float64)
+    draws = TABLE[name].draws if name in TABLE else 1
+    return model, method, torch.randn(4 * draws, 1, *spatial, dtype=torch.float64)
 
 
 def _tensors(views: Views) -> list[Tensor]:
-    return [t for t in (*views.inputs, views.target, views.mask) if t is not None]
+    return [t for t in tree_leaves(vars(views)) if isinstance(t, Tensor)]
 
 
 def _learning(name: str, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -141,8 +143,12 @@ def test_the_loss_moves_with_the_model(name: str, spatial: tuple[int, ...], clas
 def test_the_order_of_the_batch_does_not_matter(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
     views, order = method.prepare(model, Batch(images)), torch.tensor([2, 0, 3, 1])
-    fixed = {name: t[order] for name, t in vars(views).items() if isinstance(t, Tensor)}
-    shuffled = replace(views, inputs=tuple(images[order] for images in views.inputs), **fixed)
+
+    def in_order(leaf: object) -> object:
+        """Of each four samples: a second strong view has another four."""
+        return torch.cat([four[order] for four in leaf.split(4)]) if isinstance(leaf, Tensor) else leaf
+
+    shuffled = replace(views, **tree_map(in_order, vars(views)))
     torch.testing.assert_close(method.loss(model, shuffled), method.loss(model, views))
 
 
