@@ -151,6 +151,11 @@ def logits_of(outputs: Outputs) -> Tensor:
     return all_logits(outputs)[0]
 
 
+def with_auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:
+    """The model's own logits and the auxiliary ones behind them. Raises as `auxiliary_logits`, where there are none."""
+    return logits_of(outputs), *auxiliary_logits(outputs)
+
+
 def auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:
     """The auxiliary logits behind the model's own.
 

@@ -25,11 +25,11 @@ def _strong(images: Tensor) -> Tensor:
     return 0.8 * images + 0.1
 
 
-def _of_table(name: str) -> Callable[[nn.Module, int], Method]:
+def _of_table(name: str, **options: str) -> Callable[[nn.Module, int], Method]:
     """Builds the method of the examples' table called `name` from a model and its number of classes."""
 
     def build(model: nn.Module, classes: int) -> Method:
-        return TABLE[name].build(Setting(model, _weak, _strong, classes, 0.6, ce_dice_loss, "eval"))
+        return TABLE[name].build(Setting(model, _weak, _strong, classes, 0.6, ce_dice_loss, "eval"), **options)
 
     return build
 
@@ -39,8 +39,12 @@ METHODS: dict[str, Callable[[nn.Module, int], Method]] = {
     "cutmix, no teacher": lambda model, classes: CutMixSeg(_weak, tau=0.6),
     "fixmatch, no cutmix": lambda model, classes: FixMatch(_weak, _strong, tau=0.6),
     "vat, confident": lambda model, classes: VAT(_weak, tau=0.6),
+    "cutmix, probabilities": _of_table("cutmix", target="probabilities"),
+    **{f"{name}, medical": _of_table(name, variant="medical") for name in ("vat", "urpc", "cct")},
 }
-AUXILIARY = {name for name, entry in TABLE.items() if entry.attachment is not None}  # learn from further logits
+AUXILIARY = {  # learn from further logits
+    name for name in METHODS if (entry := TABLE.get(name.removesuffix(", medical"))) and entry.attachment is not None
+}
 SPATIAL = [(6, 8), (4, 6, 8)]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
@@ -146,7 +150,7 @@ def test_the_order_of_the_batch_does_not_matter(name: str, spatial: tuple[int, .
 
     def in_order(leaf: object) -> object:
         """Of each four samples: a second strong view has another four."""
-        return torch.cat([four[order] for four in leaf.split(4)]) if isinstance(leaf, Tensor) else leaf
+        return torch.cat([four[order] for four in leaf.split(4)]) if isinstance(leaf, Tensor) and leaf.ndim else leaf
 
     shuffled = replace(views, **tree_map(in_order, vars(views)))
     torch.testing.assert_close(method.loss(model, shuffled), method.loss(model, views))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gap_torch.consistency import ChannelDropout, FeatureDrop, FeatureNoise
+from segmentation.networks.dropout import Dropout
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def without_attachment(model: nn.Module) -> Iterator[None]:
 class Pyramid(Attachment):
     """A head behind each level of a decoder but the last, the deepest first, without activations in between (URPC).
 
-    Those of URPC's own code are behind dropout and noise besides; here they see the features as they are.
+    Here they see the features as they are; in URPC's own code not (`PerturbedPyramid`).
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -90,6 +91,21 @@ class Pyramid(Attachment):
         heads = zip(self.heads, levels[:-1], strict=True)
         others = (F.interpolate(head(level), size=size, mode=mode, align_corners=False) for head, level in heads)
         return logits, *others
+
+
+class PerturbedPyramid(Pyramid):
+    """The same behind dropout of values, feature drop and feature noise, the deepest first, as in URPC's own code."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.perturbations = nn.ModuleList([Dropout(0.5), FeatureDrop(), FeatureNoise()])
+
+    def forward(self, image: Tensor, features: Sequence[Tensor], decode: Decode) -> tuple[Tensor, ...]:
+        """Behind the network's logits those of all its levels but the last, each value repeated to its size."""
+        levels, logits = decode(features)
+        size = levels[-1].shape[2:]
+        perturbed = zip(self.heads, self.perturbations, levels[:-1], strict=True)
+        return logits, *(F.interpolate(head(perturb(level)), size=size) for head, perturb, level in perturbed)
 
 
 class PerturbedDecoders(Attachment):
@@ -110,6 +126,14 @@ class PerturbedDecoders(Attachment):
         pairs = zip(self.perturbations, self.decoders, strict=True)
         others = (decoder([perturbation(level) for level in features]) for perturbation, decoder in pairs)
         return logits, *others
+
+
+class MedicalDecoders(PerturbedDecoders):
+    """The same with dropout of values in place of whole channels, as in SSL4MIS."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.perturbations[2] = Dropout(0.3)
 
 
 class PerturbedFeatures(Attachment):

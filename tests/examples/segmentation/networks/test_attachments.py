@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from gap_torch.consistency import CCT, URPC, Batch, UniMatch, Views
 from gap_torch.losses import ce_dice_loss
 from segmentation.networks.attachments import (
+    MedicalDecoders,
     Parts,
     PerturbedDecoders,
     PerturbedFeatures,
+    PerturbedPyramid,
     Pyramid,
     without_attachment,
 )
@@ -20,7 +22,7 @@ from segmentation.networks.vnet import VNet
 from segmentation.training.step import Autocast
 
 NETWORKS = {"UNet": (UNet, (32, 48)), "VNet": (VNet, (16, 32, 16))}
-ATTACHMENTS = {Pyramid: 4, PerturbedDecoders: 4, PerturbedFeatures: 2}
+ATTACHMENTS = {Pyramid: 4, PerturbedPyramid: 4, PerturbedDecoders: 4, MedicalDecoders: 4, PerturbedFeatures: 2}
 """How many outputs there are, the network's own logits among them."""
 KINDS = [(name, kind) for name in NETWORKS for kind in ATTACHMENTS]
 
@@ -167,6 +169,49 @@ def test_interpolation_keeps_the_corners_of_pixels_in_place() -> None:
     levels = [torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, 1, 2, 4)]
     _, large = pyramid(torch.empty(0), [], lambda features: (levels, levels[-1]))
     assert large.tolist() == [[[[0, 0.25, 0.75, 1]] * 2]]
+
+
+def test_the_perturbed_pyramid_has_a_perturbation_a_level_and_repeats_values() -> None:
+    """Ones in, and 16 channels of them: what is left after each perturbation, summed over the channels."""
+    pyramid = PerturbedPyramid(Parts([16] * 5, lambda channels: Sum(), nn.Identity))
+    levels = [torch.ones(2, 16, 4 * 2**depth, 4 * 2**depth) for depth in range(4)]
+    levels[1] = torch.zeros_like(levels[1])
+    levels[1][:, :, 3, 5] = 1  # FeatureDrop takes it away
+    _, dropout, drop, noise = pyramid(torch.empty(0), [], lambda features: (levels, levels[-1]))
+    for logits, side in ((dropout, 8), (drop, 4), (noise, 2)):
+        assert logits.shape == (2, 1, 32, 32)
+        blocks = logits.unfold(2, side, side).unfold(3, side, side).flatten(4)
+        assert (blocks == blocks[..., :1]).all()  # each value is repeated, none is between two
+    assert {value % 2 for value in dropout.flatten().tolist()} == {0}  # scaled by 2
+    assert len(dropout.unique()) > 5  # of single values, not channels
+    assert 12 < dropout.mean() < 20
+    assert not drop.any()
+    assert 16 * 0.7 <= noise.min() < noise.max() <= 16 * 1.3
+    plain = pyramid.eval()(torch.empty(0), [], lambda features: (levels, levels[-1]))
+    assert all(torch.equal(logits.unique(), torch.tensor([16.0])) for logits in (plain[1], plain[3]))
+
+
+class Sum(nn.Module):
+    """Over the channels."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.sum(1, keepdim=True)
+
+
+def test_the_medical_decoders_drop_values_not_channels() -> None:
+    attachment = MedicalDecoders(Parts([4], nn.Identity, First))
+    features = torch.ones(2, 4, 8, 8)
+    *_, dropped = attachment(torch.empty(0), [features], lambda features: ([], features[0]))
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert 0.15 < (dropped == 0).double().mean() < 0.45
+    assert (dropped.amax(dim=(2, 3)) > 0).all()
+
+
+class First(nn.Module):
+    """A decoder that returns the features of the first level."""
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return features[0]
 
 
 def test_each_decoder_sees_all_levels_perturbed() -> None:
