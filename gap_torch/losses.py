@@ -92,6 +92,21 @@ def mean_squared(logits: Tensor, probabilities: Tensor) -> Tensor:
     return (at_least_float32(logits).softmax(dim=1) - probabilities).square().mean()
 
 
+def soft_dice_loss(logits: Tensor, probabilities: Tensor, smooth: float = SMOOTH) -> Tensor:
+    """Soft Dice loss (`dice_loss`) with soft targets, mean over the classes: each counts the same, however small it is.
+
+    0 where the two agree.
+
+    Args, result and errors as for `soft_cross_entropy`.
+    """
+    _check_soft(logits, probabilities)
+    p, q = at_least_float32(logits).softmax(dim=1), at_least_float32(probabilities)
+    over = [0, *range(2, logits.ndim)]
+    intersection = (p * q).sum(over)
+    total = (p.square() + q.square()).sum(over)
+    return 1 - ((2 * intersection + smooth) / (total + smooth)).mean()
+
+
 def check_classes(logits: Tensor) -> Tensor:
     """`logits` (B, K, *spatial), if softmax has something to tell apart.
 

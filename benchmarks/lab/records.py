@@ -65,4 +65,5 @@ def changed(cell: Cell, record: Record) -> list[str]:
     plain = Recipe(method=cell.method, gap=cell.gap)
     now, defaults = (json.loads(json.dumps(recipe.to_dict())) for recipe in (cell.recipe, plain))
     then = {**defaults, **BEFORE, **record["recipe"]}
+    then["options"] = {**defaults["options"], **then["options"]}
     return [name for name in now if name not in idle((cell.method, cell.gap)) and then[name] != now[name]]

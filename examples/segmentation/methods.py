@@ -18,24 +18,37 @@ from gap_torch.consistency import (
     VAT,
     CurriculumThreshold,
     CutMix,
+    CutMixMeanTeacher,
     CutMixSeg,
+    DiceVAT,
     EntropyMinimisation,
     FixMatch,
     MeanTeacher,
+    MedicalCCT,
+    MedicalURPC,
     Method,
     MixUp,
     PseudoLabel,
     SelfAdaptiveThreshold,
     Teacher,
     Threshold,
+    UniMatch,
 )
 from gap_torch.consistency.method import Augmentation
 from gap_torch.consistency.targets import Mode
 from gap_torch.losses import MaskedLoss, dice_loss
 from segmentation.errors import InputError
-from segmentation.networks.attachments import Attach, PerturbedDecoders, Pyramid
+from segmentation.networks.attachments import (
+    Attach,
+    MedicalDecoders,
+    PerturbedDecoders,
+    PerturbedFeatures,
+    PerturbedPyramid,
+    Pyramid,
+)
 
 DECAY = 0.99  # of teachers
+RADIUS, XI = 6 / 256, 10 / 256  # of VAT
 
 
 @dataclass(frozen=True)
@@ -68,12 +81,20 @@ def _mixup(s: Setting, *, beta: float = 0.2) -> Method:
     return MixUp(s.weak, beta, mode=s.targets)
 
 
-def _cutmix(s: Setting, *, p: float = 1.0, decay: float = DECAY) -> Method:
+def _cutmix(s: Setting, *, p: float = 1.0, decay: float = DECAY, target: str = "pseudo_labels") -> Method:
     teacher = Teacher(s.model, decay)
+    if _chosen("target", target, "pseudo_labels", "probabilities"):
+        return CutMixMeanTeacher(teacher, s.weak, CutMix(p, share=(0.5, 0.5), aspect=2.0), s.tau)
     return CutMixSeg(s.weak, CutMix(p), s.tau, s.loss, mode=s.targets, teacher=teacher)
 
 
-def _vat(s: Setting, *, radius: float = 6 / 256, xi: float = 10 / 256, iterations: int = 1) -> Method:
+def _vat(
+    s: Setting, *, radius: float = RADIUS, xi: float = XI, iterations: int = 1, variant: str = "original"
+) -> Method:
+    if _medical(variant):
+        if (radius, xi) != (RADIUS, XI):
+            raise ValueError("variant=medical has a radius and a xi of its own, in other units; leave theirs out.")
+        return DiceVAT(s.weak, iterations=iterations)
     return VAT(s.weak, radius, xi, iterations, mode=s.targets)
 
 
@@ -89,16 +110,32 @@ def _freematch(s: Setting, *, cutmix: float = 0.5, momentum: float = 0.999) -> M
     return _with_threshold(s, SelfAdaptiveThreshold(s.num_classes, momentum), cutmix)
 
 
+def _unimatch(s: Setting, *, cutmix: float = 0.5) -> Method:
+    return UniMatch(s.weak, s.strong, s.tau, CutMix(cutmix), s.loss, mode=s.targets)
+
+
 def _mean_teacher(s: Setting, *, noise: float = 0.1, decay: float = DECAY) -> Method:
     return MeanTeacher(Teacher(s.model, decay), s.weak, noise, mode=s.targets)
 
 
-def _urpc(s: Setting) -> Method:
-    return URPC(s.weak)
+def _urpc(s: Setting, *, variant: str = "original") -> Method:
+    return MedicalURPC(s.weak) if _medical(variant) else URPC(s.weak)
 
 
-def _cct(s: Setting) -> Method:
-    return CCT(s.weak, mode=s.targets)
+def _cct(s: Setting, *, variant: str = "original") -> Method:
+    return MedicalCCT(s.weak) if _medical(variant) else CCT(s.weak, mode=s.targets)
+
+
+def _medical(variant: str) -> bool:
+    """Whether the method is to be as in public code for medical images (docs/methods.md)."""
+    return _chosen("variant", variant, "original", "medical")
+
+
+def _chosen(name: str, word: str, default: str, other: str) -> bool:
+    """Whether the option `name` is not at its default."""
+    if word not in (default, other):
+        raise ValueError(f"{name} must be {default} or {other}, got {word!r}.")
+    return word == other
 
 
 def _with_threshold(s: Setting, tau: float | Threshold, cutmix: float) -> Method:
@@ -134,6 +171,8 @@ class Entry:
         thresholded: whether the recipe's tau says which of its pseudo-labels count.
         with_gap: label with GAP, where it is not "LABEL + GAP".
         own: the part of a recipe that methods differ in.
+        draws: batches of unlabelled images that it takes in an iteration, as one.
+        medical: its attachment with variant=medical, where that is another.
     """
 
     label: str
@@ -143,6 +182,8 @@ class Entry:
     thresholded: bool = False
     with_gap: str = ""
     own: Own = Own()
+    draws: int = 1
+    medical: Attach | None = None
 
     def __post_init__(self) -> None:
         for name, default in self.options.items():
@@ -173,11 +214,27 @@ TABLE: dict[str, Entry] = {
     "fixmatch": Entry("FixMatch", _fixmatch, (TARGETS, 1), thresholded=True, with_gap="GapMatch"),
     "flexmatch": Entry("FlexMatch", _flexmatch, (TARGETS, 1), thresholded=True),
     "freematch": Entry("FreeMatch", _freematch, (TARGETS, 1)),
+    # targets of two batches; decoding perturbed features too is 0.64 of a pass, in the labelled one as well
+    "unimatch": Entry(
+        "UniMatch",
+        _unimatch,
+        (1.3, 3.64),
+        PerturbedFeatures,
+        thresholded=True,
+        own=Own(labelled_weight=0.5, unlabelled_loss="dice", weight=0.5, joint=True),
+        draws=2,
+    ),
     "mean_teacher": Entry("Mean Teacher", _mean_teacher, (TARGETS, 1), own=RAMPED),
-    "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid, own=RAMPED),
+    "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid, own=RAMPED, medical=PerturbedPyramid),
     # its further decoders run in the labelled pass too
-    "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED),
+    "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED, medical=MedicalDecoders),
 }
+
+
+def attachment(method: str, options: Mapping[str, Any]) -> Attach | None:
+    """What `method` needs of the network beside its logits, with all its `options`."""
+    entry = TABLE[method]
+    return entry.medical if options.get("variant") == "medical" and entry.medical else entry.attachment
 
 
 def build(method: str, setting: Setting, options: Mapping[str, Any]) -> Method | None:

@@ -6,9 +6,9 @@ same views, at theta and at theta*.
 """
 
 from .alignment import alignment, hard_alignment
-from .cct import CCT
+from .cct import CCT, MedicalCCT
 from .cutmix import CutMix
-from .cutmix_seg import CutMixSeg
+from .cutmix_seg import CutMixMeanTeacher, CutMixSeg
 from .em import EntropyMinimisation
 from .feature_perturbations import ChannelDropout, FeatureDrop, FeatureNoise, FeaturePerturbation
 from .fixmatch import FixMatch
@@ -21,8 +21,9 @@ from .mixup import MixUp
 from .pseudo_label import PseudoLabel
 from .teacher import Teacher
 from .thresholds import FixedThreshold, Threshold
-from .urpc import URPC
-from .vat import VAT
+from .unimatch import UniMatch
+from .urpc import URPC, MedicalURPC
+from .vat import VAT, DiceVAT
 
 __all__ = [
     "CCT",
@@ -33,7 +34,9 @@ __all__ = [
     "ChannelDropout",
     "CurriculumThreshold",
     "CutMix",
+    "CutMixMeanTeacher",
     "CutMixSeg",
+    "DiceVAT",
     "EntropyMinimisation",
     "FeatureDrop",
     "FeatureNoise",
@@ -41,6 +44,8 @@ __all__ = [
     "FixMatch",
     "FixedThreshold",
     "MeanTeacher",
+    "MedicalCCT",
+    "MedicalURPC",
     "Method",
     "MixUp",
     "Outputs",
@@ -48,6 +53,7 @@ __all__ = [
     "SelfAdaptiveThreshold",
     "Teacher",
     "Threshold",
+    "UniMatch",
     "Views",
     "alignment",
     "auxiliary_logits",

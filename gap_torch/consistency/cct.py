@@ -3,8 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from ..losses import SoftLoss, mean_squared
-from .method import Augmentation, Batch, Method, Outputs, Views, auxiliary_logits, only, unlabelled_of
+from ..losses import Criterion, SoftLoss, at_least_float32, check_classes, mean_squared
+from .method import (
+    Augmentation,
+    Batch,
+    Method,
+    Outputs,
+    Views,
+    auxiliary_logits,
+    only,
+    unlabelled_of,
+    with_auxiliary_logits,
+)
 from .targets import Mode, check_mode, probabilities
 
 
@@ -41,3 +51,42 @@ class CCT(Method):
             ValueError: `outputs` has no auxiliary logits.
         """
         return torch.stack([self.criterion(logits, views.target) for logits in auxiliary_logits(only(outputs))]).mean()
+
+
+class MedicalCCT(CCT):
+    """CCT as in SSL4MIS: all decoders learn from labels, and the main one from the others as they from it.
+
+    The main decoder's prediction is that of the same pass, and carries a gradient.
+
+    Args:
+        weak: weak augmentation of images (B, C, *spatial).
+        loss: as for `CCT`.
+    """
+
+    def __init__(self, weak: Augmentation, loss: SoftLoss = mean_squared) -> None:
+        super().__init__(weak, loss)
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """Weak views of the unlabelled images; the targets come with the predictions."""
+        return Views((self.weak(unlabelled_of(batch)),))
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """`loss` between each auxiliary prediction and the main one, mean over the decoders.
+
+        Raises:
+            ValueError: `outputs` has no auxiliary logits, or logits of one class.
+        """
+        main, *others = with_auxiliary_logits(only(outputs))
+        target = at_least_float32(check_classes(main)).softmax(dim=1)
+        return torch.stack([self.criterion(logits, target) for logits in others]).mean()
+
+    def labelled_loss(
+        self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
+    ) -> Tensor:
+        """`criterion` of labelled images' logits, mean over the decoders.
+
+        Raises:
+            ValueError: `outputs` has no auxiliary logits.
+        """
+        return torch.stack([criterion(logits, target) for logits in with_auxiliary_logits(outputs)]).mean()

@@ -1,17 +1,18 @@
-"""CutMix (Yun et al., 2019) between the samples of a batch, with targets pasted along (UniMatch's strong view)."""
+"""CutMix (Yun et al., 2019) between the samples of a batch or of two, with targets pasted along (UniMatch's views)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 class CutMix:
-    """Paste a box from another sample of the batch into each sample, with probability `p`.
+    """Paste a box from another sample of the batch, or of a second one, into each sample, with probability `p`.
 
     Works in 2D and 3D. A box holds a uniformly drawn share of the area or volume; the ratio of two of its sides
     lies between `1 / aspect` and `aspect`. A side longer than the image is cut off, which makes the box smaller.
-    A batch of one has nothing to paste from and stays as it is.
+    A batch of one has nothing of its own to paste from and stays as it is.
 
     Args:
         p: probability of a box in each sample.
@@ -36,15 +37,28 @@ class CutMix:
             )
         self.p, self.share, self.aspect, self.generator = p, share, aspect, generator
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The same boxes, from the sample before, in each of `tensors` (image, pseudo-label, confidence).
+    def __call__(self, *tensors: Tensor, partners: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+        """The same boxes, from the same sample, in each of `tensors` (image, pseudo-label, confidence).
 
         Args:
             tensors: the first (B, C, *spatial), the others (B, C, *spatial) or (B, *spatial).
+            partners: what to paste from, sample i into sample i: one of the same shape for each of `tensors`. None for
+                these themselves, sample i - 1 into sample i.
+
+        Raises:
+            ValueError: there are more or fewer partners than tensors, or one is of another shape.
         """
+        if partners is None:
+            partners = [t.roll(1, dims=0) for t in tensors]
+        elif [t.shape for t in partners] != [t.shape for t in tensors]:
+            raise ValueError(
+                "CutMix needs a partner of the same shape for each tensor, got "
+                f"{[(*t.shape,) for t in partners]} for {[(*t.shape,) for t in tensors]}."
+            )
         image = tensors[0]
         boxes = self.boxes(image.shape[0], image.shape[2:], image.device)
-        return tuple(torch.where(_match(boxes, t, image.ndim), t.roll(1, dims=0), t) for t in tensors)
+        pairs = zip(tensors, partners, strict=True)
+        return tuple(torch.where(_match(boxes, t, image.ndim), partner, t) for t, partner in pairs)
 
     def boxes(self, batch: int, spatial: tuple[int, ...], device: torch.device) -> Tensor:
         """Random boxes as a bool mask (batch, *spatial)."""

@@ -1,28 +1,29 @@
 """CutMix as a consistency method for segmentation (French et al., 2020)."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..losses import MaskedLoss, ce_dice_loss
+from ..losses import MaskedLoss, ce_dice_loss, mean_squared
 from .cutmix import CutMix
-from .method import Augmentation, Batch, Views, unlabelled_of
+from .method import Augmentation, Batch, Method, Outputs, Views, logits_of, only, unlabelled_of
 from .pseudo_label import PseudoLabel
-from .targets import Mode
+from .targets import Mode, check_mode, probabilities
 from .teacher import Teacher
-from .thresholds import Threshold
+from .thresholds import Threshold, as_threshold
 
 EVERY_SAMPLE = CutMix(p=1.0)
+HALF_OF_EVERY_SAMPLE = CutMix(p=1.0, share=(0.5, 0.5), aspect=2.0)
 
 
 class CutMixSeg(PseudoLabel):
     """Boxes pasted between the samples: the prediction on the mixed image is to be the same mix of predictions.
 
-    French et al. compare with a teacher's probabilities, in boxes of half the area. Here the targets are its
-    pseudo-labels, pasted together with their confidence, so that the loss is FixMatch's.
+    French et al. compare with a teacher's probabilities (`CutMixMeanTeacher`). Here the targets are its pseudo-labels,
+    pasted together with their confidence, so that the loss is FixMatch's.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
-        cutmix: the boxes; `CutMix(p=1.0, share=(0.5, 0.5))` is nearest to the paper's.
+        cutmix: the boxes.
         tau: least confidence of a pseudo-label that counts, or a threshold that adapts.
         loss: called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).
         mode: the mode of the model, or of the teacher, while it makes pseudo-labels (`targets.Mode`).
@@ -56,3 +57,53 @@ class CutMixSeg(PseudoLabel):
         """The teacher, if there is one, follows `model`."""
         if self.teacher is not None:
             self.teacher.update(model)
+
+
+class CutMixMeanTeacher(Method):
+    """CutMix as in French et al.: the prediction on the mixed image is to be the same mix of a teacher's probabilities.
+
+        loss = c mean_v sum_k (p_k - q_k)^2
+
+    with q the pasted probabilities and c the share of pixels where their highest reaches tau: one number a batch. The
+    paper pastes between two batches; here the partner is the sample before, as in `CutMix`.
+
+    Args:
+        teacher: what makes the targets; `update` lets it follow the model.
+        weak: weak augmentation of images (B, C, *spatial).
+        cutmix: the boxes; the default's are half of the image, with sides of at least half of its own, as theirs.
+        tau: least confidence of a pixel that counts in c, or a threshold that adapts.
+        mode: the teacher's mode (`targets.Mode`).
+
+    Raises:
+        ValueError: `tau` is outside [0, 1], or `mode` is unknown.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        weak: Augmentation,
+        cutmix: CutMix = HALF_OF_EVERY_SAMPLE,
+        tau: float | Threshold = 0.97,
+        mode: Mode = "train",
+    ) -> None:
+        super().__init__()
+        check_mode(mode)
+        self.teacher, self.weak, self.cutmix, self.mode = teacher, weak, cutmix, mode
+        self.threshold = as_threshold(tau)
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """The weak view with boxes, the teacher's probabilities with the same ones, and c in `fixed`."""
+        weak = self.weak(unlabelled_of(batch))
+        mixed, target = self.cutmix(weak, probabilities(self.teacher, weak, self.mode))
+        return Views((mixed,), target, fixed=self.threshold(target).to(target.dtype).mean())
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """c times the squared difference, summed over the classes, mean over the pixels."""
+        logits = logits_of(only(outputs))
+        assert views.target is not None
+        return views.fixed * logits.shape[1] * mean_squared(logits, views.target)
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """The teacher follows `model`."""
+        self.teacher.update(model)

@@ -46,6 +46,9 @@ class Views:
     """What else `compare` reads: a method's own, of any type."""
     labelled: Tensor | None = None
     """Images for the labelled pass in place of `Batch.labelled`, of the same shape; None for those themselves."""
+    attached: tuple[bool, ...] | None = None
+    """Of each of `inputs`, whether `compare` reads auxiliary logits of it; None for all. Where it does not, a loop may
+    spare the model what makes them; the outputs may be a tuple all the same."""
 
 
 class Method(nn.Module, ABC):
@@ -100,20 +103,26 @@ def unlabelled_of(batch: Batch) -> Tensor:
 
 
 def only(outputs: tuple[Outputs, ...]) -> Outputs:
-    """What the model made of the one view of a method that has no other.
+    """What the model made of the one view of a method that has no other. Raises as `one_each`."""
+    return one_each(outputs, 1)[0]
+
+
+def one_each(outputs: tuple[Outputs, ...], views: int) -> tuple[Outputs, ...]:
+    """`outputs`, if they are of so many views.
 
     Raises:
-        TypeError: `outputs` is no tuple or list, or has not one entry. A tensor's first sample, or the logits before
-            auxiliary ones, would give a number all the same, and a wrong one.
+        TypeError: `outputs` is no tuple or list, or has not as many entries. A tensor's first sample, or the logits
+            before auxiliary ones, would give a number all the same, and a wrong one.
     """
     got = type(outputs).__name__
     if isinstance(outputs, (tuple, list)):
-        if len(outputs) == 1:
-            return outputs[0]
+        if len(outputs) == views:
+            return tuple(outputs)
         got += f" of {len(outputs)}"
+    entries = "outputs," if views == 1 else ", ".join(f"outputs_{place + 1}" for place in range(views))
     raise TypeError(
-        "compare takes a tuple, what the model made of each of views.inputs, here of one, got a "
-        f"{got}; write compare((outputs,), views), or loss(model, views)."
+        f"compare takes a tuple, what the model made of each of views.inputs, here of {views}, got a "
+        f"{got}; write compare(({entries}), views), or loss(model, views)."
     )
 
 
@@ -140,6 +149,11 @@ def logits_of(outputs: Outputs) -> Tensor:
         TypeError: neither a tensor nor a tuple or list of them.
     """
     return all_logits(outputs)[0]
+
+
+def with_auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:
+    """The model's own logits and the auxiliary ones behind them. Raises as `auxiliary_logits`, where there are none."""
+    return logits_of(outputs), *auxiliary_logits(outputs)
 
 
 def auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import Criterion, at_least_float32, check_classes
-from .method import Augmentation, Batch, Method, Outputs, Views, auxiliary_logits, logits_of, only, unlabelled_of
+from .method import Augmentation, Batch, Method, Outputs, Views, only, unlabelled_of, with_auxiliary_logits
 
 
 class URPC(Method):
@@ -43,9 +43,7 @@ class URPC(Method):
         Raises:
             ValueError: `outputs` has one scale alone, or logits of one class.
         """
-        scales = [at_least_float32(check_classes(logits)) for logits in _scales(only(outputs))]
-        log_p = torch.stack([logits.log_softmax(dim=1) for logits in scales])
-        log_c = log_p.logsumexp(dim=0) - math.log(len(log_p))
+        log_p, log_c = _log_probabilities(only(outputs))
         p, c = log_p.exp(), log_c.exp()
         divergence = (p * (log_p - log_c)).sum(dim=2).flatten(1)
         weight = (-divergence).exp()  # at least 1 / S, so the sum is not zero
@@ -60,8 +58,29 @@ class URPC(Method):
         Raises:
             ValueError: `outputs` has one scale alone.
         """
-        return torch.stack([criterion(logits, target) for logits in _scales(outputs)]).mean()
+        return torch.stack([criterion(logits, target) for logits in with_auxiliary_logits(outputs)]).mean()
 
 
-def _scales(outputs: Outputs) -> tuple[Tensor, ...]:
-    return logits_of(outputs), *auxiliary_logits(outputs)
+class MedicalURPC(URPC):
+    """URPC as in SSL4MIS, its authors' code: D_s = KL(p_c || p_s), and the square's mean over the classes.
+
+        loss = (1 / S) sum_s [ mean_v w_s ||p_s - p_c||^2 / K / (mean_v w_s + 1e-8)  +  mean_v D_s ]
+
+    There the heads of the network are behind dropout and noise besides.
+    """
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """The disagreement of the scales. Raises as `URPC.compare`."""
+        log_p, log_c = _log_probabilities(only(outputs))
+        p, c = log_p.exp(), log_c.exp()
+        divergence = (c * (log_c - log_p)).sum(dim=2).flatten(1)
+        weight = (-divergence).exp()  # of any size above 0
+        distance = (p - c).square().mean(dim=2).flatten(1)
+        return ((weight * distance).mean(dim=1) / (weight.mean(dim=1) + 1e-8) + divergence.mean(dim=1)).mean()
+
+
+def _log_probabilities(outputs: Outputs) -> tuple[Tensor, Tensor]:
+    """log p_s of all scales (S, B, K, *spatial), and log p_c (B, K, *spatial)."""
+    scales = [at_least_float32(check_classes(logits)) for logits in with_auxiliary_logits(outputs)]
+    log_p = torch.stack([logits.log_softmax(dim=1) for logits in scales])
+    return log_p, log_p.logsumexp(dim=0) - math.log(len(log_p))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batchnorm import frozen_running_stats
-from ..losses import at_least_float32
+from ..losses import at_least_float32, soft_dice_loss
 from .divergence import kl_divergence
 from .method import Augmentation, Batch, Method, Outputs, Views, logits_of, only, unlabelled_of
 from .targets import Mode, check_mode, in_mode, probabilities
@@ -66,7 +66,8 @@ class VAT(Method):
         u = self.weak(unlabelled_of(batch))
         target = probabilities(model, u, self.mode)
         confident = None if self.threshold is None else self.threshold(target)
-        adversarial = u + self.radius * self._worst_direction(model, u, target)
+        radius, xi = self._sizes(u)
+        adversarial = u + radius * self._worst_direction(model, u, target, xi)
         return Views((adversarial,), target, confident)
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
@@ -74,21 +75,76 @@ class VAT(Method):
         each = kl_divergence(logits_of(only(outputs)), views.target)
         return each.mean() if views.mask is None else torch.where(views.mask, each, 0.0).mean()
 
-    def _worst_direction(self, model: nn.Module, u: Tensor, target: Tensor) -> Tensor:
-        d = _normalised(torch.randn_like(u))
+    def _worst_direction(self, model: nn.Module, u: Tensor, target: Tensor, xi: float) -> Tensor:
+        d = _normalised(self._start(u))
         with in_mode(model, self.mode), frozen_running_stats(model):
             for _ in range(self.iterations):
-                d = _normalised(_gradient(model, u + self.xi * d, target))
+                d = _normalised(self._gradient(model, u + xi * d, target))
         return d
 
+    @torch.enable_grad()
+    def _gradient(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        """Of the divergence from `target` in `images`, and in nothing else: no parameter gets one."""
+        images = images.detach().requires_grad_()
+        return torch.autograd.grad(self._divergence(logits_of(model(images)), target), images)[0]
 
-@torch.enable_grad()
-def _gradient(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Of the divergence from `target` in `images`, and in nothing else: no parameter gets one."""
-    images = images.detach().requires_grad_()
-    # a sum, for a mean over so many pixels would vanish in float16
-    total = kl_divergence(logits_of(model(images)), target).sum()
-    return torch.autograd.grad(total, images)[0]
+    def _sizes(self, u: Tensor) -> tuple[float, float]:
+        """Radius and xi as root mean squares."""
+        return self.radius, self.xi
+
+    def _start(self, u: Tensor) -> Tensor:
+        """The first direction, of any length."""
+        return torch.randn_like(u)
+
+    def _divergence(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Whose gradient is followed. A sum, for a mean over so many pixels would vanish in float16."""
+        return kl_divergence(logits, target).sum()
+
+
+class DiceVAT(VAT):
+    """VAT as in SS-Net (Wu et al., 2022) and what descends from it: with the soft Dice loss as the divergence.
+
+    Dice over batch and space, mean over the classes, weighs a small organ as much as the background. Theirs are also a
+    start that is uniform in each value, the model in training mode throughout, and L2 norms of a whole image: they mean
+    more to each pixel the fewer there are. SS-Net takes the labelled images too, and in 3D a Dice of both classes at
+    once; here the images are the unlabelled ones, and the Dice is the same in 2D and 3D.
+
+    Args:
+        weak: weak augmentation of images (B, C, *spatial).
+        radius: L2 norm of the perturbation that is learnt against; None for 6 in 2D and 10 in 3D.
+        xi: L2 norm of the one that is tried out in the power iteration.
+        iterations: of the power iteration.
+        mode: as for `VAT`.
+
+    Raises:
+        ValueError: as for `VAT`.
+    """
+
+    def __init__(
+        self,
+        weak: Augmentation,
+        radius: float | None = None,
+        xi: float = 10.0,
+        iterations: int = 1,
+        mode: Mode = "train",
+    ) -> None:
+        super().__init__(weak, 6.0 if radius is None else radius, xi, iterations, mode=mode)
+        self.radius_in_3d = 10.0 if radius is None else radius
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """Soft Dice loss between f(u) and f(u + r_adv)."""
+        assert views.target is not None
+        return soft_dice_loss(logits_of(only(outputs)), views.target)
+
+    def _sizes(self, u: Tensor) -> tuple[float, float]:
+        root = math.sqrt(u[0].numel())
+        return (self.radius if u.ndim == 4 else self.radius_in_3d) / root, self.xi / root
+
+    def _start(self, u: Tensor) -> Tensor:
+        return torch.rand_like(u) - 0.5
+
+    def _divergence(self, logits: Tensor, target: Tensor) -> Tensor:
+        return soft_dice_loss(logits, target) * logits[:, 0].numel()
 
 
 def _normalised(d: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def test_options_go_to_the_methods_that_have_them(data: Path, tmp_path: Path) ->
     asked = ["--method", "vat", "ict+gap", "em", "--option", "radius=0.05", "decay=0.9"]
     assert _run(data, out, "--iterations", "1", *asked) == 0
     recipes = {run: json.loads((out / run / "result.json").read_text())["recipe"] for run in ("vat", "ict+gap", "em")}
-    assert recipes["vat"]["options"] == {"radius": 0.05, "xi": 10 / 256, "iterations": 1}
+    assert recipes["vat"]["options"] == {"radius": 0.05, "xi": 10 / 256, "iterations": 1, "variant": "original"}
     assert recipes["ict+gap"]["options"] == {"beta": 0.1, "decay": 0.9}
     assert recipes["em"]["options"] == {}
 
@@ -334,7 +334,7 @@ def test_bad_data_is_one_line_before_any_training(
         (["--labeled", "5"], "--labelled and --patients"),  # the old spelling
         (
             ["--method", "vat", "em", "--option", "radios=1"],
-            "there is no 'radios' here. Options of vat: radius, xi, iterations; em: none",
+            "there is no 'radios' here. Options of vat: radius, xi, iterations, variant; em: none",
         ),
         (["--method", "vat", "--option", "radius=far"], "'far' is not a value of radius, float"),
         (["--method", "vat", "--option", "radius"], "--option radius: must be NAME=VALUE"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency import CCT, Batch, ChannelDropout, FeatureDrop, FeatureNoise, Views
+from gap_torch.consistency import CCT, Batch, ChannelDropout, FeatureDrop, FeatureNoise, MedicalCCT, Views
 from gap_torch.losses import ce_dice_loss, mean_squared, soft_cross_entropy
 
 
@@ -83,3 +83,37 @@ def test_a_model_without_them_is_an_error() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="mode"):
         CCT(_identity, mode="test")
+
+
+@pytest.mark.parametrize("loss", [mean_squared, soft_cross_entropy])
+def test_the_medical_variant_compares_with_the_main_prediction_of_the_same_pass(loss) -> None:
+    main, *others = torch.randn(4, 2, 3, 5, 5, dtype=torch.float64)
+    method = MedicalCCT(_identity, loss)
+    value = method.compare(((main, *others),), method.prepare(nn.Identity(), Batch(main)))
+    torch.testing.assert_close(value, sum(loss(other, main.softmax(1)) for other in others) / 3)
+
+
+def test_in_the_medical_variant_all_decoders_learn_from_each_other_and_from_labels() -> None:
+    model, images, labels = Decoders(), torch.randn(2, 1, 6, 6), torch.randint(3, (2, 6, 6))
+    method = MedicalCCT(lambda x: x.flip(-1))
+    views = method.prepare(model, Batch(images))
+    assert torch.equal(views.inputs[0], images.flip(-1))
+    assert views.target is None
+    method.loss(model, views).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+    outputs = model(images)
+    loss = method.labelled_loss(ce_dice_loss, outputs, labels)
+    torch.testing.assert_close(loss, sum(ce_dice_loss(logits, labels) for logits in outputs) / 4)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_medical_variant_wants_the_other_decoders_too() -> None:
+    logits = torch.randn(2, 3, 4, 4)
+    for ask in (
+        lambda: MedicalCCT(_identity).compare((logits,), Views((logits,))),
+        lambda: MedicalCCT(_identity).labelled_loss(ce_dice_loss, logits, logits.argmax(1)),
+    ):
+        with pytest.raises(ValueError, match="auxiliary"):
+            ask()

@@ -67,6 +67,24 @@ def test_image_and_targets_get_the_same_boxes_from_the_same_partner(spatial: tup
         assert set(mixed_label[index].unique().tolist()) == {index, (index - 1) % 6}
 
 
+@pytest.mark.parametrize("spatial", [(16, 16), (8, 8, 8)])
+def test_boxes_of_a_second_batch_come_from_its_samples(spatial: tuple[int, ...]) -> None:
+    torch.manual_seed(5)
+    label = torch.arange(3).view(3, *[1] * len(spatial)).expand(3, *spatial)
+    image = label.unsqueeze(1).repeat(1, 2, *[1] * len(spatial)).double()
+    mixed, mixed_label = CutMix(p=1.0)(image, label, partners=(image + 10, label + 10))
+    torch.manual_seed(5)
+    boxes = CutMix(p=1.0).boxes(3, spatial, image.device)
+    assert torch.equal(mixed_label, label + 10 * boxes)
+    assert torch.equal(mixed, image + 10 * boxes.unsqueeze(1))
+
+
+@pytest.mark.parametrize("wrong", [(torch.zeros(2, 1, 8, 8),), (torch.zeros(3, 1, 8, 8), torch.zeros(1, 8, 8))])
+def test_partners_of_another_number_or_shape_are_refused(wrong: tuple[torch.Tensor, ...]) -> None:
+    with pytest.raises(ValueError, match="partner of the same shape"):
+        CutMix()(torch.zeros(3, 1, 8, 8), torch.zeros(3, 8, 8), partners=wrong)
+
+
 def test_a_generator_decides_every_box() -> None:
     def boxes(seed: int) -> torch.Tensor:
         mix = CutMix(generator=torch.Generator().manual_seed(seed))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency import Batch, CutMix, CutMixSeg, Teacher
+from gap_torch.consistency import Batch, CutMix, CutMixMeanTeacher, CutMixSeg, Teacher, Views
 
 
 def _identity(images: Tensor) -> Tensor:
@@ -67,3 +67,58 @@ def test_the_teacher_makes_the_labels_and_follows() -> None:
 def test_bad_arguments_are_named(bad) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         CutMixSeg(_identity, **bad)
+
+
+def test_the_squared_difference_by_hand() -> None:
+    """Two pixels: squares of 0.2 and 0.2, and of 0.5 and 0.5, summed over the classes; a share of 3/4 is confident."""
+    logits = torch.tensor([[0.8, 0.5], [0.2, 0.5]]).log().view(1, 2, 2)
+    target = torch.tensor([[0.6, 1.0], [0.4, 0.0]]).view(1, 2, 2)
+    method = CutMixMeanTeacher(Teacher(Scaled(1.0)), _identity)
+    loss = method.compare((logits,), Views((logits,), target, fixed=torch.tensor(0.75)))
+    assert loss.item() == pytest.approx(0.75 * (2 * 0.2**2 + 2 * 0.5**2) / 2)
+
+
+def test_probabilities_are_pasted_and_confidence_is_one_number() -> None:
+    torch.manual_seed(0)
+    images = _sure((16, 16))
+    images[2] /= 1000  # unsure, and so is every pixel that is pasted from it
+    teacher, model = Teacher(Scaled(1.0)), Scaled(-1.0)
+    views = CutMixMeanTeacher(teacher, _identity).prepare(model, Batch(images))
+    torch.testing.assert_close(views.target, views.inputs[0].softmax(1))
+    assert views.fixed.shape == ()
+    assert views.fixed.item() == pytest.approx((views.target.amax(1) >= 0.97).float().mean().item())
+    assert 0.5 < views.fixed.item() < 1
+    assert views.mask is None
+
+
+def test_its_boxes_are_half_of_the_image_with_sides_of_at_least_half_of_its_own() -> None:
+    torch.manual_seed(0)
+    views = CutMixMeanTeacher(Teacher(Scaled(1.0)), _identity).prepare(
+        Scaled(1.0), Batch(_sure((64, 64)).repeat(8, 1, 1, 1))
+    )
+    own = torch.arange(32).view(32, 1, 1) % 4
+    boxes = views.target.argmax(1) != own
+    assert (boxes.flatten(1).double().mean(1) - 0.5).abs().max() < 0.05
+    for axis in (1, 2):
+        sides = boxes.any(axis).double().mean(1)
+        assert sides.min() > 0.45
+        assert sides.std() > 0.03
+
+
+def test_its_teacher_has_dropout_and_follows() -> None:
+    modes: list[bool] = []
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Dropout(0.5))
+    teacher = Teacher(model, decay=0.5)
+    teacher.model[1].register_forward_hook(lambda module, *_: modes.append(module.training))
+    method, batch = CutMixMeanTeacher(teacher, _identity), Batch(torch.randn(4, 1, 8, 8))
+    method.prepare(model, batch)
+    assert modes == [True]
+    nn.init.zeros_(model[0].weight)
+    method.update(model, batch)
+    assert not teacher.model[0].weight.any()
+
+
+@pytest.mark.parametrize("bad", [{"tau": -0.1}, {"mode": "test"}])
+def test_bad_arguments_of_the_mean_teacher_are_named(bad) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        CutMixMeanTeacher(Teacher(Scaled(1.0)), _identity, **bad)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gap_torch.consistency import VAT, Batch, CutMixSeg, FixMatch, Method, Teacher, Views
 from gap_torch.losses import ce_dice_loss
@@ -24,11 +25,11 @@ def _strong(images: Tensor) -> Tensor:
     return 0.8 * images + 0.1
 
 
-def _of_table(name: str) -> Callable[[nn.Module, int], Method]:
+def _of_table(name: str, **options: str) -> Callable[[nn.Module, int], Method]:
     """Builds the method of the examples' table called `name` from a model and its number of classes."""
 
     def build(model: nn.Module, classes: int) -> Method:
-        return TABLE[name].build(Setting(model, _weak, _strong, classes, 0.6, ce_dice_loss, "eval"))
+        return TABLE[name].build(Setting(model, _weak, _strong, classes, 0.6, ce_dice_loss, "eval"), **options)
 
     return build
 
@@ -38,8 +39,12 @@ METHODS: dict[str, Callable[[nn.Module, int], Method]] = {
     "cutmix, no teacher": lambda model, classes: CutMixSeg(_weak, tau=0.6),
     "fixmatch, no cutmix": lambda model, classes: FixMatch(_weak, _strong, tau=0.6),
     "vat, confident": lambda model, classes: VAT(_weak, tau=0.6),
+    "cutmix, probabilities": _of_table("cutmix", target="probabilities"),
+    **{f"{name}, medical": _of_table(name, variant="medical") for name in ("vat", "urpc", "cct")},
 }
-AUXILIARY = {name for name, entry in TABLE.items() if entry.attachment is not None}  # learn from further logits
+AUXILIARY = {  # learn from further logits
+    name for name in METHODS if (entry := TABLE.get(name.removesuffix(", medical"))) and entry.attachment is not None
+}
 SPATIAL = [(6, 8), (4, 6, 8)]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
@@ -71,15 +76,16 @@ class Tiny(nn.Module):
 
 
 def _problem(name: str, spatial: tuple[int, ...], classes: int) -> tuple[nn.Module, Method, Tensor]:
-    """A model, the method called `name`, and unlabelled images, in float64."""
+    """A model, the method called `name`, and unlabelled images for four views, in float64."""
     model = Tiny(len(spatial), classes).double()
     method = METHODS[name](model, classes)
     model.auxiliary = name in AUXILIARY
-    return model, method, torch.randn(4, 1, *spatial, dtype=torch.float64)
+    draws = TABLE[name].draws if name in TABLE else 1
+    return model, method, torch.randn(4 * draws, 1, *spatial, dtype=torch.float64)
 
 
 def _tensors(views: Views) -> list[Tensor]:
-    return [t for t in (*views.inputs, views.target, views.mask) if t is not None]
+    return [t for t in tree_leaves(vars(views)) if isinstance(t, Tensor)]
 
 
 def _learning(name: str, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -141,8 +147,12 @@ def test_the_loss_moves_with_the_model(name: str, spatial: tuple[int, ...], clas
 def test_the_order_of_the_batch_does_not_matter(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
     views, order = method.prepare(model, Batch(images)), torch.tensor([2, 0, 3, 1])
-    fixed = {name: t[order] for name, t in vars(views).items() if isinstance(t, Tensor)}
-    shuffled = replace(views, inputs=tuple(images[order] for images in views.inputs), **fixed)
+
+    def in_order(leaf: object) -> object:
+        """Of each four samples: a second strong view has another four."""
+        return torch.cat([four[order] for four in leaf.split(4)]) if isinstance(leaf, Tensor) and leaf.ndim else leaf
+
+    shuffled = replace(views, **tree_map(in_order, vars(views)))
     torch.testing.assert_close(method.loss(model, shuffled), method.loss(model, views))
 
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gap_torch.losses import mean_squared, soft_cross_entropy
+from gap_torch.losses import dice_loss, mean_squared, soft_cross_entropy, soft_dice_loss
 
 SHAPES = [(2, 4, 8, 8), (3, 2, 5, 6), (1, 5, 4, 5, 6)]
-BOTH = pytest.mark.parametrize("loss", [soft_cross_entropy, mean_squared])
+BOTH = pytest.mark.parametrize("loss", [soft_cross_entropy, mean_squared, soft_dice_loss])
 
 
 def _problem(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -23,6 +23,23 @@ def test_two_pixels_by_hand() -> None:
     entropies = [-0.6 * math.log(0.8) - 0.4 * math.log(0.2), -math.log(0.5)]
     assert soft_cross_entropy(logits, target).item() == pytest.approx(sum(entropies) / 2)
     assert mean_squared(logits, target).item() == pytest.approx((2 * 0.2**2 + 2 * 0.5**2) / 4)
+
+
+def test_soft_dice_by_hand() -> None:
+    """Both classes: 2 (p . q) / (p . p + q . q) over the two pixels."""
+    logits = torch.tensor([[0.8, 0.5], [0.2, 0.5]]).log().view(1, 2, 2)
+    target = torch.tensor([[0.6, 1.0], [0.4, 0.0]]).view(1, 2, 2)
+    first = 2 * (0.8 * 0.6 + 0.5) / (0.8**2 + 0.5**2 + 0.6**2 + 1)
+    second = 2 * 0.2 * 0.4 / (0.2**2 + 0.5**2 + 0.4**2)
+    assert soft_dice_loss(logits, target).item() == pytest.approx(1 - (first + second) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_soft_dice_of_one_hot_targets_is_dice(shape: tuple[int, ...]) -> None:
+    logits = torch.randn(shape, dtype=torch.float64)
+    label = torch.randint(shape[1], (shape[0], *shape[2:]))
+    one_hot = F.one_hot(label, shape[1]).movedim(-1, 1).double()
+    torch.testing.assert_close(soft_dice_loss(logits, one_hot), dice_loss(logits, label))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gap_torch.consistency import URPC, Batch, Views
+from gap_torch.consistency import URPC, Batch, MedicalURPC, Views
 from gap_torch.losses import ce_dice_loss, cross_entropy
 
 SHAPES = [(2, 2, 5, 6), (2, 5, 3, 4, 2)]
@@ -129,3 +129,49 @@ def test_one_scale_alone_is_an_error(outputs) -> None:
 
 def test_half_precision_logits_are_widened() -> None:
     assert _loss(tuple(logits.detach().bfloat16() for logits in _scales((2, 3, 4, 4)))).dtype == torch.float32
+
+
+def _medical_loss(outputs: tuple[Tensor, ...]) -> Tensor:
+    return MedicalURPC(_identity).compare((outputs,), Views((torch.empty(0),)))
+
+
+def test_a_pixel_of_the_medical_variant_by_hand() -> None:
+    """p = (0.9, 0.1) and (1/2, 1/2) have the mean (0.7, 0.3): D = KL(p_c || p_s), and a mean square of 0.2^2."""
+    outputs = tuple(torch.tensor(p, dtype=torch.float64).log().view(1, 2, 1, 1) for p in ([0.9, 0.1], [0.5, 0.5]))
+    first = 0.7 * math.log(0.7 / 0.9) + 0.3 * math.log(0.3 / 0.1)
+    second = 0.7 * math.log(0.7 / 0.5) + 0.3 * math.log(0.3 / 0.5)
+    assert _medical_loss(outputs).item() == pytest.approx(0.2**2 + (first + second) / 2, rel=1e-7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_medical_variant_pixel_by_pixel(shape: tuple[int, ...]) -> None:
+    outputs = _scales(shape)
+    p = [logits.detach().softmax(1).flatten(2).movedim(1, 2).flatten(0, 1) for logits in outputs]
+    total = 0.0
+    for scale in p:
+        weights, weighted, divergences = [], [], []
+        for pixel in range(len(scale)):
+            p_s, p_c = scale[pixel], sum(other[pixel] for other in p) / 4
+            d = sum(c * math.log(c / s) for c, s in zip(p_c.tolist(), p_s.tolist(), strict=True))
+            weights.append(math.exp(-d))
+            weighted.append(math.exp(-d) * ((p_s - p_c) ** 2).mean().item())
+            divergences.append(d)
+        total += sum(weighted) / sum(weights) + sum(divergences) / len(divergences)
+    assert _medical_loss(outputs).item() == pytest.approx(total / 4, rel=1e-6)
+
+
+def test_the_two_variants_on_the_same_random_logits() -> None:
+    """0.65 and 0.87, as an independent reading of the article and of SSL4MIS had them."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = tuple(2 * torch.randn(8, 4, 32, 32, generator=generator) for _ in range(4))
+    assert _loss(outputs).item() == pytest.approx(0.648, abs=0.005)
+    assert _medical_loss(outputs).item() == pytest.approx(0.874, abs=0.005)
+
+
+def test_opposite_certainties_stay_finite_in_the_medical_variant() -> None:
+    """Its divergence has no bound, so that weights may vanish."""
+    outputs = tuple(logits.clone().requires_grad_() for logits in 1e4 * torch.eye(2).view(2, 1, 2, 1, 1))
+    loss = _medical_loss(outputs)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(logits.grad.isfinite().all() for logits in outputs)

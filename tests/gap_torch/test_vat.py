@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_torch import GAPWrapper
-from gap_torch.consistency import VAT, Batch, Views
+from gap_torch.consistency import VAT, Batch, DiceVAT, Views
 from gap_torch.consistency.vat import _normalised
+from gap_torch.losses import soft_dice_loss
 
 
 def _identity(images: Tensor) -> Tensor:
@@ -253,3 +254,60 @@ def test_through_ddp_every_rank_has_its_own_direction(on_two_ranks) -> None:
 def test_bad_arguments_are_named(bad) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         VAT(_identity, **bad)
+
+
+@pytest.mark.parametrize(("spatial", "length"), [((12, 15), 6.0), ((8, 6, 7), 10.0)])
+@pytest.mark.parametrize("radius", [None, 0.5])
+def test_the_radius_of_dice_vat_is_an_l2_norm_of_a_whole_image(
+    spatial: tuple[int, ...], length: float, radius: float | None
+) -> None:
+    model, images = _network(dims=len(spatial)), torch.rand(3, 1, *spatial)
+    r = DiceVAT(_identity, radius).prepare(model, Batch(images)).inputs[0] - images
+    torch.testing.assert_close(
+        r.flatten(1).norm(dim=1), torch.full((3,), radius or length, dtype=torch.float32), rtol=1e-4, atol=0
+    )
+
+
+def test_a_direction_of_dice_vat_by_hand() -> None:
+    """The gradient of a soft Dice at u + xi d, d uniform in each value and of L2 norm 1."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
+    u = torch.randn(2, 1, 6, 7, dtype=torch.float64)
+    target = model(u).softmax(1).detach()
+    torch.manual_seed(1)
+    views = DiceVAT(_identity, radius=0.3, xi=0.2).prepare(model, Batch(u))
+    torch.manual_seed(1)
+    d = torch.rand_like(u) - 0.5
+    d = d / d.flatten(1).norm(dim=1).view(2, 1, 1, 1)
+    at = (u + 0.2 * d).requires_grad_()
+    (g,) = torch.autograd.grad(soft_dice_loss(model(at), target), at)
+    torch.testing.assert_close(views.inputs[0], u + 0.3 * g / g.flatten(1).norm(dim=1).view(2, 1, 1, 1))
+    torch.testing.assert_close(views.target, target)
+    loss = DiceVAT(_identity).compare((model(views.inputs[0]),), views)
+    torch.testing.assert_close(loss, soft_dice_loss(model(views.inputs[0]), target))
+
+
+def test_dice_vat_sees_the_model_as_it_trains() -> None:
+    modes: list[bool] = []
+    model = _network()
+    model[3].register_forward_hook(lambda module, *_: modes.append(module.training))
+    DiceVAT(_identity, iterations=2).prepare(model, Batch(torch.randn(2, 1, 6, 6)))
+    assert modes == [True] * 3
+
+
+def test_a_small_organ_counts_as_much_as_the_background_in_dice_vat() -> None:
+    """One pixel of a hundred that changes its class: KL's mean hardly sees it."""
+    clean = torch.zeros(1, 2, 10, 10)
+    clean[:, 0] = 9
+    clean[:, :, 0, 0] = torch.tensor([0.0, 9.0])
+    changed = clean.clone()
+    changed[:, :, 0, 0] = torch.tensor([9.0, 0.0])
+    views = Views((clean,), clean.softmax(1))
+    assert VAT(_identity).compare((changed,), views) < 0.1
+    assert DiceVAT(_identity).compare((changed,), views) > 0.4
+
+
+@pytest.mark.parametrize("bad", [{"radius": -1.0}, {"xi": 0.0}, {"iterations": 0}, {"mode": "test"}])
+def test_bad_arguments_of_dice_vat_are_named(bad: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        DiceVAT(_identity, **bad)

@@ -1,17 +1,21 @@
 """What some methods need of a network beside its logits: modules that it owns, trained with it.
 
 A network makes its attachment after all else, so that the parameters of a seed are the same with and without, and calls
-it in training mode alone. Being part of the network it is trained, perturbed, averaged and saved as the rest is.
+it in training mode alone, but for passes within `without_attachment`. Being part of the network it is trained,
+perturbed, averaged and saved as the rest is.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gap_torch.consistency import ChannelDropout, FeatureDrop, FeatureNoise
+from segmentation.networks.dropout import Dropout
 
 
 @dataclass(frozen=True)
@@ -26,43 +30,82 @@ class Parts:
     """Makes one: features of all levels of the encoder, the deepest last -> logits."""
 
 
+Decode = Callable[[Sequence[Tensor]], tuple[list[Tensor], Tensor]]
+"""The network's own decoder: features of all levels of the encoder, the deepest last -> what each of its levels makes
+of them, the deepest first, and logits."""
+
+
 class Attachment(nn.Module, ABC):
-    """Made of a network's `Parts`; what it returns comes behind the network's own logits.
+    """Made of a network's `Parts`; has the network decode, and adds its own outputs to the network's logits.
 
     Each of its parameters must reach one of its outputs: for those that do not, DistributedDataParallel would wait in
     vain, and the gradients of several ranks would be wrong.
     """
 
     @abstractmethod
-    def forward(self, image: Tensor, features: Sequence[Tensor], levels: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Tensors with the batch as their first dimension.
+    def forward(self, image: Tensor, features: Sequence[Tensor], decode: Decode) -> tuple[Tensor, ...]:
+        """The network's logits and other tensors behind them, all with the batch as their first dimension.
 
         Args:
             image: (B, C, *spatial).
             features: of the encoder, the deepest last.
-            levels: of the network's own decoder, the deepest first.
+            decode: called once: each call moves the running statistics of the decoder.
         """
 
 
 Attach = Callable[[Parts], Attachment]
 
 
+@contextmanager
+def without_attachment(model: nn.Module) -> Iterator[None]:
+    """Within the context the network in `model` returns its logits alone, as in eval mode, and is otherwise as it was.
+
+    Args:
+        model: a network, or whatever wraps one (autocast, DistributedDataParallel, `torch.compile`).
+    """
+    attachments = [module for module in model.modules() if isinstance(module, Attachment) and module.training]
+    for attachment in attachments:
+        attachment.training = False
+    try:
+        yield
+    finally:
+        for attachment in attachments:
+            attachment.training = True
+
+
 class Pyramid(Attachment):
     """A head behind each level of a decoder but the last, the deepest first, without activations in between (URPC).
 
-    Those of URPC's own code are behind dropout and noise besides; here they see the features as they are.
+    Here they see the features as they are; in URPC's own code not (`PerturbedPyramid`).
     """
 
     def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.heads = nn.ModuleList(parts.head(channels) for channels in parts.channels[-2:0:-1])
 
-    def forward(self, image: Tensor, features: Sequence[Tensor], levels: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Logits of all `levels` but the last, interpolated linearly to its size."""
+    def forward(self, image: Tensor, features: Sequence[Tensor], decode: Decode) -> tuple[Tensor, ...]:
+        """Behind the network's logits those of all its levels but the last, interpolated linearly to its size."""
+        levels, logits = decode(features)
         size = levels[-1].shape[2:]
         mode = "bilinear" if len(size) == 2 else "trilinear"
         heads = zip(self.heads, levels[:-1], strict=True)
-        return tuple(F.interpolate(head(level), size=size, mode=mode, align_corners=False) for head, level in heads)
+        others = (F.interpolate(head(level), size=size, mode=mode, align_corners=False) for head, level in heads)
+        return logits, *others
+
+
+class PerturbedPyramid(Pyramid):
+    """The same behind dropout of values, feature drop and feature noise, the deepest first, as in URPC's own code."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.perturbations = nn.ModuleList([Dropout(0.5), FeatureDrop(), FeatureNoise()])
+
+    def forward(self, image: Tensor, features: Sequence[Tensor], decode: Decode) -> tuple[Tensor, ...]:
+        """Behind the network's logits those of all its levels but the last, each value repeated to its size."""
+        levels, logits = decode(features)
+        size = levels[-1].shape[2:]
+        perturbed = zip(self.heads, self.perturbations, levels[:-1], strict=True)
+        return logits, *(F.interpolate(head(perturb(level)), size=size) for head, perturb, level in perturbed)
 
 
 class PerturbedDecoders(Attachment):
@@ -77,7 +120,40 @@ class PerturbedDecoders(Attachment):
         self.perturbations = nn.ModuleList([FeatureNoise(), FeatureDrop(), ChannelDropout()])
         self.decoders = nn.ModuleList(parts.decoder() for _ in self.perturbations)
 
-    def forward(self, image: Tensor, features: Sequence[Tensor], levels: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Logits that each decoder makes of `features`."""
+    def forward(self, image: Tensor, features: Sequence[Tensor], decode: Decode) -> tuple[Tensor, ...]:
+        """Behind the network's logits those that each decoder makes of `features`."""
+        _, logits = decode(features)
         pairs = zip(self.perturbations, self.decoders, strict=True)
-        return tuple(decoder([perturbation(level) for level in features]) for perturbation, decoder in pairs)
+        others = (decoder([perturbation(level) for level in features]) for perturbation, decoder in pairs)
+        return logits, *others
+
+
+class MedicalDecoders(PerturbedDecoders):
+    """The same with dropout of values in place of whole channels, as in SSL4MIS."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.perturbations[2] = Dropout(0.3)
+
+
+class PerturbedFeatures(Attachment):
+    """Features of which half of the channels are dropped, at every level, for the network's own decoder (UniMatch).
+
+    The decoder has the clean and the perturbed features in one batch, so that its batch norm sees both. No parameters.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.perturbation = ChannelDropout(0.5)
+
+    def forward(self, image: Tensor, features: Sequence[Tensor], decode: Decode) -> tuple[Tensor, ...]:
+        """The network's logits of the features as they are, and of the perturbed ones."""
+        _, logits = decode([_alternating(level, self.perturbation(level)) for level in features])
+        return logits.unflatten(0, (-1, 2)).unbind(1)
+
+
+def _alternating(clean: Tensor, perturbed: Tensor) -> Tensor:
+    """Both (B, C, *spatial) in one batch (2B, C, *spatial), sample by sample: the order of one process, and of several
+    that share the samples out, so that dropout masks are the same."""
+    pairs = torch.cat([clean, perturbed], dim=2)  # in the memory format of both, which `stack` would not keep
+    return pairs.unflatten(2, (2, -1)).movedim(2, 1).flatten(0, 1)

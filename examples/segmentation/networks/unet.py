@@ -46,16 +46,18 @@ class UNet(nn.Module):
     def forward(self, image: Tensor) -> Outputs:
         """Logits (B, num_classes, H, W) of `image` (B, in_channels, H, W); H and W are multiples of 16.
 
-        With an attachment, in training mode, a tuple: those, and what it returns.
+        With an attachment, in training mode, a tuple: those, and what it adds.
         """
         features = [self.encoder[0](image)]
         for block in self.encoder[1:]:
             features.append(block(F.max_pool2d(features[-1], 2)))
+        if self.attachment is None or not self.attachment.training:
+            return self._decode(features)[1]
+        return self.attachment(image, features, self._decode)
+
+    def _decode(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         levels = decoded(features, self.up, self.decoder)
-        logits = self.head(levels[-1])
-        if self.attachment is None or not self.training:
-            return logits
-        return logits, *self.attachment(image, features, levels)
+        return levels, self.head(levels[-1])
 
 
 class Decoder(nn.Module):

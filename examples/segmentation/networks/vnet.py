@@ -48,17 +48,19 @@ class VNet(nn.Module):
     def forward(self, image: Tensor) -> Outputs:
         """Logits (B, num_classes, X, Y, Z) of `image` (B, in_channels, X, Y, Z), whose sides are multiples of 16.
 
-        With an attachment, in training mode, a tuple: those, and what it returns.
+        With an attachment, in training mode, a tuple: those, and what it adds.
         """
         features = [self.encoder[0](image)]
         for down, block in zip(self.down, self.encoder[1:], strict=True):
             features.append(block(down(features[-1])))
         features[-1] = self.dropout(features[-1])
+        if self.attachment is None or not self.attachment.training:
+            return self._decode(features)[1]
+        return self.attachment(image, features, self._decode)
+
+    def _decode(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         levels = decoded(features, self.up, self.decoder)
-        logits = self.head(self.dropout(levels[-1]))
-        if self.attachment is None or not self.training:
-            return logits
-        return logits, *self.attachment(image, features, levels)
+        return levels, self.head(self.dropout(levels[-1]))
 
 
 class Decoder(nn.Module):

@@ -45,7 +45,8 @@ def require_same(path: Path, theirs: Any, ours: Identity) -> None:
     """Raise OldRunError, naming the first difference, unless the checkpoint at `path` is of this very run."""
     if not isinstance(theirs, Mapping):
         raise OldRunError(f"{path}: does not say which run it is of", "choose another --out")
-    theirs = {"options": TABLE[ours["method"]].options, **theirs}  # from before there were any
+    options = {**TABLE[ours["method"]].options, **theirs.get("options", {})}  # there may have been fewer
+    theirs = {**theirs, "options": options}
     for key, value in ours.items():
         found = theirs.get(key)
         if found != value:

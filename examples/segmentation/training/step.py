@@ -1,6 +1,7 @@
 """One training run's model, optimizer and data, and its step: Algorithm 1."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from gap_torch import GAPWrapper, RNGState
 from gap_torch.consistency import Batch, Method, Outputs, Views, alignment, hard_alignment, logits_of
 from gap_torch.losses import MaskedLoss, ce_dice_loss, dice_loss
-from segmentation import methods
+from segmentation import methods, ranks
 from segmentation.errors import InputError
+from segmentation.networks.attachments import without_attachment
 from segmentation.recipe import HALVINGS, Recipe
 from segmentation.task import Pool, Task
 from segmentation.training.average import Average, with_statistics_of
@@ -75,14 +77,17 @@ class Trainer:
         graph: bool = False,
     ) -> None:
         refuse_wrong_gradients(recipe, device, amp)
+        refuse_joint_gap_on_ranks(recipe)
         self.task, self.recipe, self.own, self.device = task, recipe, recipe.own, device
         self.labelled, self.unlabelled = labelled.to(device), unlabelled.to(device)
         self.statistics_images = self._statistics_images()
         self.labelled_stream = ShuffledStream(len(labelled), recipe.labelled_batch, recipe.seed)
-        self.unlabelled_stream = ShuffledStream(len(unlabelled), recipe.unlabelled_batch, recipe.seed + 1)
+        self.unlabelled_stream = ShuffledStream(
+            len(unlabelled), recipe.unlabelled_batch * methods.TABLE[recipe.method].draws, recipe.seed + 1
+        )
 
         torch.manual_seed(recipe.seed)
-        network = task.network(recipe, methods.TABLE[recipe.method].attachment).to(device)
+        network = task.network(recipe, methods.attachment(recipe.method, recipe.all_options)).to(device)
         self.model = Autocast(network.to(memory_format=channels_last(len(recipe.size))), amp)
         self.joint = joint(self.model)
         """What the training passes go through; shares its parameters with `model`."""
@@ -212,13 +217,19 @@ class Trainer:
         return torch.stack([hard_alignment(*pair, self.recipe.tau, R["ce_dice"]) for pair in pairs]).mean()
 
     def _outputs(self, views: Views) -> tuple[Outputs, ...]:
-        return tuple(self.joint(images) for images in views.inputs)
+        return tuple(map(self._output, views.inputs, _attached(views)))
+
+    def _output(self, images: Tensor, attached: bool) -> Outputs:
+        """Of one pass, with what the network's attachment makes, if that is wanted."""
+        with nullcontext() if attached else without_attachment(self.joint):
+            return self.joint(images)
 
     def _joint_outputs(self, views: Views, labelled: Tensor) -> tuple[Outputs, tuple[Outputs, ...]]:
         """Of the labelled images, and of the views."""
         first, *others = views.inputs
-        both = self.joint(torch.cat([labelled, first]))
-        rest = tuple(self.joint(images) for images in others)
+        attached, *others_attached = _attached(views)
+        both = self._output(torch.cat([labelled, first]), attached)
+        rest = tuple(map(self._output, others, others_attached))
         if isinstance(both, Tensor):
             return both[: len(labelled)], (both[len(labelled) :], *rest)
         return tuple(o[: len(labelled)] for o in both), (tuple(o[len(labelled) :] for o in both), *rest)
@@ -321,6 +332,19 @@ class Trainer:
             "scaler": self.scaler,
             **({} if self.method is None else {"method": self.method}),
         }
+
+
+def _attached(views: Views) -> tuple[bool, ...]:
+    return (True,) * len(views.inputs) if views.attached is None else views.attached
+
+
+def refuse_joint_gap_on_ranks(recipe: Recipe) -> None:
+    """Raise InputError where a joint pass would go backward twice, of which DistributedDataParallel averages one."""
+    if ranks.world() > 1 and recipe.own.joint and recipe.gap:
+        raise InputError(
+            f"{recipe.name}: a joint pass of labelled and unlabelled images with GAP works in one process alone; "
+            "add --no-joint."
+        )
 
 
 def refuse_wrong_gradients(recipe: Recipe, device: torch.device, amp: torch.dtype | None) -> None:

@@ -1,6 +1,6 @@
 """What the runs of the table compute, and their scores, are what they were, in the plane and in space.
 
-    python tests/examples/segmentation/test_golden.py
+    PYTHONPATH=examples python -m tests.examples.segmentation.test_golden
 
 records golden.json anew, after a change that is meant to change a value; the file's diff says whose changed. In
 float64: training multiplies float32's rounding, another one on each processor, by ten every few iterations.

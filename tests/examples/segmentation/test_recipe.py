@@ -74,9 +74,9 @@ def test_options_have_one_form() -> None:
     assert vat == Recipe(method="vat", gap=False, options=(("xi", 0.01),))
     assert vat != Recipe(method="vat", gap=False)
     assert hash(vat) != hash(Recipe(method="vat", gap=False))
-    assert vat.to_dict()["options"] == {"radius": 6 / 256, "xi": 0.01, "iterations": 1}
+    assert vat.to_dict()["options"] == {"radius": 6 / 256, "xi": 0.01, "iterations": 1, "variant": "original"}
     assert Recipe(**vat.to_dict()).to_dict() == vat.to_dict()
-    with pytest.raises(InputError, match="options: vat has no 'beta'; its options: radius, xi, iterations"):
+    with pytest.raises(InputError, match="options: vat has no 'beta'; its options: radius, xi, iterations, variant"):
         Recipe(method="vat", options={"beta": 0.1})
 
 

@@ -6,14 +6,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency import CCT, URPC, Batch, Views
+from gap_torch.consistency import CCT, URPC, Batch, UniMatch, Views
 from gap_torch.losses import ce_dice_loss
-from segmentation.networks.attachments import Parts, PerturbedDecoders, Pyramid
+from segmentation.networks.attachments import (
+    MedicalDecoders,
+    Parts,
+    PerturbedDecoders,
+    PerturbedFeatures,
+    PerturbedPyramid,
+    Pyramid,
+    without_attachment,
+)
 from segmentation.networks.unet import UNet
 from segmentation.networks.vnet import VNet
+from segmentation.training.step import Autocast
 
 NETWORKS = {"UNet": (UNet, (32, 48)), "VNet": (VNet, (16, 32, 16))}
-ATTACHMENTS = (Pyramid, PerturbedDecoders)
+ATTACHMENTS = {Pyramid: 4, PerturbedPyramid: 4, PerturbedDecoders: 4, MedicalDecoders: 4, PerturbedFeatures: 2}
+"""How many outputs there are, the network's own logits among them."""
 KINDS = [(name, kind) for name in NETWORKS for kind in ATTACHMENTS]
 
 
@@ -29,7 +39,7 @@ def test_their_logits_in_training_alone_and_in_full_size(name: str, kind: Any) -
     network, images = _network(name, kind)
     outputs = network(images)
     assert isinstance(outputs, tuple)
-    assert [logits.shape for logits in outputs] == [(2, 3, *images.shape[2:])] * 4
+    assert [logits.shape for logits in outputs] == [(2, 3, *images.shape[2:])] * ATTACHMENTS[kind]
     assert network.eval()(images).shape == (2, 3, *images.shape[2:])
 
 
@@ -41,9 +51,105 @@ def test_the_network_of_a_seed_is_the_one_without(name: str, kind: Any) -> None:
     assert all(torch.equal(ours[key], value) for key, value in plain.state_dict().items())
     torch.manual_seed(1)
     logits = plain(images)
+    assert type(logits) is Tensor
+    if kind is not PerturbedFeatures:  # batch norm sees both
+        torch.manual_seed(1)
+        assert torch.equal(network(images)[0], logits)
+
+
+class Fails(nn.Module):
+    def forward(self, *_: Any) -> Tensor:
+        raise AssertionError("called")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_without_an_attachment_a_training_pass_is_that_of_a_network_that_has_none(
+    name: str, kind: Any, compiled: bool
+) -> None:
+    (plain, images), (network, _) = _network(name, None), _network(name, kind)
+    model: Any = Autocast(network, None)
+    if compiled:
+        model = torch.compile(model, backend="eager", dynamic=False)
+    assert isinstance(model(images), tuple)
+    network.load_state_dict(plain.state_dict(), strict=False)  # statistics too
+    flags = [module.training for module in network.modules()]
+    plain_model = Autocast(plain, None)
     torch.manual_seed(1)
-    assert torch.equal(network(images)[0], logits)
-    assert type(plain(images)) is Tensor
+    expected = plain_model(images)
+    torch.manual_seed(1)
+    with without_attachment(model):
+        logits = model(images)
+    assert torch.equal(logits, expected)
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in plain.state_dict().items())
+    assert [module.training for module in network.modules()] == flags
+    assert isinstance(model(images), tuple)
+    if not compiled:
+        network.attachment.forward = Fails()
+        with without_attachment(model):
+            model(images)
+
+
+def test_without_an_attachment_ends_with_an_error_too_and_leaves_a_frozen_one_frozen() -> None:
+    network, images = _network("UNet", Pyramid)
+    with pytest.raises(ZeroDivisionError), without_attachment(network):
+        raise ZeroDivisionError
+    assert isinstance(network(images), tuple)
+    network.attachment.eval()
+    with without_attachment(network):
+        pass
+    assert not network.attachment.training
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_half_of_the_channels_of_every_level_are_dropped_for_the_networks_own_decoder(name: str) -> None:
+    network, images = _network(name, PerturbedFeatures)
+    seen: list[list[Tensor]] = []
+    own = network._decode
+    network._decode = lambda features: seen.append(features) or own(features)
+    network(images)
+    (features,) = seen
+    assert [level.shape[:2] for level in features] == [(4, 4 * 2**depth) for depth in range(5)]
+    for level in features:
+        clean, perturbed = level[::2], level[1::2]
+        ratio = perturbed.flatten(2).sum(2) / clean.flatten(2).sum(2)
+        factors = ratio[ratio.isfinite()].round(decimals=4).unique().tolist()  # a channel may be 0 as it is
+        assert factors == [0, 2], factors
+        torch.testing.assert_close(perturbed, clean * ratio.nan_to_num(0)[(...,) + (None,) * (clean.ndim - 2)])
+
+
+def test_clean_and_perturbed_features_are_decoded_in_one_batch_and_told_apart() -> None:
+    def decode(features: Any) -> tuple[list[Tensor], Tensor]:
+        return [], features[0] - features[0].mean()  # as a batch norm, which sees all
+
+    attachment, features = PerturbedFeatures(Parts([3], nn.Identity, nn.Identity)), torch.rand(2, 3, 4, 4) + 1
+    torch.manual_seed(0)
+    clean, perturbed = attachment(torch.empty(0), [features], decode)
+    torch.manual_seed(0)
+    factor = attachment.perturbation.factor(features)
+    mean = (features + features * factor).mean() / 2
+    assert {0, 2} == {*factor.flatten().tolist()}
+    torch.testing.assert_close(clean, features - mean)
+    torch.testing.assert_close(perturbed, features * factor - mean)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_both_keep_the_memory_format_of_the_features(layout: torch.memory_format) -> None:
+    seen: list[Tensor] = []
+    attachment = PerturbedFeatures(Parts([3], nn.Identity, nn.Identity))
+    features = torch.rand(2, 3, 4, 5).contiguous(memory_format=layout)
+    attachment(features, [features], lambda both: (seen.extend(both), both[0]))
+    assert seen[0].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unimatch_reaches_everything(name: str) -> None:
+    network, images = _network(name, PerturbedFeatures)
+    method = UniMatch(lambda x: x, lambda x: x, tau=0)
+    views = method.prepare(network, Batch(torch.cat([images, images])))
+    method.loss(network, views).backward()
+    assert {"encoder", "up", "decoder", "head"} <= _reached(network)
+    assert not [*network.attachment.parameters()]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -60,8 +166,52 @@ def test_a_pyramids_logits_are_those_of_its_levels(name: str) -> None:
 
 def test_interpolation_keeps_the_corners_of_pixels_in_place() -> None:
     pyramid = Pyramid(Parts([1, 2, 4], lambda channels: nn.Identity(), nn.Identity))
-    (large,) = pyramid(torch.empty(0), [], [torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, 1, 2, 4)])
+    levels = [torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, 1, 2, 4)]
+    _, large = pyramid(torch.empty(0), [], lambda features: (levels, levels[-1]))
     assert large.tolist() == [[[[0, 0.25, 0.75, 1]] * 2]]
+
+
+def test_the_perturbed_pyramid_has_a_perturbation_a_level_and_repeats_values() -> None:
+    """Ones in, and 16 channels of them: what is left after each perturbation, summed over the channels."""
+    pyramid = PerturbedPyramid(Parts([16] * 5, lambda channels: Sum(), nn.Identity))
+    levels = [torch.ones(2, 16, 4 * 2**depth, 4 * 2**depth) for depth in range(4)]
+    levels[1] = torch.zeros_like(levels[1])
+    levels[1][:, :, 3, 5] = 1  # FeatureDrop takes it away
+    _, dropout, drop, noise = pyramid(torch.empty(0), [], lambda features: (levels, levels[-1]))
+    for logits, side in ((dropout, 8), (drop, 4), (noise, 2)):
+        assert logits.shape == (2, 1, 32, 32)
+        blocks = logits.unfold(2, side, side).unfold(3, side, side).flatten(4)
+        assert (blocks == blocks[..., :1]).all()  # each value is repeated, none is between two
+    assert {value % 2 for value in dropout.flatten().tolist()} == {0}  # scaled by 2
+    assert len(dropout.unique()) > 5  # of single values, not channels
+    assert 12 < dropout.mean() < 20
+    assert not drop.any()
+    assert 16 * 0.7 <= noise.min() < noise.max() <= 16 * 1.3
+    plain = pyramid.eval()(torch.empty(0), [], lambda features: (levels, levels[-1]))
+    assert all(torch.equal(logits.unique(), torch.tensor([16.0])) for logits in (plain[1], plain[3]))
+
+
+class Sum(nn.Module):
+    """Over the channels."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.sum(1, keepdim=True)
+
+
+def test_the_medical_decoders_drop_values_not_channels() -> None:
+    attachment = MedicalDecoders(Parts([4], nn.Identity, First))
+    features = torch.ones(2, 4, 8, 8)
+    *_, dropped = attachment(torch.empty(0), [features], lambda features: ([], features[0]))
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert 0.15 < (dropped == 0).double().mean() < 0.45
+    assert (dropped.amax(dim=(2, 3)) > 0).all()
+
+
+class First(nn.Module):
+    """A decoder that returns the features of the first level."""
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return features[0]
 
 
 def test_each_decoder_sees_all_levels_perturbed() -> None:
@@ -75,10 +225,12 @@ def test_each_decoder_sees_all_levels_perturbed() -> None:
     torch.manual_seed(0)
     features = [torch.rand(2, 8, 8, 8), torch.rand(2, 16, 4, 4)]
     decoders = PerturbedDecoders(Parts([8, 16], nn.Identity, Seeing))
-    assert len(decoders(features[0], features, [])) == len(seen) == 3
+    logits, *_ = outputs = decoders(features[0], features, lambda features: ([], features[-1]))
+    assert logits is features[-1]
+    assert len(outputs) - 1 == len(seen) == 3
     for perturbed in seen:
         assert not any(torch.equal(ours, theirs) for ours, theirs in zip(perturbed, features, strict=True))
-    decoders.eval()(features[0], features, [])
+    decoders.eval()(features[0], features, lambda features: ([], features[-1]))
     for untouched in seen[3:]:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(untouched, features, strict=True))
 

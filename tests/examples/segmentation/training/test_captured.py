@@ -80,6 +80,21 @@ def test_captured_and_ordinary_steps_are_the_same(run: str, dims: str) -> None:
     assert graphed.run.recorder.replays == STEPS - REHEARSALS
 
 
+VARIANTS = [(method, {"variant": "medical"}) for method in ("vat", "urpc", "cct")] + [
+    ("cutmix", {"target": "probabilities"})
+]
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+@pytest.mark.parametrize("dims", PROBLEMS)
+@pytest.mark.parametrize(("method", "options"), VARIANTS)
+def test_so_are_those_of_variants(method: str, options: dict[str, str], dims: str) -> None:
+    recipe = _recipe(dims, f"{method}+gap", options=options)
+    graphed, ordinary = _trainer(dims, recipe, graph=True), _trainer(dims, recipe, graph=False)
+    _assert_same_steps(graphed, ordinary, range(STEPS))
+    assert graphed.run.recorder.replays == STEPS - REHEARSALS
+
+
 @pytest.mark.usefixtures("as_on_cuda")
 @pytest.mark.parametrize("run", ["fixmatch", "gapmatch", "em+gap", "urpc+gap"])
 @pytest.mark.parametrize("changes", [{"joint": True}, {"aligned": "pseudo_labels", "ramp_up": 0.5}])

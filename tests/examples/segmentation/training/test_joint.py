@@ -74,6 +74,11 @@ RECIPES = {
     # FeatureDrop takes away all of a single voxel, and rounding decides on the signs that batch norm makes of constants
     "decoders in 3D": {"method": "cct", "size": (32, 32, 16)},
     "adaptive thresholds": {"method": "flexmatch"},
+    "perturbed heads": {"method": "urpc", "options": {"variant": "medical"}},
+    "decoders that learn from labels": {"method": "cct", "options": {"variant": "medical"}},
+    "a gradient of Dice in the images": {"method": "vat", "options": {"variant": "medical"}},
+    "two passes": {"method": "unimatch", "targets": "train"},
+    "two passes in 3D": {"method": "unimatch", "size": (32, 32, 16)},  # masks of whole channels behind the decoder
 }
 STEPS = 2
 

@@ -7,19 +7,21 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from acdc_gapmatch import ACDC
-from gap_torch.consistency import Batch, Method, Views
+from gap_torch.consistency import Batch, CutMixMeanTeacher, Method, Views
 from gap_torch.losses import ce_dice_loss
 from gap_torch.reference import algorithm_1
 from segmentation import methods
 from segmentation.data.files import Volume, read_list, split_by_patients
 from segmentation.data.slices import Slices, load_slices, load_volumes
 from segmentation.errors import InputError, RunError
+from segmentation.networks.attachments import MedicalDecoders, PerturbedPyramid
 from segmentation.recipe import METHODS, RUNS, Recipe
 from segmentation.training import checkpoint
 from segmentation.training import loop as train
@@ -113,13 +115,15 @@ def test_a_gapmatch_step_is_algorithm_1(aligned, slices, tiny_recipe: Recipe, mo
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.parametrize("run", ["gapmatch", "unimatch+gap"])
 def test_compiled_passes_give_the_same_weights_and_are_not_for_scoring(
-    slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    run: str, slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
     torch._dynamo.reset()
-    compiled, eager = Trainer(ACDC, tiny_recipe, *slices, CPU, None, compiled=True), _trainer(tiny_recipe, slices)
+    recipe = tiny_recipe.for_run(run)
+    compiled, eager = Trainer(ACDC, recipe, *slices, CPU, None, compiled=True), _trainer(recipe, slices)
     for t in range(2):
         compiled.step(t), eager.step(t)
     assert list(compiled.state_dict()["model"]) == list(eager.state_dict()["model"])
@@ -128,7 +132,7 @@ def test_compiled_passes_give_the_same_weights_and_are_not_for_scoring(
     assert not any("OptimizedModule" in type(m).__name__ for m in compiled.scored_model().modules())
 
 
-@pytest.mark.parametrize("run", ["gapmatch", "vat+gap", "cct+gap"])
+@pytest.mark.parametrize("run", ["gapmatch", "vat+gap", "cct+gap", "unimatch+gap"])
 def test_nothing_is_compiled_again_after_the_first_iteration(
     run: str, slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +140,8 @@ def test_nothing_is_compiled_again_after_the_first_iteration(
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=counter, **options))
     torch._dynamo.reset()
-    trainer = Trainer(ACDC, tiny_recipe.for_run(run), *slices, CPU, None, compiled=True)
+    recipe = tiny_recipe.for_run(run)
+    trainer = Trainer(ACDC, recipe, *slices, CPU, None, compiled=True)
     trainer.step(0)
     first = counter.frame_count
     for t in range(1, 4):
@@ -309,6 +314,42 @@ def test_options_reach_the_method_and_defaults_are_its_own(method: str, slices, 
         assert set(moved.values()) == {(default, other)}, f"{method} with {name}={other} instead of {default}: {moved}"
         namesakes = {place for place in before if place[1] == name}
         assert not namesakes or namesakes & set(moved), f"{method} with {name}: it moved {moved}, not what it names"
+
+
+@pytest.mark.parametrize(("method", "kind"), [("urpc", PerturbedPyramid), ("cct", MedicalDecoders), ("vat", None)])
+def test_a_variant_has_its_own_class_and_attachment(
+    method: str, kind: type | None, slices, tiny_recipe: Recipe
+) -> None:
+    plain = _trainer(replace(tiny_recipe, method=method, gap=False), slices)
+    other = _trainer(replace(tiny_recipe, method=method, gap=False, options={"variant": "medical"}), slices)
+    assert type(plain.method) is not type(other.method)
+    assert isinstance(other.method, type(plain.method))
+    if kind is not None:
+        assert type(other.model.network.attachment) is kind
+        assert type(plain.model.network.attachment) is not kind
+    assert other.step(0)["loss_unlabelled"] != plain.step(0)["loss_unlabelled"]
+
+
+def test_cutmix_may_learn_from_probabilities(slices, tiny_recipe: Recipe) -> None:
+    recipe = replace(
+        tiny_recipe, method="cutmix", gap=False, options={"target": "probabilities", "decay": 0.5, "p": 0.3}
+    )
+    method = _trainer(recipe, slices).method
+    assert isinstance(method, CutMixMeanTeacher)
+    assert (method.threshold.tau, method.teacher.decay, method.cutmix.p) == (recipe.tau, 0.5, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "text"),
+    [
+        ("cct", {"variant": "new"}, "variant must be original or medical, got 'new'"),
+        ("cutmix", {"target": "medical"}, "target must be pseudo_labels or probabilities, got 'medical'"),
+        ("vat", {"variant": "medical", "radius": 0.1}, "radius and a xi of its own"),
+    ],
+)
+def test_wrong_words_are_named(method: str, options: dict[str, Any], text: str, slices, tiny_recipe: Recipe) -> None:
+    with pytest.raises(InputError, match=f"--option of {method}: .*{text}"):
+        _trainer(replace(tiny_recipe, method=method, gap=False, options=options), slices)
 
 
 def test_a_methods_weight_grows_with_the_progress(slices, tiny_recipe: Recipe, monkeypatch) -> None:

@@ -1,0 +1,93 @@
+"""UniMatch (Yang et al., 2023) for segmentation."""
+
+import torch
+from torch import Tensor, nn
+
+from ..batchnorm import frozen_running_stats
+from ..losses import MaskedLoss, dice_loss
+from .cutmix import CutMix
+from .method import Augmentation, Batch, Outputs, Views, auxiliary_logits, logits_of, one_each, unlabelled_of
+from .pseudo_label import PseudoLabel
+from .targets import Mode, probabilities
+from .thresholds import Threshold
+
+HALF_OF_THE_SAMPLES = CutMix(p=0.5)
+
+
+class UniMatch(PseudoLabel):
+    """FixMatch with two strong views, and with perturbed features of the weak one.
+
+    With y the confident classes of the weak view, R a loss over them, s_1 and s_2 strong views with boxes pasted into
+    them, y_1 and y_2 the classes with the same boxes, and g(P(z)) what the decoder g makes of perturbed features:
+
+        loss = R(f(s_1), y_1) / 4  +  R(f(s_2), y_2) / 4  +  R(g(P(z)), y) / 2
+
+    Boxes come from other images: the unlabelled batch is of 2B, of which the first B are learnt from, and the others,
+    whose classes the model predicts in eval mode, are pasted from. The public code adds half of this loss to half of
+    the labelled one, and has the labelled images in one pass with the weak view.
+
+    The model returns (logits, logits of perturbed features) in training mode. The pass over the strong views needs no
+    more than logits (`Views.attached`).
+
+    Args:
+        weak: weak augmentation of images (B, C, *spatial): geometry.
+        strong: strong augmentation of the weak view: intensities alone, so that pseudo-labels stay in place.
+        tau: least confidence of a pseudo-label that counts, or a threshold that adapts, to all 2B images.
+        cutmix: the boxes of each strong view, drawn apart.
+        loss: R, called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).
+        mode: the model's mode while it makes the pseudo-labels of the first B (`targets.Mode`). These passes leave
+            running statistics alone.
+
+    Raises:
+        ValueError: `tau` is outside [0, 1], or `mode` is unknown; from `prepare`, an odd number of images; from
+            `compare`, no logits of perturbed features.
+    """
+
+    def __init__(
+        self,
+        weak: Augmentation,
+        strong: Augmentation,
+        tau: float | Threshold = 0.95,
+        cutmix: CutMix = HALF_OF_THE_SAMPLES,
+        loss: MaskedLoss = dice_loss,
+        mode: Mode = "train",
+    ) -> None:
+        super().__init__(weak, tau, loss, mode)
+        self.strong, self.cutmix = strong, cutmix
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """The weak view and both strong ones, as one input, (B, C, *spatial) and (2B, C, *spatial).
+
+        `target` and `mask` are those of the strong views, `fixed` those of the weak one.
+        """
+        images = unlabelled_of(batch)
+        if len(images) % 2:
+            raise ValueError(
+                "UniMatch needs an even number of unlabelled images, of which it learns from the first half and pastes "
+                f"from the other, got {len(images)}."
+            )
+        weak = self.weak(images)
+        own, partners = weak.chunk(2)
+        with frozen_running_stats(model):
+            p = torch.cat([probabilities(model, own, self.mode), probabilities(model, partners, "eval")])
+        labels = p.argmax(dim=1), self.threshold(p)
+        mixed = [self._mixed(self.strong(weak), *labels) for _ in range(2)]
+        strong, target, mask = (torch.cat(two) for two in zip(*mixed, strict=True))
+        label, confident = (t.chunk(2)[0] for t in labels)
+        return Views((own, strong), target, mask, fixed=(label, confident), attached=(True, False))
+
+    def _mixed(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The first half of each, with boxes from the other half."""
+        own, partners = zip(*(t.chunk(2) for t in tensors), strict=True)
+        return self.cutmix(*own, partners=partners)
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """Half of the loss is the perturbed features', a quarter each strong view's."""
+        weak, strong = one_each(outputs, 2)
+        features = self.criterion(auxiliary_logits(weak)[0], *views.fixed)
+        assert views.target is not None
+        assert views.mask is not None
+        each = zip(*(t.chunk(2) for t in (logits_of(strong), views.target, views.mask)), strict=True)
+        first, second = (self.criterion(*view) for view in each)
+        return (first + second) / 4 + features / 2
