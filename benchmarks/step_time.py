@@ -205,7 +205,7 @@ def bare_passes(subject: Trainer) -> dict[str, Callable[[], object]]:
 
     @torch.no_grad()
     def forward(batch: Tensor) -> None:
-        with in_mode(network, recipe.targets):
+        with in_mode(network, recipe.own.targets):
             network(batch)
 
     def forward_backward(batch: Tensor) -> None:

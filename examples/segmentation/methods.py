@@ -154,6 +154,8 @@ class Own:
     """Of the consistency loss, at theta and at theta*; at the end of the ramp-up."""
     ramp_up: float = 0.0
     """Share of the run in which that weight grows, as `training.schedules.ramp` says; 0 for none."""
+    targets: Mode = "batch"
+    """Mode of the model, or of its teacher, while it makes targets (`gap_torch.consistency.targets.Mode`)."""
     joint: bool = False
     """Whether labelled images go through the network together with the method's first view, in one batch."""
 
@@ -221,7 +223,7 @@ TABLE: dict[str, Entry] = {
         (1.3, 3.64),
         PerturbedFeatures,
         thresholded=True,
-        own=Own(labelled_weight=0.5, unlabelled_loss="dice", weight=0.5, joint=True),
+        own=Own(labelled_weight=0.5, unlabelled_loss="dice", weight=0.5, targets="train", joint=True),
         draws=2,
     ),
     "mean_teacher": Entry("Mean Teacher", _mean_teacher, (TARGETS, 1), own=RAMPED),

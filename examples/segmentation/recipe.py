@@ -62,8 +62,7 @@ class Recipe:
     blur: float = 1.0
     """Scale of the strong view's blur, of 0.1 to 2 pixels: in smaller images as wide a blur takes more away."""
     tau: float = 0.95
-    targets: Literal["eval", "batch", "train"] = "batch"
-    """Mode of the model, or of its teacher, while it makes targets (`gap_torch.consistency.targets.Mode`)."""
+    targets: Literal["eval", "batch", "train"] | None = None
     unlabelled_loss: Literal["ce_dice", "dice"] | None = None
     weight: float | None = None
     ramp_up: float | None = None

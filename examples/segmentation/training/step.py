@@ -263,7 +263,7 @@ class Trainer:
         task, recipe = self.task, self.recipe
         loss = R[self.own.unlabelled_loss]
         return methods.Setting(
-            self.model, task.weak(), task.strong(recipe), task.num_classes, recipe.tau, loss, recipe.targets
+            self.model, task.weak(), task.strong(recipe), task.num_classes, recipe.tau, loss, self.own.targets
         )
 
     def labelled_batch(self, iteration: int) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ from segmentation.training import loop as train
 from segmentation.training.identity import identity
 from segmentation.training.joint import JointBatchNorm, JointDropout, _Gather, joint, require_even_shares
 from segmentation.training.loop import fit
-from segmentation.training.step import Trainer
+from segmentation.training.step import Trainer, refuse_joint_gap_on_ranks
 
 EXACT = {"atol": 1e-11, "rtol": 1e-11}
 CPU = torch.device("cpu")
@@ -77,8 +77,10 @@ RECIPES = {
     "perturbed heads": {"method": "urpc", "options": {"variant": "medical"}},
     "decoders that learn from labels": {"method": "cct", "options": {"variant": "medical"}},
     "a gradient of Dice in the images": {"method": "vat", "options": {"variant": "medical"}},
-    "two passes": {"method": "unimatch", "targets": "train"},
-    "two passes in 3D": {"method": "unimatch", "size": (32, 32, 16)},  # masks of whole channels behind the decoder
+    "two passes": {"method": "unimatch", "joint": False},
+    "one batch with labelled images": {"method": "unimatch", "gap": False},
+    # masks of whole channels behind the decoder
+    "two passes in 3D": {"method": "unimatch", "joint": False, "size": (32, 32, 16)},
 }
 STEPS = 2
 
@@ -479,3 +481,13 @@ def test_alone_there_is_no_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert (ranks.rank(), ranks.world(), ranks.is_main()) == (0, 1, True)
             assert ranks.gathered("mine") == ["mine"]
             assert ranks.shared_out(np.sqrt, [4.0, 9.0]) == [2.0, 3.0]
+
+
+def test_a_joint_pass_with_gap_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(method="unimatch")
+    refuse_joint_gap_on_ranks(recipe)
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    with pytest.raises(InputError, match=r"unimatch\+gap: a joint pass .* add --no-joint"):
+        refuse_joint_gap_on_ranks(recipe)
+    for changes in ({"gap": False}, {"joint": False}):
+        refuse_joint_gap_on_ranks(replace(recipe, **changes))
