@@ -220,7 +220,7 @@ TABLE: dict[str, Entry] = {
     "unimatch": Entry(
         "UniMatch",
         _unimatch,
-        (1.3, 3.64),
+        (1.52, 3.64),
         PerturbedFeatures,
         thresholded=True,
         own=Own(labelled_weight=0.5, unlabelled_loss="dice", weight=0.5, targets="train", joint=True),
