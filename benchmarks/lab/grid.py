@@ -53,6 +53,7 @@ CONTROLS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 # FixMatch against GapMatch, over so many seeds and labelled patients that a gain of a few points can be told from none.
 MEDIUM, POWER = "medium", "power"
+DRAWS = (None, 1, 3, 4, 5)  # of ACDC's 70 patients a seed of 2 takes the first again
 FLOAT32 = (MEDIUM,)
 """Presets without autocast: in bfloat16 a network sees rounding noise of a small radius more than its direction."""
 POWER_CHANGES = tuple({"weight": 0.5, "eps": eps} for eps in (0.02, 0.1))
@@ -175,7 +176,7 @@ BLOCKS = (
     Block("table 2", "ACDC", "paper", TABLE_2, (5, 10), (0,)),
     Block("table 3", "ACDC", "paper", TABLE_3, (5, 10), (0,)),
     # reduced scale, on a CPU
-    Block(POWER, "ACDC", MEDIUM, (FIXMATCH, GAPMATCH), (1,), range(5), POWER_CHANGES, (None, 1, 2, 3, 4)),
+    Block(POWER, "ACDC", MEDIUM, (FIXMATCH, GAPMATCH), (1,), range(5), POWER_CHANGES, DRAWS),
     # more reduced; first what the runs with GAP depend on
     *(Block("hyper-parameters", "ACDC", "study", (FIXMATCH,), (1,), (0, 1), sweep) for sweep in CONTROLS.values()),
     Block("hyper-parameters", "ACDC", "study", (GAPMATCH,), (1,), (0, 1), SWEEPS["eps and alpha"][: len(EPS)]),

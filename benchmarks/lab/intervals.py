@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import bootstrap
 
 Interval = tuple[float, float]
 
@@ -30,12 +29,7 @@ def interval(draws: Sequence[Sequence[float]]) -> Interval | None:
     draws = sorted(sorted(differences) for differences in draws if differences)  # their order is to mean nothing
     if sum(map(len, draws)) < LEAST_PAIRS:
         return None
-    rng = np.random.default_rng(0)
-    if len(draws) == 1:
-        options = {"n_resamples": RESAMPLES, "method": "percentile", "random_state": rng}
-        low, high = bootstrap(draws, np.mean, **options).confidence_interval
-    else:
-        low, high = np.percentile(_resampled_means(draws, rng), (2.5, 97.5))
+    low, high = np.percentile(_resampled_means(draws, np.random.default_rng(0)), (2.5, 97.5))
     return float(low), float(high)
 
 

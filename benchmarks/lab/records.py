@@ -9,14 +9,10 @@ from typing import Any, Literal
 from benchmarks.lab.grid import Cell, idle
 from segmentation.errors import InputError
 from segmentation.figures.tables import write_json
-from segmentation.recipe import Recipe
+from segmentation.recipe import BEFORE, Recipe
 
 Record = dict[str, Any]
 State = Literal["done", "failed", "stale", "open"]
-
-
-BEFORE = {"ramp_up": 0.0}
-"""Newer fields whose default is not what there was before them."""
 
 
 @dataclass(frozen=True)

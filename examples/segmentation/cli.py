@@ -63,7 +63,7 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     )
     parser.add_argument("--patients", type=int, help="labelled patients, instead of --labelled")
     parser.add_argument(
-        "--patients-seed", type=int, help="draw them at random (default: the first of the list, as the field does)"
+        "--patients-seed", type=_natural, help="draw them at random (default: the first of the list, as the field does)"
     )
     parser.add_argument(
         "--method",
@@ -140,6 +140,13 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
     return parser.parse_args(argv)
 
 
+def _natural(text: str) -> int:
+    """A seed; Python's generator would take -1 for 1."""
+    if (number := int(text)) < 0:
+        raise ValueError(text)
+    return number
+
+
 def job(task: Task, arguments: argparse.Namespace) -> Job:
     """The job that the command line asks for. Raises InputError."""
     if arguments.data is None and not task.has_phantom:
@@ -153,7 +160,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     knobs = {name: value for name, value in knobs.items() if value is not None}
     recipe = Recipe(seed=arguments.seed, **{**task.presets[preset], **knobs})
     methods = _methods(arguments.method, arguments.gap, both=phantom)
-    _refuse_idle_knobs(knobs, methods)
+    _refuse_idle_knobs(knobs, methods, recipe)
     options = _options(arguments.option or (), [method for method, _ in methods])
     stride = _stride(task, arguments, recipe)
     patients = arguments.patients
@@ -246,7 +253,7 @@ def _methods(names: Sequence[str] | None, gap: bool | None, both: bool) -> list[
     return methods
 
 
-def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[Run]) -> None:
+def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[Run], recipe: Recipe) -> None:
     """Raise InputError for options that mean nothing to any of the runs."""
     with_gap, unlabelled = any(gap for _, gap in methods), any(method != "supervised" for method, _ in methods)
     for name in knobs:
@@ -255,7 +262,8 @@ def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[Run]) -> N
             raise InputError(f"{option}: means nothing without GAP; name a run that has it, or leave it out.")
         if name in METHOD_FIELDS and not unlabelled:
             raise InputError(f"{option}: means nothing to supervised alone; name another method, or leave it out.")
-    if "tau" in knobs and not any(TABLE[method].thresholded for method, _ in methods):
+    by_classes = with_gap and recipe.aligned == "pseudo_labels"  # of which tau says which count
+    if "tau" in knobs and not (by_classes or any(TABLE[method].thresholded for method, _ in methods)):
         thresholded = ", ".join(name for name, entry in TABLE.items() if entry.thresholded)
         raise InputError(f"--tau: means nothing to these methods; name one of {thresholded}, or leave it out.")
 

@@ -22,6 +22,8 @@ WITH_GAP = "+gap"  # what a run's name ends with
 AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
 OWN = tuple(field.name for field in fields(Own))
 """Fields of which a method has values of its own, which None stands for."""
+BEFORE = {"lr_schedule": "poly", "labelled_weight": 1.0, "blur": 1.0, "ramp_up": 0.0, "joint": False}
+"""What there was before fields that older checkpoints and records lack."""
 HALVINGS = 4  # of the image on its way down the UNet and the V-Net
 
 

@@ -23,7 +23,7 @@ from segmentation.task import Pool, Task
 from segmentation.training.identity import Identity, identity
 from segmentation.training.joint import require_even_shares
 from segmentation.training.loop import Progress, Result, fit, resume
-from segmentation.training.step import Trainer, refuse_wrong_gradients
+from segmentation.training.step import Trainer, refuse_joint_gap_on_ranks, refuse_wrong_gradients
 
 LEAST_EPS_UNDER_AUTOCAST = 0.05
 """Below it the cosine of the move that convolutions see in bfloat16 with the one that was meant is under 0.76."""
@@ -55,6 +55,8 @@ def run(job: Job) -> list[Row]:
     recipe = job.recipes[0]
     require_even_shares(recipe)
     refuse_wrong_gradients(recipe, job.device, job.amp)
+    for each in job.recipes:
+        refuse_joint_gap_on_ranks(each)
     _warn_of_slow_convolutions(recipe, job.device, job.amp)
     _warn_of_rounded_moves(job)
     samples = read(job)
@@ -137,8 +139,8 @@ def _warn_of_rounded_moves(job: Job) -> None:
     small = [recipe for recipe in job.recipes if recipe.gap and 0 < recipe.eps < LEAST_EPS_UNDER_AUTOCAST]
     if job.amp is torch.bfloat16 and small:
         print(
-            f"warning: of a move by eps={small[0].eps:g} the network sees rounding noise under bfloat16 more than the "
-            "direction of g1; --amp off shows it the move itself.",
+            f"warning: of a move by eps={small[0].eps:g} the network sees much rounding noise under bfloat16; "
+            "--amp off shows it the move itself.",
             file=sys.stderr,
             flush=True,
         )

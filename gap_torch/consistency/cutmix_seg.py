@@ -70,7 +70,8 @@ class CutMixMeanTeacher(Method):
     Args:
         teacher: what makes the targets; `update` lets it follow the model.
         weak: weak augmentation of images (B, C, *spatial).
-        cutmix: the boxes; the default's are half of the image, with sides of at least half of its own, as theirs.
+        cutmix: the boxes; the default's are half of the image (in 3D at most), with sides of at least half of its own,
+            as theirs.
         tau: least confidence of a pixel that counts in c, or a threshold that adapts.
         mode: the teacher's mode (`targets.Mode`).
 

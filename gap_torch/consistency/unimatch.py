@@ -24,7 +24,8 @@ class UniMatch(PseudoLabel):
 
     Boxes come from other images: the unlabelled batch is of 2B, of which the first B are learnt from, and the others,
     whose classes the model predicts in eval mode, are pasted from. The public code adds half of this loss to half of
-    the labelled one, and has the labelled images in one pass with the weak view.
+    the labelled one, and has the labelled images in one pass with the weak view, from which it takes the classes too;
+    here they are of a pass of their own.
 
     The model returns (logits, logits of perturbed features) in training mode. The pass over the strong views needs no
     more than logits (`Views.attached`).

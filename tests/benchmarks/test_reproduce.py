@@ -162,7 +162,7 @@ def test_pairs_are_complete_one_after_the_other(lab: SimpleNamespace) -> None:
     ]
     repeats = [cell.repeat for cell in cells]
     assert repeats[::3] == repeats[1::3] == repeats[2::3]
-    assert repeats[::3] == [(seed, draw) for seed in range(5) for draw in (None, 1, 2, 3, 4)]
+    assert repeats[::3] == [(seed, draw) for seed in range(5) for draw in lab.grid.DRAWS]
     assert all(cell.tested for cell in cells)
 
 
@@ -514,6 +514,14 @@ def test_a_claimed_cell_is_left_alone_until_its_process_is_dead(lab: SimpleNames
         other.kill()
         other.wait()
     assert here.attempt(cell)
+
+
+def test_draws_are_of_different_patients(lab: SimpleNamespace) -> None:
+    from segmentation.data.files import split_by_patients
+
+    names = [f"patient{number:03}_frame01_slice_1" for number in range(lab.grid.TASKS["ACDC"].training_patients)]
+    drawn = {tuple(split_by_patients(names, 1, seed=draw)[0]) for draw in lab.grid.DRAWS}
+    assert len(drawn) == len(lab.grid.DRAWS)
 
 
 def test_a_budget_is_of_minutes_or_seconds(lab: SimpleNamespace) -> None:

@@ -433,6 +433,17 @@ def test_another_run_is_not_resumed(
     _assert_one_line(capsys, telling)
 
 
+def test_a_run_from_before_recipes_had_more_fields_goes_on(data: Path, tmp_path: Path) -> None:
+    assert _run(data, tmp_path / "out", "--iterations", "2", "--method", "vat") == 0
+    path = tmp_path / "out/vat/last.pt"
+    content = torch.load(path, weights_only=True)
+    for name in ("lr_schedule", "labelled_weight", "blur", "joint"):
+        del content["identity"][name]
+    del content["identity"]["options"]["variant"]
+    torch.save(content, path)
+    assert _run(data, tmp_path / "out", "--iterations", "2", "--method", "vat", "--resume") == 0
+
+
 @pytest.mark.parametrize("name", ["train_slices", "val", "test"])
 def test_a_run_on_other_data_is_not_resumed(
     name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -616,6 +627,12 @@ def test_every_part_of_a_recipe_can_be_asked_for(data: Path, tmp_path: Path) -> 
     names = ("joint", "weight", "ramp_up", "labelled_weight", "unlabelled_loss", "lr", "lr_schedule", "average_decay")
     assert [recipe[name] for name in names] == [True, 0.3, 0.5, 0.5, "dice", 0.02, "step", 0.9]
     assert (recipe["statistics_samples"], recipe["aligned"]) == (3, "pseudo_labels")
+
+
+def test_tau_counts_where_confident_classes_are_aligned(data: Path, tmp_path: Path) -> None:
+    asked = ["--method", "em", "--gap", "--iterations", "1", "--tau", "0.7"]
+    assert _run(data, tmp_path / "out", *asked, "--aligned", "pseudo_labels") == 0
+    assert _run(data, tmp_path / "other", *asked) == 2
 
 
 LONG = Recipe(iterations=30_000)

@@ -9,7 +9,7 @@ import torch
 
 from segmentation.errors import OldRunError
 from segmentation.methods import TABLE
-from segmentation.recipe import Recipe
+from segmentation.recipe import BEFORE, Recipe
 
 Identity = dict[str, Any]
 
@@ -46,7 +46,7 @@ def require_same(path: Path, theirs: Any, ours: Identity) -> None:
     if not isinstance(theirs, Mapping):
         raise OldRunError(f"{path}: does not say which run it is of", "choose another --out")
     options = {**TABLE[ours["method"]].options, **theirs.get("options", {})}  # there may have been fewer
-    theirs = {**theirs, "options": options}
+    theirs = {**BEFORE, **theirs, "options": options}
     for key, value in ours.items():
         found = theirs.get(key)
         if found != value:

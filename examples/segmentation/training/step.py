@@ -48,7 +48,8 @@ class Trainer:
     """Model, optimizer and data of one run, the same on every rank.
 
     Iteration t draws all its random numbers from (seed, t). A run that was interrupted therefore goes on as if it
-    had not been, and runs of different methods see the same batches in the same order.
+    had not been, and runs of different methods see the same batches in the same order (but for UniMatch's unlabelled
+    ones, which are twice as large).
 
     Args:
         task: the data set.
