@@ -46,6 +46,10 @@ COMPILE_PAYS_AFTER = 15_000
 they are slower, and in space nobody has measured them (docs/performance.md)."""
 
 
+LEAST_EPS_UNDER_AUTOCAST = 0.05
+"""Below it the cosine of the move that convolutions see in bfloat16 with the one that was meant is under 0.76."""
+
+
 def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     show_every_character()
@@ -161,6 +165,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     recipe = Recipe(seed=arguments.seed, **{**task.presets[preset], **knobs})
     methods = _methods(arguments.method, arguments.gap, both=phantom)
     _refuse_idle_knobs(knobs, methods, recipe)
+    _warn_of_a_rounded_move(arguments.eps, AMP[arguments.amp])
     options = _options(arguments.option or (), [method for method, _ in methods])
     stride = _stride(task, arguments, recipe)
     patients = arguments.patients
@@ -266,6 +271,21 @@ def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[Run], reci
     if "tau" in knobs and not (by_classes or any(TABLE[method].thresholded for method, _ in methods)):
         thresholded = ", ".join(name for name, entry in TABLE.items() if entry.thresholded)
         raise InputError(f"--tau: means nothing to these methods; name one of {thresholded}, or leave it out.")
+
+
+@ranks.on_main
+def _warn_of_a_rounded_move(eps: float | None, amp: torch.dtype | None) -> None:
+    """theta moves in float32, but under autocast convolutions see it in 16 bits (docs/eps_alpha.md).
+
+    A preset's own radius was chosen as it is run, and needs no warning.
+    """
+    if eps is not None and 0 < eps < LEAST_EPS_UNDER_AUTOCAST and amp is torch.bfloat16:
+        print(
+            f"warning: of a move by eps={eps:g} the network sees much rounding noise under bfloat16; "
+            "--amp off shows it the move itself.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _stride(task: Task, arguments: argparse.Namespace, recipe: Recipe) -> tuple[int, ...] | None:

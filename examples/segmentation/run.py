@@ -25,9 +25,6 @@ from segmentation.training.joint import require_even_shares
 from segmentation.training.loop import Progress, Result, fit, resume
 from segmentation.training.step import Trainer, refuse_joint_gap_on_ranks, refuse_wrong_gradients
 
-LEAST_EPS_UNDER_AUTOCAST = 0.05
-"""Below it the cosine of the move that convolutions see in bfloat16 with the one that was meant is under 0.76."""
-
 
 class Samples(NamedTuple):
     """What a job reads."""
@@ -58,7 +55,6 @@ def run(job: Job) -> list[Row]:
     for each in job.recipes:
         refuse_joint_gap_on_ranks(each)
     _warn_of_slow_convolutions(recipe, job.device, job.amp)
-    _warn_of_rounded_moves(job)
     samples = read(job)
     torch.backends.cudnn.benchmark = job.device.type == "cuda"  # every batch has the same shape
     pools = samples.labelled, samples.unlabelled
@@ -128,19 +124,6 @@ def _warn_of_slow_convolutions(recipe: Recipe, device: torch.device, amp: torch.
         print(
             f"warning: torch {torch.__version__} takes several times as long as 2.8 or 2.10 for 3D convolutions under "
             "autocast on a GPU; another version will train faster.",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-@ranks.on_main
-def _warn_of_rounded_moves(job: Job) -> None:
-    """theta moves in float32, but under autocast convolutions see it in 16 bits (docs/eps_alpha.md)."""
-    small = [recipe for recipe in job.recipes if recipe.gap and 0 < recipe.eps < LEAST_EPS_UNDER_AUTOCAST]
-    if job.amp is torch.bfloat16 and small:
-        print(
-            f"warning: of a move by eps={small[0].eps:g} the network sees much rounding noise under bfloat16; "
-            "--amp off shows it the move itself.",
             file=sys.stderr,
             flush=True,
         )
