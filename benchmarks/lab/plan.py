@@ -21,6 +21,11 @@ GUESSES: dict[tuple[str, str, str], float] = {
 """Seconds of such a pass while nothing is measured: data set, preset, kind of device."""
 
 
+JOINT_GAP = 7 / 3
+"""Passes that GAP adds where labelled images share a batch with the first view: they go through the perturbed pass too,
+and the two backward passes at theta each go through both halves of the batch."""
+
+
 class Estimate(NamedTuple):
     """Seconds for the whole cell, and where they come from."""
 
@@ -31,7 +36,7 @@ class Estimate(NamedTuple):
 def passes(cell: Cell) -> float:
     """Forward and backward passes of an iteration after the warm-up, the labelled one too."""
     targets, loss = TABLE[cell.method].passes
-    return 1 + targets + loss * (1 + cell.gap)
+    return 1 + targets + loss * (1 + cell.gap) + JOINT_GAP * (cell.gap and cell.recipe.own.joint)
 
 
 def work(cell: Cell) -> float:

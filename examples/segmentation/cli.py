@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -268,9 +268,17 @@ def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[Run], reci
         if name in METHOD_FIELDS and not unlabelled:
             raise InputError(f"{option}: means nothing to supervised alone; name another method, or leave it out.")
     by_classes = with_gap and recipe.aligned == "pseudo_labels"  # of which tau says which count
-    if "tau" in knobs and not (by_classes or any(TABLE[method].thresholded for method, _ in methods)):
-        thresholded = ", ".join(name for name, entry in TABLE.items() if entry.thresholded)
-        raise InputError(f"--tau: means nothing to these methods; name one of {thresholded}, or leave it out.")
+    if "tau" in knobs and not by_classes:
+        _refuse_idle_knob("tau", {name for name, entry in TABLE.items() if entry.thresholded}, methods)
+    if "unlabelled_loss" in knobs:
+        _refuse_idle_knob("unlabelled-loss", {name for name, entry in TABLE.items() if entry.hard}, methods)
+
+
+def _refuse_idle_knob(option: str, having: Collection[str], methods: Sequence[Run]) -> None:
+    """Raise InputError if none of `methods` is among those that have the option."""
+    if not any(method in having for method, _ in methods):
+        names = ", ".join(name for name in TABLE if name in having)
+        raise InputError(f"--{option}: means nothing to these methods; name one of {names}, or leave it out.")
 
 
 @ranks.on_main

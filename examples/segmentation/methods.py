@@ -170,7 +170,8 @@ class Entry:
         passes: what it adds to an iteration, in forward and backward passes of one batch, of which a forward pass alone
             is a third: its targets, and its loss, which GAP takes a second time.
         attachment: what it needs of the network beside its logits.
-        thresholded: whether the recipe's tau says which of its pseudo-labels count.
+        hard: whether it learns from hard pseudo-labels, by the recipe's R.
+        thresholded: whether the recipe's tau says which of them count.
         with_gap: label with GAP, where it is not "LABEL + GAP".
         own: the part of a recipe that methods differ in.
         draws: batches of unlabelled images that it takes in an iteration, as one.
@@ -181,6 +182,7 @@ class Entry:
     build: Callable[..., Method] | None
     passes: tuple[float, float]
     attachment: Attach | None = None
+    hard: bool = False
     thresholded: bool = False
     with_gap: str = ""
     own: Own = Own()
@@ -208,20 +210,21 @@ TARGETS = 1 / 3
 TABLE: dict[str, Entry] = {
     "supervised": Entry("Supervised", None, (0, 0)),
     "em": Entry("EM", _em, (0, 1), own=RAMPED),
-    "pseudo_label": Entry("Pseudo Label", _pseudo_label, (TARGETS, 1), thresholded=True),
+    "pseudo_label": Entry("Pseudo Label", _pseudo_label, (TARGETS, 1), hard=True, thresholded=True),
     "ict": Entry("ICT", _ict, (TARGETS, 1), own=RAMPED),
     "mixup": Entry("MixUp", _mixup, (TARGETS, 1), own=RAMPED),
-    "cutmix": Entry("CutMix", _cutmix, (TARGETS, 1), thresholded=True),
+    "cutmix": Entry("CutMix", _cutmix, (TARGETS, 1), hard=True, thresholded=True),
     "vat": Entry("VAT", _vat, (1, 1), own=RAMPED),  # its search has gradients of images alone: two thirds
-    "fixmatch": Entry("FixMatch", _fixmatch, (TARGETS, 1), thresholded=True, with_gap="GapMatch"),
-    "flexmatch": Entry("FlexMatch", _flexmatch, (TARGETS, 1), thresholded=True),
-    "freematch": Entry("FreeMatch", _freematch, (TARGETS, 1)),
+    "fixmatch": Entry("FixMatch", _fixmatch, (TARGETS, 1), hard=True, thresholded=True, with_gap="GapMatch"),
+    "flexmatch": Entry("FlexMatch", _flexmatch, (TARGETS, 1), hard=True, thresholded=True),
+    "freematch": Entry("FreeMatch", _freematch, (TARGETS, 1), hard=True),
     # targets of two batches; decoding perturbed features too is 0.64 of a pass, in the labelled one as well
     "unimatch": Entry(
         "UniMatch",
         _unimatch,
         (1.52, 3.64),
         PerturbedFeatures,
+        hard=True,
         thresholded=True,
         own=Own(labelled_weight=0.5, unlabelled_loss="dice", weight=0.5, targets="train", joint=True),
         draws=2,

@@ -96,13 +96,17 @@ def test_the_lab_plans_with_what_the_methods_multiply() -> None:
     from benchmarks.lab import grid, plan
 
     recipe = Recipe(size=(32, 32), labelled_batch=2, unlabelled_batch=2)
-    counted, planned = {}, {}
-    for method in METHODS:
-        subject = step_time.trainer(recipe.for_run(method), torch.device("cpu"), None)
-        with Operations() as operations:
+
+    def operations(recipe: Recipe) -> int:
+        subject = step_time.trainer(recipe, torch.device("cpu"), None)
+        with Operations() as counted:
             subject.step(0)
-        counted[method] = operations.total
-        planned[method] = plan.passes(grid.cell("ACDC", "study", (method, False), 1, 0))
-    assert {method: total / counted["supervised"] for method, total in counted.items()} == pytest.approx(
-        planned, rel=0.02
+        return counted.total
+
+    one = operations(recipe.for_run("supervised"))
+    counted = {method: operations(recipe.for_run(method)) / one for method in METHODS}
+    assert counted == pytest.approx(
+        {method: plan.passes(grid.cell("ACDC", "study", (method, False), 1, 0)) for method in METHODS}, rel=0.02
     )
+    joint = grid.cell("ACDC", "study", grid.GAPMATCH, 1, 0, {"joint": True})
+    assert operations(replace(recipe, joint=True).for_run("gapmatch")) / one == pytest.approx(plan.passes(joint), 0.02)

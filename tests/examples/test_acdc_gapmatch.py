@@ -329,6 +329,7 @@ def test_bad_data_is_one_line_before_any_training(
         (["--method", "ict", "--replay-dropout"], "--replay-dropout: means"),
         (["--method", "supervised", "--tau", "0.9"], "--tau: means nothing to supervised alone"),
         (["--method", "em", "freematch+gap", "--tau", "0.9"], "--tau: means nothing to these methods; name one"),
+        (["--method", "em", "ict+gap", "--unlabelled-loss", "dice"], "--unlabelled-loss: means nothing"),
         (["--method", "supervised", "--weight", "2"], "--weight: means"),
         (["--method", "supervised", "--warm-up", "1"], "--warm-up: means"),
         (["--labeled", "5"], "--labelled and --patients"),  # the old spelling
