@@ -47,6 +47,10 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
     1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth), the sums over batch and space (Milletari et al.,
     "V-Net", 2016). An empty mask gives 0.
 
+    With a mask, a class that no pixel under it has counts 0: that confident pixels lack it says nothing of the others.
+    Without this the loss of such a class, P / (P + smooth) with P = sum(p^2), is flat until P comes near `smooth` and
+    there falls to 0, which drives a class that pseudo-labels have yet to find out of every prediction (docs/acdc.md).
+
     Args, result and errors as for `cross_entropy`.
     """
     _check(logits, target, mask)
@@ -140,9 +144,9 @@ def _dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None, smooth: floa
         probabilities = torch.where(mask.unsqueeze(1), probabilities, 0.0)
         classes = classes & mask.unsqueeze(1)
     over = [0, *range(2, logits.ndim)]
-    intersection = (probabilities * classes).sum(over)
-    total = probabilities.square().sum(over) + classes.sum(over)
-    return 1 - ((2 * intersection + smooth) / (total + smooth)).mean()
+    intersection, size = (probabilities * classes).sum(over), classes.sum(over)
+    losses = 1 - (2 * intersection + smooth) / (probabilities.square().sum(over) + size + smooth)
+    return losses.mean() if mask is None else torch.where(size > 0, losses, 0.0).mean()
 
 
 def _check(logits: Tensor, target: Tensor, mask: Tensor | None) -> None:

@@ -52,6 +52,33 @@ def test_an_empty_mask_gives_zero_and_no_gradient(loss) -> None:
     assert not logits.grad.any()
 
 
+def test_a_class_that_no_confident_pixel_has_is_not_driven_out() -> None:
+    """Near `smooth` the Dice loss of an absent class is a cliff, which ended in classes that nothing brought back."""
+    target = torch.zeros(1, 8, 8, dtype=torch.int64)
+    target[:, :4] = 1
+    mask = torch.ones_like(target, dtype=torch.bool)
+    logits = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[:, 2] -= 7  # of 64 pixels the sum of p^2 is of the order of 1e-5
+
+    def pull(mask: torch.Tensor | None) -> float:
+        leaf = logits.clone().requires_grad_()
+        dice_loss(leaf, target, mask).backward()
+        assert leaf.grad is not None
+        return leaf.grad[:, 2].abs().sum().item()
+
+    assert pull(mask) < 1e-3 < 0.05 < pull(None)
+    two_classes = dice_loss(logits.log_softmax(1)[:, :2], target, mask) * 2 / 3  # the third counts 0
+    torch.testing.assert_close(dice_loss(logits, target, mask), two_classes, rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_where_all_classes_are_there_a_mask_of_everything_changes_nothing(shape: tuple[int, ...]) -> None:
+    logits, target, _ = _problem(shape)
+    torch.testing.assert_close(
+        dice_loss(logits, target, torch.ones_like(target, dtype=torch.bool)), dice_loss(logits, target)
+    )
+
+
 @pytest.mark.parametrize("loss", [cross_entropy, dice_loss, ce_dice_loss])
 def test_certainty_of_the_truth_costs_nothing(loss) -> None:
     _, target, mask = _problem(SHAPES[0])
