@@ -122,7 +122,10 @@ def test_clean_and_perturbed_features_are_decoded_in_one_batch_and_told_apart() 
     def decode(features: Any) -> tuple[list[Tensor], Tensor]:
         return [], features[0] - features[0].mean()  # as a batch norm, which sees all
 
-    attachment, features = PerturbedFeatures(Parts([3], nn.Identity, nn.Identity)), torch.rand(2, 3, 4, 4) + 1
+    attachment, features = (
+        PerturbedFeatures(Parts([3], nn.Identity, nn.Identity, nn.Identity)),
+        torch.rand(2, 3, 4, 4) + 1,
+    )
     torch.manual_seed(0)
     clean, perturbed = attachment(torch.empty(0), [features], decode)
     torch.manual_seed(0)
@@ -136,7 +139,7 @@ def test_clean_and_perturbed_features_are_decoded_in_one_batch_and_told_apart() 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_both_keep_the_memory_format_of_the_features(layout: torch.memory_format) -> None:
     seen: list[Tensor] = []
-    attachment = PerturbedFeatures(Parts([3], nn.Identity, nn.Identity))
+    attachment = PerturbedFeatures(Parts([3], nn.Identity, nn.Identity, nn.Identity))
     features = torch.rand(2, 3, 4, 5).contiguous(memory_format=layout)
     attachment(features, [features], lambda both: (seen.extend(both), both[0]))
     assert seen[0].is_contiguous(memory_format=layout)
@@ -165,7 +168,7 @@ def test_a_pyramids_logits_are_those_of_its_levels(name: str) -> None:
 
 
 def test_interpolation_keeps_the_corners_of_pixels_in_place() -> None:
-    pyramid = Pyramid(Parts([1, 2, 4], lambda channels: nn.Identity(), nn.Identity))
+    pyramid = Pyramid(Parts([1, 2, 4], lambda channels: nn.Identity(), nn.Identity, nn.Identity))
     levels = [torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, 1, 2, 4)]
     _, large = pyramid(torch.empty(0), [], lambda features: (levels, levels[-1]))
     assert large.tolist() == [[[[0, 0.25, 0.75, 1]] * 2]]
@@ -173,7 +176,7 @@ def test_interpolation_keeps_the_corners_of_pixels_in_place() -> None:
 
 def test_the_perturbed_pyramid_has_a_perturbation_a_level_and_repeats_values() -> None:
     """Ones in, and 16 channels of them: what is left after each perturbation, summed over the channels."""
-    pyramid = PerturbedPyramid(Parts([16] * 5, lambda channels: Sum(), nn.Identity))
+    pyramid = PerturbedPyramid(Parts([16] * 5, lambda channels: Sum(), nn.Identity, nn.Identity))
     levels = [torch.ones(2, 16, 4 * 2**depth, 4 * 2**depth) for depth in range(4)]
     levels[1] = torch.zeros_like(levels[1])
     levels[1][:, :, 3, 5] = 1  # FeatureDrop takes it away
@@ -199,7 +202,7 @@ class Sum(nn.Module):
 
 
 def test_the_medical_decoders_drop_values_not_channels() -> None:
-    attachment = MedicalDecoders(Parts([4], nn.Identity, First))
+    attachment = MedicalDecoders(Parts([4], nn.Identity, First, nn.Identity))
     features = torch.ones(2, 4, 8, 8)
     *_, dropped = attachment(torch.empty(0), [features], lambda features: ([], features[0]))
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
@@ -224,7 +227,7 @@ def test_each_decoder_sees_all_levels_perturbed() -> None:
 
     torch.manual_seed(0)
     features = [torch.rand(2, 8, 8, 8), torch.rand(2, 16, 4, 4)]
-    decoders = PerturbedDecoders(Parts([8, 16], nn.Identity, Seeing))
+    decoders = PerturbedDecoders(Parts([8, 16], nn.Identity, Seeing, nn.Identity))
     logits, *_ = outputs = decoders(features[0], features, lambda features: ([], features[-1]))
     assert logits is features[-1]
     assert len(outputs) - 1 == len(seen) == 3
