@@ -269,9 +269,13 @@ TABLE: dict[str, Entry] = {
     "uamt": Entry("UAMT", _uamt, (9 * TARGETS, 1), own=replace(RAMPED, targets="train")),
     # its second network runs in every pass, in the labelled one too
     "cps": Entry("CPS", _cps, (1 + 2 * TARGETS, 2), Twin, own=RAMPED),
-    "mcnet": Entry("MC-Net", _mcnet, (0.5, 3), Upsampled, own=RAMPED, variant=TwiceUpsampled),
+    # its second decoder is 0.67 of a pass, in the labelled one as well; labelled images are compared too
+    "mcnet": Entry("MC-Net", _mcnet, (0.67, 3.35), Upsampled, own=RAMPED, variant=TwiceUpsampled),
     "dct": Entry("DCT", _dct, (0, 2), own=RAMPED),
-    "dct_views": Entry("DCT, two networks", _dct_views, (4, 8), Twin, own=Own(ramp_up=80 / 600)),
+    # adversaries around labelled and unlabelled images, each for one of the two networks
+    "dct_views": Entry(
+        "DCT, two networks", _dct_views, (1 + 8 * TARGETS, 6 + 2 * TARGETS), Twin, own=Own(ramp_up=80 / 600)
+    ),
 }
 
 

@@ -81,7 +81,8 @@ def test_captured_and_ordinary_steps_are_the_same(run: str, dims: str) -> None:
 
 
 VARIANTS = [(method, {"variant": "medical"}) for method in ("vat", "urpc", "cct")] + [
-    ("cutmix", {"target": "probabilities"})
+    ("cutmix", {"target": "probabilities"}),
+    ("mcnet", {"variant": "plus"}),
 ]
 
 
