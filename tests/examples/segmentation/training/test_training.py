@@ -132,7 +132,7 @@ def test_compiled_passes_give_the_same_weights_and_are_not_for_scoring(
     assert not any("OptimizedModule" in type(m).__name__ for m in compiled.scored_model().modules())
 
 
-@pytest.mark.parametrize("run", ["gapmatch", "vat+gap", "cct+gap", "unimatch+gap"])
+@pytest.mark.parametrize("run", ["gapmatch", "vat+gap", "cct+gap", "unimatch+gap", "cps+gap", "dct_views+gap"])
 def test_nothing_is_compiled_again_after_the_first_iteration(
     run: str, slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
