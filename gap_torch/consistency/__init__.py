@@ -10,7 +10,8 @@ from .cct import CCT, MedicalCCT
 from .cps import CPS
 from .cutmix import CutMix
 from .cutmix_seg import CutMixMeanTeacher, CutMixSeg
-from .dct import DCT, ViewsDCT
+from .dct import DCT
+from .dct_views import ViewsDCT
 from .em import EntropyMinimisation
 from .feature_perturbations import ChannelDropout, FeatureDrop, FeatureNoise, FeaturePerturbation
 from .fixmatch import FixMatch

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gap_torch.consistency import Batch, ViewsDCT
-from gap_torch.consistency.dct import jensen_shannon
+from gap_torch.consistency.dct_views import jensen_shannon
 from gap_torch.losses import ce_dice_loss, soft_cross_entropy
 
 
