@@ -343,10 +343,12 @@ def test_mc_net_reaches_everything(name: str, kind: Any) -> None:
         assert all(p.grad is not None and p.grad.any() for p in network.parameters() if p.ndim > 1)
 
 
-@pytest.mark.parametrize("method", [CPS, ViewsDCT])
+@pytest.mark.parametrize(("method", "kind"), [(CPS, Twin), (ViewsDCT, Twin), (MCNet, Upsampled)])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_both_networks_learn_and_are_perturbed_by_one_norm_and_put_back_bit_for_bit(name: str, method: Any) -> None:
-    network, images = _network(name, Twin)
+def test_all_of_it_learns_and_is_perturbed_by_one_norm_and_put_back_bit_for_bit(
+    name: str, method: Any, kind: Any
+) -> None:
+    network, images = _network(name, kind)
     method = method(lambda x: x)
     optimizer = GAPWrapper(torch.optim.SGD(network.parameters(), 0.1), eps=0.3)
     views = method.prepare(network, Batch(images))
