@@ -5,15 +5,19 @@ examples asks which method runs.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from gap_torch.consistency import (
     CCT,
+    CPS,
+    DCT,
     ICT,
+    UAMT,
     URPC,
     VAT,
     CurriculumThreshold,
@@ -23,6 +27,7 @@ from gap_torch.consistency import (
     DiceVAT,
     EntropyMinimisation,
     FixMatch,
+    MCNet,
     MeanTeacher,
     MedicalCCT,
     MedicalURPC,
@@ -33,6 +38,7 @@ from gap_torch.consistency import (
     Teacher,
     Threshold,
     UniMatch,
+    ViewsDCT,
 )
 from gap_torch.consistency.method import Augmentation
 from gap_torch.consistency.targets import Mode
@@ -45,6 +51,9 @@ from segmentation.networks.attachments import (
     PerturbedFeatures,
     PerturbedPyramid,
     Pyramid,
+    TwiceUpsampled,
+    Twin,
+    Upsampled,
 )
 
 DECAY = 0.99  # of teachers
@@ -126,6 +135,29 @@ def _cct(s: Setting, *, variant: str = "original") -> Method:
     return MedicalCCT(s.weak) if _medical(variant) else CCT(s.weak, mode=s.targets)
 
 
+def _uamt(
+    s: Setting, *, noise: float = 0.1, pairs: int = 4, bound: float = math.log(2), decay: float = DECAY
+) -> Method:
+    return UAMT(Teacher(s.model, decay), s.weak, noise, pairs, bound, mode=s.targets)
+
+
+def _cps(s: Setting) -> Method:
+    return CPS(s.weak)
+
+
+def _mcnet(s: Setting, *, temperature: float = 0.1, variant: str = "original") -> Method:
+    _chosen("variant", variant, "original", "plus")  # of which the network alone knows: it has a decoder more
+    return MCNet(s.weak, temperature)
+
+
+def _dct(s: Setting) -> Method:
+    return DCT(s.weak)
+
+
+def _dct_views(s: Setting, *, radius: float = 0.02, cot: float = 10.0, dif: float = 0.5) -> Method:
+    return ViewsDCT(s.weak, radius, cot, dif)
+
+
 def _medical(variant: str) -> bool:
     """Whether the method is to be as in public code for medical images (docs/methods.md)."""
     return _chosen("variant", variant, "original", "medical")
@@ -175,7 +207,7 @@ class Entry:
         with_gap: label with GAP, where it is not "LABEL + GAP".
         own: the part of a recipe that methods differ in.
         draws: batches of unlabelled images that it takes in an iteration, as one.
-        medical: its attachment with variant=medical, where that is another.
+        variant: its attachment where the option `variant` is not at its default, if that is another.
     """
 
     label: str
@@ -187,7 +219,7 @@ class Entry:
     with_gap: str = ""
     own: Own = Own()
     draws: int = 1
-    medical: Attach | None = None
+    variant: Attach | None = None
 
     def __post_init__(self) -> None:
         for name, default in self.options.items():
@@ -230,16 +262,28 @@ TABLE: dict[str, Entry] = {
         draws=2,
     ),
     "mean_teacher": Entry("Mean Teacher", _mean_teacher, (TARGETS, 1), own=RAMPED),
-    "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid, own=RAMPED, medical=PerturbedPyramid),
+    "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid, own=RAMPED, variant=PerturbedPyramid),
     # its further decoders run in the labelled pass too
-    "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED, medical=MedicalDecoders),
+    "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED, variant=MedicalDecoders),
+    # of the teacher, 1 + 2 * 4 batches
+    "uamt": Entry("UAMT", _uamt, (9 * TARGETS, 1), own=replace(RAMPED, targets="train")),
+    # its second network runs in every pass, in the labelled one too
+    "cps": Entry("CPS", _cps, (1 + 2 * TARGETS, 2), Twin, own=RAMPED),
+    # its second decoder is 0.67 of a pass, in the labelled one as well; labelled images are compared too
+    "mcnet": Entry("MC-Net", _mcnet, (0.67, 3.35), Upsampled, own=RAMPED, variant=TwiceUpsampled),
+    "dct": Entry("DCT", _dct, (0, 2), own=RAMPED),
+    # adversaries around labelled and unlabelled images, each for one of the two networks
+    "dct_views": Entry(
+        "DCT, two networks", _dct_views, (1 + 8 * TARGETS, 6 + 2 * TARGETS), Twin, own=Own(ramp_up=80 / 600)
+    ),
 }
 
 
 def attachment(method: str, options: Mapping[str, Any]) -> Attach | None:
     """What `method` needs of the network beside its logits, with all its `options`."""
     entry = TABLE[method]
-    return entry.medical if options.get("variant") == "medical" and entry.medical else entry.attachment
+    default = entry.options.get("variant")
+    return entry.variant if options.get("variant", default) != default and entry.variant else entry.attachment
 
 
 def build(method: str, setting: Setting, options: Mapping[str, Any]) -> Method | None:

@@ -7,27 +7,35 @@ same views, at theta and at theta*.
 
 from .alignment import alignment, hard_alignment
 from .cct import CCT, MedicalCCT
+from .cps import CPS
 from .cutmix import CutMix
 from .cutmix_seg import CutMixMeanTeacher, CutMixSeg
+from .dct import DCT
+from .dct_views import ViewsDCT
 from .em import EntropyMinimisation
 from .feature_perturbations import ChannelDropout, FeatureDrop, FeatureNoise, FeaturePerturbation
 from .fixmatch import FixMatch
 from .flexmatch import CurriculumThreshold
 from .freematch import SelfAdaptiveThreshold
 from .ict import ICT
+from .mcnet import MCNet
 from .mean_teacher import MeanTeacher
 from .method import Batch, Method, Outputs, Views, auxiliary_logits, logits_of
 from .mixup import MixUp
 from .pseudo_label import PseudoLabel
 from .teacher import Teacher
 from .thresholds import FixedThreshold, Threshold
+from .uamt import UAMT
 from .unimatch import UniMatch
 from .urpc import URPC, MedicalURPC
 from .vat import VAT, DiceVAT
 
 __all__ = [
     "CCT",
+    "CPS",
+    "DCT",
     "ICT",
+    "UAMT",
     "URPC",
     "VAT",
     "Batch",
@@ -43,6 +51,7 @@ __all__ = [
     "FeaturePerturbation",
     "FixMatch",
     "FixedThreshold",
+    "MCNet",
     "MeanTeacher",
     "MedicalCCT",
     "MedicalURPC",
@@ -55,6 +64,7 @@ __all__ = [
     "Threshold",
     "UniMatch",
     "Views",
+    "ViewsDCT",
     "alignment",
     "auxiliary_logits",
     "hard_alignment",

@@ -1,12 +1,11 @@
 """Mean Teacher (Tarvainen and Valpola, 2017) for segmentation."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ..losses import SoftLoss, mean_squared
 from .method import Augmentation, Batch, Method, Outputs, Views, logits_of, only, unlabelled_of
+from .noise import check_noise, clipped_noise
 from .targets import Mode, check_mode, probabilities
 from .teacher import Teacher
 
@@ -39,16 +38,15 @@ class MeanTeacher(Method):
     ) -> None:
         super().__init__()
         check_mode(mode)
-        if not 0 <= noise < math.inf:
-            raise ValueError(f"noise must be at least 0 and finite, got {noise}.")
+        check_noise(noise)
         self.teacher, self.weak, self.noise, self.criterion, self.mode = teacher, weak, noise, loss, mode
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """Noisy weak views of the unlabelled images, and the teacher's probabilities for the clean ones."""
         weak = self.weak(unlabelled_of(batch))
-        noise = self.noise * torch.randn_like(weak).clamp(-2, 2)
-        return Views((weak + noise,), probabilities(self.teacher, weak, self.mode))
+        noisy = weak + clipped_noise(weak, self.noise)
+        return Views((noisy,), probabilities(self.teacher, weak, self.mode))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """`loss` between the student's prediction and the teacher's."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..losses import Criterion
@@ -102,6 +103,11 @@ def unlabelled_of(batch: Batch) -> Tensor:
     return batch.unlabelled
 
 
+def all_images(batch: Batch, unlabelled: Tensor) -> Tensor:
+    """The labelled images of `batch`, if it has any, and behind them `unlabelled`, views of the unlabelled ones."""
+    return unlabelled if batch.labelled is None else torch.cat([batch.labelled, unlabelled])
+
+
 def only(outputs: tuple[Outputs, ...]) -> Outputs:
     """What the model made of the one view of a method that has no other. Raises as `one_each`."""
     return one_each(outputs, 1)[0]
@@ -170,3 +176,8 @@ def auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:
             "auxiliary logits. Is it in eval mode?"
         )
     return auxiliary
+
+
+def twins(outputs: Outputs) -> tuple[Tensor, Tensor]:
+    """The model's own logits and those of a second network behind them. Raises as `auxiliary_logits`."""
+    return logits_of(outputs), auxiliary_logits(outputs)[0]

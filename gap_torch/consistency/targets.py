@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..batchnorm import has_running_stats
 from ..losses import at_least_float32, check_classes
@@ -48,6 +49,19 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     finally:
         for module, was_training in before.items():
             module.training = was_training
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """`model` without dropout for a while, and otherwise as it is: in training mode it returns auxiliary logits too."""
+    layers = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 def check_mode(mode: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gap_torch.consistency import VAT, Batch, CutMixSeg, FixMatch, Method, Teacher, Views
+from gap_torch.consistency import DCT, VAT, Batch, CutMixSeg, FixMatch, Method, Teacher, Views
 from gap_torch.losses import ce_dice_loss
 from segmentation.methods import TABLE, Setting
 
@@ -25,7 +25,7 @@ def _strong(images: Tensor) -> Tensor:
     return 0.8 * images + 0.1
 
 
-def _of_table(name: str, **options: str) -> Callable[[nn.Module, int], Method]:
+def _of_table(name: str, **options: str | float) -> Callable[[nn.Module, int], Method]:
     """Builds the method of the examples' table called `name` from a model and its number of classes."""
 
     def build(model: nn.Module, classes: int) -> Method:
@@ -34,8 +34,17 @@ def _of_table(name: str, **options: str) -> Callable[[nn.Module, int], Method]:
     return build
 
 
+class HalfTurn(DCT):
+    """Always turns: where it does not, the two predictions are one, and there is no loss."""
+
+    def draw(self, device: torch.device) -> Tensor:
+        return torch.full((), 2, device=device)
+
+
 METHODS: dict[str, Callable[[nn.Module, int], Method]] = {
     **{name: _of_table(name) for name, entry in TABLE.items() if entry.build is not None},
+    "uamt": _of_table("uamt", bound=2.0),  # or five classes would be nowhere certain
+    "dct": lambda model, classes: HalfTurn(_weak),
     "cutmix, no teacher": lambda model, classes: CutMixSeg(_weak, tau=0.6),
     "fixmatch, no cutmix": lambda model, classes: FixMatch(_weak, _strong, tau=0.6),
     "vat, confident": lambda model, classes: VAT(_weak, tau=0.6),
@@ -213,9 +222,10 @@ def test_outputs_that_are_not_one_for_each_view_are_named(name: str, spatial: tu
     model, method, images = _problem(name, spatial, classes)
     views = method.prepare(model, Batch(images))
     outputs = tuple(model(images) for images in views.inputs)
-    wrong = {"a Tensor": outputs[0], "a tuple of 2": 2 * outputs, "a tuple of 0": ()}
-    if name in AUXILIARY:
-        wrong = {"a tuple of 3": outputs[0], "a Tensor": outputs[0][0]}
+    logits = outputs[0][0] if name in AUXILIARY else outputs[0]
+    wrong = {"a Tensor": logits, f"a tuple of {2 * len(outputs)}": 2 * outputs, "a tuple of 0": ()}
+    if name in AUXILIARY and len(outputs) != len(outputs[0]):
+        wrong |= {f"a tuple of {len(outputs[0])}": outputs[0]}
     for got, given in wrong.items():
         with pytest.raises(TypeError, match=rf"compare takes a tuple, .*, got {got};"):
             method.compare(given, views)

@@ -59,6 +59,28 @@ def test_without_decay_it_is_the_model() -> None:
         assert teacher.model.weight.item() == value
 
 
+@pytest.mark.parametrize(("update", "kept"), [(0, 0), (1, 1 / 2), (2, 2 / 3), (9, 0.9), (98, 0.98990), (99, 0.99)])
+def test_how_much_of_it_stays_in_each_update(update: int, kept: float) -> None:
+    teacher = Teacher(_scalar(1.0), decay=0.99)
+    for _ in range(update):
+        teacher.update(_scalar(1.0))
+    teacher.update(_scalar(0.0))
+    assert teacher.model.weight.item() == pytest.approx(kept, abs=1e-5)
+
+
+def test_without_a_warm_up_the_first_weights_stay_as_long_as_any() -> None:
+    teacher = Teacher(_scalar(1.0), decay=0.9, warm_up=False)
+    seen = []
+    for _ in range(3):
+        teacher.update(_scalar(0.0))
+        seen.append(teacher.model.weight.item())
+    assert seen == pytest.approx([0.9, 0.81, 0.729])
+    restored = Teacher(_scalar(0.0), decay=0.9, warm_up=False)
+    restored.load_state_dict(teacher.state_dict())
+    restored.update(_scalar(0.0))
+    assert restored.model.weight.item() == pytest.approx(0.6561)
+
+
 def test_buffers_are_copies_of_the_latest() -> None:
     model = _network().train()
     teacher = Teacher(model)

@@ -28,6 +28,10 @@ class Parts:
     """Makes one: features with so many channels -> logits."""
     decoder: Callable[[], nn.Module]
     """Makes one: features of all levels of the encoder, the deepest last -> logits."""
+    network: Callable[[], nn.Module]
+    """Makes another network like the one that the attachment is for, without an attachment: image -> logits."""
+    others: Sequence[Callable[[], nn.Module]] = ()
+    """Each makes a decoder that upsamples in another way, the nearest voxel's value last."""
 
 
 Decode = Callable[[Sequence[Tensor]], tuple[list[Tensor], Tensor]]
@@ -134,6 +138,43 @@ class MedicalDecoders(PerturbedDecoders):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.perturbations[2] = Dropout(0.3)
+
+
+class Upsampled(Attachment):
+    """A decoder that upsamples in another way than the network's own (MC-Net)."""
+
+    count = 1
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.decoders = nn.ModuleList(make() for make in parts.others[: self.count])
+
+    def forward(self, image: Tensor, features: Sequence[Tensor], decode: Decode) -> tuple[Tensor, ...]:
+        """Behind the network's logits those that each decoder makes of `features`."""
+        _, logits = decode(features)
+        return logits, *(decoder(features) for decoder in self.decoders)
+
+
+class TwiceUpsampled(Upsampled):
+    """Two decoders that do, each in its way (MC-Net+)."""
+
+    count = 2
+
+
+class Twin(Attachment):
+    """A second network, which learns beside the first and has nothing in common with it but the image (CPS).
+
+    Its initial weights are drawn after the first one's, in the same way.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.network = parts.network()
+
+    def forward(self, image: Tensor, features: Sequence[Tensor], decode: Decode) -> tuple[Tensor, ...]:
+        """Behind the network's logits the twin's."""
+        _, logits = decode(features)
+        return logits, self.network(image)
 
 
 class PerturbedFeatures(Attachment):

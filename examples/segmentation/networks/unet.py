@@ -1,6 +1,6 @@
 """The networks of the field's common recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -38,10 +38,12 @@ class UNet(nn.Module):
         channels = [width * 2**level for level in range(5)]
         inputs = [in_channels, *channels[:-1]]
         self.encoder = nn.ModuleList(ConvBlock(i, o, p) for i, o, p in zip(inputs, channels, dropout, strict=True))
-        own = Decoder(channels, num_classes)
+        own = Decoder(channels, num_classes, Up)
         self.up, self.decoder, self.head = own.up, own.decoder, own.head
-        head, decoder = partial(_head, num_classes), partial(Decoder, channels, num_classes)
-        self.attachment = None if attachment is None else attachment(Parts(channels, head, decoder))
+        head = partial(_head, num_classes)
+        decoder, *others = (partial(Decoder, channels, num_classes, up) for up in (Up, TransposedUp, NearestUp))
+        twin = partial(UNet, in_channels, num_classes, width, dropout)
+        self.attachment = None if attachment is None else attachment(Parts(channels, head, decoder, twin, others))
 
     def forward(self, image: Tensor) -> Outputs:
         """Logits (B, num_classes, H, W) of `image` (B, in_channels, H, W); H and W are multiples of 16.
@@ -61,12 +63,12 @@ class UNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the encoder's features to logits; `channels` are theirs, the deepest last."""
+    """From the encoder's features to logits; `channels` are theirs, the deepest last, and `up` is as `Up`."""
 
-    def __init__(self, channels: Sequence[int], num_classes: int) -> None:
+    def __init__(self, channels: Sequence[int], num_classes: int, up: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
         deep_to_shallow = list(zip(channels[:0:-1], channels[-2::-1], strict=True))
-        self.up = nn.ModuleList(Up(i, o) for i, o in deep_to_shallow)
+        self.up = nn.ModuleList(up(i, o) for i, o in deep_to_shallow)
         self.decoder = nn.ModuleList(ConvBlock(2 * o, o, 0.0) for _, o in deep_to_shallow)
         self.head = _head(num_classes, channels[0])
 
@@ -94,6 +96,20 @@ class Up(nn.Sequential):
             nn.Conv2d(in_channels, out_channels, kernel_size=1),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
         )
+
+
+class NearestUp(nn.Sequential):
+    """The same with each value repeated."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(nn.Conv2d(in_channels, out_channels, kernel_size=1), nn.Upsample(scale_factor=2))
+
+
+class TransposedUp(nn.ConvTranspose2d):
+    """The same by a transposed convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
 
 
 class ConvBlock(nn.Sequential):

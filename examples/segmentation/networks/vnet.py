@@ -1,6 +1,6 @@
 """The 3D network of the field's recipe on LA."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -40,10 +40,12 @@ class VNet(nn.Module):
             ConvBlock(i, o, n) for i, o, n in zip(inputs, channels, (1, 2, 3, 3, 3), strict=True)
         )
         self.down = nn.ModuleList(Down(c) for c in channels[:-1])
-        own = Decoder(channels, num_classes, dropout)
+        own = Decoder(channels, num_classes, dropout, Up)
         self.up, self.decoder, self.dropout, self.head = own.up, own.decoder, own.dropout, own.head
-        head, decoder = partial(_head, num_classes), partial(Decoder, channels, num_classes, dropout)
-        self.attachment = None if attachment is None else attachment(Parts(channels, head, decoder))
+        head = partial(_head, num_classes)
+        decoder, *others = (partial(Decoder, channels, num_classes, dropout, up) for up in (Up, LinearUp, NearestUp))
+        twin = partial(VNet, in_channels, num_classes, width, dropout)
+        self.attachment = None if attachment is None else attachment(Parts(channels, head, decoder, twin, others))
 
     def forward(self, image: Tensor) -> Outputs:
         """Logits (B, num_classes, X, Y, Z) of `image` (B, in_channels, X, Y, Z), whose sides are multiples of 16.
@@ -64,11 +66,13 @@ class VNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the encoder's features to logits; `channels` are theirs, the deepest last."""
+    """From the encoder's features to logits; `channels` are theirs, the deepest last, and `up` is as `Up`."""
 
-    def __init__(self, channels: Sequence[int], num_classes: int, dropout: float) -> None:
+    def __init__(
+        self, channels: Sequence[int], num_classes: int, dropout: float, up: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
-        self.up = nn.ModuleList(Up(c) for c in channels[:0:-1])
+        self.up = nn.ModuleList(up(c) for c in channels[:0:-1])
         self.decoder = nn.ModuleList(ConvBlock(c, c, n) for c, n in zip(channels[-2::-1], (3, 3, 2, 1), strict=True))
         self.dropout = Dropout3d(dropout)
         self.head = _head(num_classes, channels[0])
@@ -110,6 +114,22 @@ class Up(nn.Sequential):
 
     def __init__(self, channels: int) -> None:
         super().__init__(*_normed(nn.ConvTranspose3d(channels, channels // 2, kernel_size=2, stride=2)))
+
+
+class LinearUp(nn.Sequential):
+    """The same by trilinear interpolation, and a convolution behind it."""
+
+    def __init__(self, channels: int) -> None:
+        interpolate = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True)
+        super().__init__(interpolate, *_normed(nn.Conv3d(channels, channels // 2, kernel_size=3, padding=1)))
+
+
+class NearestUp(nn.Sequential):
+    """The same with each value repeated."""
+
+    def __init__(self, channels: int) -> None:
+        convolution = nn.Conv3d(channels, channels // 2, kernel_size=3, padding=1)
+        super().__init__(nn.Upsample(scale_factor=2), *_normed(convolution))
 
 
 def _normed(convolution: nn.Conv3d | nn.ConvTranspose3d) -> tuple[nn.Module, ...]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency import CCT, URPC, Batch, UniMatch, Views
+from gap_torch import GAPWrapper
+from gap_torch.consistency import CCT, CPS, URPC, Batch, MCNet, UniMatch, Views, ViewsDCT
 from gap_torch.losses import ce_dice_loss
 from segmentation.networks.attachments import (
     MedicalDecoders,
@@ -15,6 +16,9 @@ from segmentation.networks.attachments import (
     PerturbedFeatures,
     PerturbedPyramid,
     Pyramid,
+    TwiceUpsampled,
+    Twin,
+    Upsampled,
     without_attachment,
 )
 from segmentation.networks.unet import UNet
@@ -22,7 +26,16 @@ from segmentation.networks.vnet import VNet
 from segmentation.training.step import Autocast
 
 NETWORKS = {"UNet": (UNet, (32, 48)), "VNet": (VNet, (16, 32, 16))}
-ATTACHMENTS = {Pyramid: 4, PerturbedPyramid: 4, PerturbedDecoders: 4, MedicalDecoders: 4, PerturbedFeatures: 2}
+ATTACHMENTS = {
+    Pyramid: 4,
+    PerturbedPyramid: 4,
+    PerturbedDecoders: 4,
+    MedicalDecoders: 4,
+    PerturbedFeatures: 2,
+    Upsampled: 2,
+    TwiceUpsampled: 3,
+    Twin: 2,
+}
 """How many outputs there are, the network's own logits among them."""
 KINDS = [(name, kind) for name in NETWORKS for kind in ATTACHMENTS]
 
@@ -122,7 +135,10 @@ def test_clean_and_perturbed_features_are_decoded_in_one_batch_and_told_apart() 
     def decode(features: Any) -> tuple[list[Tensor], Tensor]:
         return [], features[0] - features[0].mean()  # as a batch norm, which sees all
 
-    attachment, features = PerturbedFeatures(Parts([3], nn.Identity, nn.Identity)), torch.rand(2, 3, 4, 4) + 1
+    attachment, features = (
+        PerturbedFeatures(Parts([3], nn.Identity, nn.Identity, nn.Identity)),
+        torch.rand(2, 3, 4, 4) + 1,
+    )
     torch.manual_seed(0)
     clean, perturbed = attachment(torch.empty(0), [features], decode)
     torch.manual_seed(0)
@@ -136,7 +152,7 @@ def test_clean_and_perturbed_features_are_decoded_in_one_batch_and_told_apart() 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_both_keep_the_memory_format_of_the_features(layout: torch.memory_format) -> None:
     seen: list[Tensor] = []
-    attachment = PerturbedFeatures(Parts([3], nn.Identity, nn.Identity))
+    attachment = PerturbedFeatures(Parts([3], nn.Identity, nn.Identity, nn.Identity))
     features = torch.rand(2, 3, 4, 5).contiguous(memory_format=layout)
     attachment(features, [features], lambda both: (seen.extend(both), both[0]))
     assert seen[0].is_contiguous(memory_format=layout)
@@ -165,7 +181,7 @@ def test_a_pyramids_logits_are_those_of_its_levels(name: str) -> None:
 
 
 def test_interpolation_keeps_the_corners_of_pixels_in_place() -> None:
-    pyramid = Pyramid(Parts([1, 2, 4], lambda channels: nn.Identity(), nn.Identity))
+    pyramid = Pyramid(Parts([1, 2, 4], lambda channels: nn.Identity(), nn.Identity, nn.Identity))
     levels = [torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, 1, 2, 4)]
     _, large = pyramid(torch.empty(0), [], lambda features: (levels, levels[-1]))
     assert large.tolist() == [[[[0, 0.25, 0.75, 1]] * 2]]
@@ -173,7 +189,7 @@ def test_interpolation_keeps_the_corners_of_pixels_in_place() -> None:
 
 def test_the_perturbed_pyramid_has_a_perturbation_a_level_and_repeats_values() -> None:
     """Ones in, and 16 channels of them: what is left after each perturbation, summed over the channels."""
-    pyramid = PerturbedPyramid(Parts([16] * 5, lambda channels: Sum(), nn.Identity))
+    pyramid = PerturbedPyramid(Parts([16] * 5, lambda channels: Sum(), nn.Identity, nn.Identity))
     levels = [torch.ones(2, 16, 4 * 2**depth, 4 * 2**depth) for depth in range(4)]
     levels[1] = torch.zeros_like(levels[1])
     levels[1][:, :, 3, 5] = 1  # FeatureDrop takes it away
@@ -199,7 +215,7 @@ class Sum(nn.Module):
 
 
 def test_the_medical_decoders_drop_values_not_channels() -> None:
-    attachment = MedicalDecoders(Parts([4], nn.Identity, First))
+    attachment = MedicalDecoders(Parts([4], nn.Identity, First, nn.Identity))
     features = torch.ones(2, 4, 8, 8)
     *_, dropped = attachment(torch.empty(0), [features], lambda features: ([], features[0]))
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
@@ -224,7 +240,7 @@ def test_each_decoder_sees_all_levels_perturbed() -> None:
 
     torch.manual_seed(0)
     features = [torch.rand(2, 8, 8, 8), torch.rand(2, 16, 4, 4)]
-    decoders = PerturbedDecoders(Parts([8, 16], nn.Identity, Seeing))
+    decoders = PerturbedDecoders(Parts([8, 16], nn.Identity, Seeing, nn.Identity))
     logits, *_ = outputs = decoders(features[0], features, lambda features: ([], features[-1]))
     assert logits is features[-1]
     assert len(outputs) - 1 == len(seen) == 3
@@ -266,3 +282,82 @@ def test_urpc_reaches_all_heads(name: str) -> None:
         loss.backward()
         assert {"head", "attachment", "encoder"} <= _reached(network)
         assert all(head.weight.grad.any() for head in network.attachment.heads)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_twin_is_the_same_network_with_other_weights_and_has_nothing_of_the_first(name: str) -> None:
+    network, images = _network(name, Twin)
+    twin = network.attachment.network
+    shapes = {key: value.shape for key, value in twin.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in _network(name, None)[0].state_dict().items()}
+    weights = {key: p for key, p in twin.named_parameters() if p.ndim > 1}
+    assert not any(torch.equal(p, network.get_parameter(key)) for key, p in weights.items())
+    for module in [m for m in twin.modules() if hasattr(m, "p")]:
+        module.p = 0.0
+    torch.testing.assert_close(network(images)[1], twin(images))
+    network.zero_grad()
+    network(images)[1].square().mean().backward()
+    assert _reached(network) == {"attachment"}
+    network.zero_grad()
+    network(images)[0].square().mean().backward()
+    assert "attachment" not in _reached(network)
+
+
+UPSAMPLED = {
+    "UNet": [(nn.Conv2d, nn.Upsample), (nn.ConvTranspose2d,), (nn.Conv2d, nn.Upsample)],
+    "VNet": [
+        (nn.ConvTranspose3d, nn.BatchNorm3d, nn.ReLU),
+        (nn.Upsample, nn.Conv3d, nn.BatchNorm3d, nn.ReLU),
+        (nn.Upsample, nn.Conv3d, nn.BatchNorm3d, nn.ReLU),
+    ],
+}
+MODES = {"UNet": ["bilinear", None, "nearest"], "VNet": [None, "trilinear", "nearest"]}
+"""Of the network's own decoder, of MC-Net's second, of MC-Net+'s third."""
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_decoder_upsamples_in_its_own_way(name: str) -> None:
+    network = _network(name, TwiceUpsampled)[0]
+    decoders = [network, *network.attachment.decoders]
+    for decoder, kinds, mode in zip(decoders, UPSAMPLED[name], MODES[name], strict=True):
+        assert len(decoder.up) == 4
+        for up in decoder.up:
+            layers = [module for module in up.modules() if not [*module.children()]]
+            assert tuple(map(type, layers)) == kinds or isinstance(up, kinds)
+            assert [layer.mode for layer in layers if isinstance(layer, nn.Upsample)] == [mode] * (mode is not None)
+    once = _network(name, Upsampled)[0]
+    assert [type(up) for up in once.attachment.decoders[0].up] == [type(up) for up in decoders[1].up]
+    assert len(once.attachment.decoders) == 1
+
+
+@pytest.mark.parametrize("kind", [Upsampled, TwiceUpsampled])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_mc_net_reaches_everything(name: str, kind: Any) -> None:
+    network, images = _network(name, kind)
+    labelled, labels = images.flip(-1), torch.zeros(2, *images.shape[2:], dtype=torch.int64)
+    method = MCNet(lambda x: x)
+    views = method.prepare(network, Batch(images, labelled, labels))
+    for loss in (method.loss(network, views), method.labelled_loss(ce_dice_loss, network(labelled), labels)):
+        network.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in network.parameters() if p.ndim > 1)
+
+
+@pytest.mark.parametrize(("method", "kind"), [(CPS, Twin), (ViewsDCT, Twin), (MCNet, Upsampled)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_of_it_learns_and_is_perturbed_by_one_norm_and_put_back_bit_for_bit(
+    name: str, method: Any, kind: Any
+) -> None:
+    network, images = _network(name, kind)
+    method = method(lambda x: x)
+    optimizer = GAPWrapper(torch.optim.SGD(network.parameters(), 0.1), eps=0.3)
+    views = method.prepare(network, Batch(images))
+    method.loss(network, views).backward()
+    assert {"head", "attachment", "encoder"} <= _reached(network)
+    assert all(p.grad.any() for p in network.attachment.parameters() if p.ndim > 1)
+    before = [p.detach().clone() for p in network.parameters()]
+    with optimizer.perturbed(network):
+        moves = [(p.detach() - b).norm() for p, b in zip(network.parameters(), before, strict=True)]
+        assert torch.stack(moves).norm().item() == pytest.approx(0.3, rel=1e-4)
+        method.loss(network, views).backward()
+    assert all(map(torch.equal, network.parameters(), before))

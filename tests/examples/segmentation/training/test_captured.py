@@ -81,14 +81,16 @@ def test_captured_and_ordinary_steps_are_the_same(run: str, dims: str) -> None:
 
 
 VARIANTS = [(method, {"variant": "medical"}) for method in ("vat", "urpc", "cct")] + [
-    ("cutmix", {"target": "probabilities"})
+    ("cutmix", {"target": "probabilities"}),
+    ("mcnet", {"variant": "plus"}),
+    ("uamt", {"bound": 1.8}),  # else it is nowhere sure
 ]
 
 
 @pytest.mark.usefixtures("as_on_cuda")
 @pytest.mark.parametrize("dims", PROBLEMS)
 @pytest.mark.parametrize(("method", "options"), VARIANTS)
-def test_so_are_those_of_variants(method: str, options: dict[str, str], dims: str) -> None:
+def test_so_are_those_of_variants(method: str, options: dict[str, Any], dims: str) -> None:
     recipe = _recipe(dims, f"{method}+gap", options=options)
     graphed, ordinary = _trainer(dims, recipe, graph=True), _trainer(dims, recipe, graph=False)
     _assert_same_steps(graphed, ordinary, range(STEPS))

@@ -21,7 +21,7 @@ from segmentation import methods
 from segmentation.data.files import Volume, read_list, split_by_patients
 from segmentation.data.slices import Slices, load_slices, load_volumes
 from segmentation.errors import InputError, RunError
-from segmentation.networks.attachments import MedicalDecoders, PerturbedPyramid
+from segmentation.networks.attachments import MedicalDecoders, PerturbedPyramid, TwiceUpsampled, Upsampled
 from segmentation.recipe import METHODS, RUNS, Recipe
 from segmentation.training import checkpoint
 from segmentation.training import loop as train
@@ -132,7 +132,7 @@ def test_compiled_passes_give_the_same_weights_and_are_not_for_scoring(
     assert not any("OptimizedModule" in type(m).__name__ for m in compiled.scored_model().modules())
 
 
-@pytest.mark.parametrize("run", ["gapmatch", "vat+gap", "cct+gap", "unimatch+gap"])
+@pytest.mark.parametrize("run", ["gapmatch", "vat+gap", "cct+gap", "unimatch+gap", "cps+gap", "dct_views+gap"])
 def test_nothing_is_compiled_again_after_the_first_iteration(
     run: str, slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +316,12 @@ def test_options_reach_the_method_and_defaults_are_its_own(method: str, slices, 
         assert not namesakes or namesakes & set(moved), f"{method} with {name}: it moved {moved}, not what it names"
 
 
+def test_mc_net_plus_is_a_decoder_more(slices, tiny_recipe: Recipe) -> None:
+    recipes = [replace(tiny_recipe, method="mcnet", options={"variant": name}) for name in ("original", "plus")]
+    trainers = [_trainer(recipe, slices) for recipe in recipes]
+    assert [type(trainer.model.network.attachment) for trainer in trainers] == [Upsampled, TwiceUpsampled]
+
+
 @pytest.mark.parametrize(("method", "kind"), [("urpc", PerturbedPyramid), ("cct", MedicalDecoders), ("vat", None)])
 def test_a_variant_has_its_own_class_and_attachment(
     method: str, kind: type | None, slices, tiny_recipe: Recipe
@@ -343,6 +349,7 @@ def test_cutmix_may_learn_from_probabilities(slices, tiny_recipe: Recipe) -> Non
     ("method", "options", "text"),
     [
         ("cct", {"variant": "new"}, "variant must be original or medical, got 'new'"),
+        ("mcnet", {"variant": "medical"}, "variant must be original or plus, got 'medical'"),
         ("cutmix", {"target": "medical"}, "target must be pseudo_labels or probabilities, got 'medical'"),
         ("vat", {"variant": "medical", "radius": 0.1}, "radius and a xi of its own"),
     ],

@@ -1,0 +1,58 @@
+"""Cross pseudo supervision (Chen et al., CVPR 2021), as in SSL4MIS."""
+
+import torch
+from torch import Tensor, nn
+
+from ..batchnorm import frozen_running_stats
+from ..losses import Criterion, cross_entropy
+from .method import Augmentation, Batch, Method, Outputs, Views, only, twins, unlabelled_of
+
+
+class CPS(Method):
+    """Two networks of different initial weights; each learns the classes that the other sees, at every pixel.
+
+        loss = CE(f_1(u), argmax f_2(u)) + CE(f_2(u), argmax f_1(u))
+
+    Two networks that agree still have a loss: that of their own hard labels. As in SSL4MIS the images are the
+    unlabelled ones, without strong augmentation; the authors' code for photographs takes the labelled ones too, CutMix,
+    and a constant weight. There the labels are of the very pass that is trained. Here they are of one before it, at
+    theta, in the model's own mode: with dropout, other units are dropped.
+
+    The model returns (logits of f_1, logits of f_2) in training mode, and f_1's alone in eval mode.
+
+    Args:
+        weak: weak augmentation of images (B, C, *spatial).
+
+    Raises:
+        ValueError: from `prepare` and `compare`, a model without a second network's logits, or logits of one class.
+    """
+
+    def __init__(self, weak: Augmentation) -> None:
+        super().__init__()
+        self.weak = weak
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """Weak views of the unlabelled images; `fixed` are the classes that f_1 and f_2 see, each (B, *spatial)."""
+        weak = self.weak(unlabelled_of(batch))
+        with frozen_running_stats(model):
+            first, second = twins(model(weak))
+        torch.clear_autocast_cache()  # an autocast region around this and the loss would reuse casts without gradient
+        return Views((weak,), fixed=(first.argmax(dim=1), second.argmax(dim=1)))
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """Cross-entropy of each network with the other's classes, summed."""
+        first, second = twins(only(outputs))
+        of_first, of_second = views.fixed
+        return cross_entropy(first, of_second) + cross_entropy(second, of_first)
+
+    def labelled_loss(
+        self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
+    ) -> Tensor:
+        """`criterion` of both networks' logits, summed.
+
+        Raises:
+            ValueError: `outputs` has no logits of a second network.
+        """
+        first, second = twins(outputs)
+        return criterion(first, target) + criterion(second, target)

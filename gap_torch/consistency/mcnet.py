@@ -1,0 +1,82 @@
+"""Mutual consistency, MC-Net (Wu et al., MICCAI 2021) and MC-Net+ (2022), after their authors' code."""
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import Criterion, at_least_float32, check_classes, dice_loss
+from .method import (
+    Augmentation,
+    Batch,
+    Method,
+    Outputs,
+    Views,
+    all_images,
+    only,
+    unlabelled_of,
+    with_auxiliary_logits,
+)
+
+
+class MCNet(Method):
+    """Decoders of one encoder, which differ in how they upsample; each is to say what each other says, sharpened.
+
+    With p_i the prediction of decoder i (two of them in MC-Net, three in MC-Net+) and s the sharpening (`sharpen`):
+
+        loss = sum_{i != j} mean (p_i - s(p_j))^2               over batch, classes and pixels
+        labelled loss = 1/2 sum_i Dice(p_i, y)
+
+    Over labelled and unlabelled images, if the batch has labelled ones. As in the code, s(p_j) carries a gradient, so
+    that the partner is pulled too; nothing is held fixed. The code's labelled loss is a Dice of half this project's
+    gradient, with slightly other denominators; its cross-entropy is computed and not used. Nor is the criterion here.
+
+    The model returns the logits of its other decoders behind its own.
+
+    Args:
+        weak: weak augmentation of images (B, C, *spatial).
+        temperature: T of the sharpening.
+
+    Raises:
+        ValueError: `temperature` isn't above 0; from `compare`, a model of one decoder, or logits of one class.
+    """
+
+    def __init__(self, weak: Augmentation, temperature: float = 0.1) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}.")
+        self.weak, self.temperature = weak, temperature
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """The labelled images, and behind them weak views of the unlabelled ones."""
+        return Views((all_images(batch, self.weak(unlabelled_of(batch))),))
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """The squared difference of each decoder from each other one sharpened: mean over pixels, sum over pairs."""
+        p = [at_least_float32(check_classes(logits)).softmax(dim=1) for logits in with_auxiliary_logits(only(outputs))]
+        sharp = [sharpen(each, self.temperature) for each in p]
+        pairs = [(i, j) for i in range(len(p)) for j in range(len(p)) if i != j]
+        return torch.stack([(p[i] - sharp[j]).square().mean() for i, j in pairs]).sum()
+
+    def labelled_loss(
+        self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
+    ) -> Tensor:
+        """Half of the Dice loss of each decoder's logits, summed; `criterion` is not asked.
+
+        Raises:
+            ValueError: `outputs` is of one decoder alone.
+        """
+        return torch.stack([dice_loss(logits, target) for logits in with_auxiliary_logits(outputs)]).sum() / 2
+
+
+def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
+    """p^(1/T) / (p^(1/T) + (1 - p)^(1/T)): each class by itself, against all others.
+
+    Of two classes the result sums to 1. Of more it need not: where none has half of the probability all go towards 0,
+    which is the method's, and pulls an unsure pixel towards no class.
+
+    Args:
+        probabilities: of any shape, in float32 at least: powers of 1 / T underflow in 16 bits.
+        temperature: T, above 0; 1 changes nothing.
+    """
+    power, rest = probabilities ** (1 / temperature), (1 - probabilities) ** (1 / temperature)
+    return power / (power + rest)
