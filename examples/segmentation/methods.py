@@ -13,14 +13,18 @@ from torch import Tensor, nn
 
 from gap_torch.consistency import (
     CCT,
+    DAN,
+    DTC,
     ICT,
     URPC,
     VAT,
+    Adversary,
     CurriculumThreshold,
     CutMix,
     CutMixMeanTeacher,
     CutMixSeg,
     DiceVAT,
+    Discriminator,
     EntropyMinimisation,
     FixMatch,
     MeanTeacher,
@@ -29,6 +33,7 @@ from gap_torch.consistency import (
     Method,
     MixUp,
     PseudoLabel,
+    SASSNet,
     SelfAdaptiveThreshold,
     Teacher,
     Threshold,
@@ -45,6 +50,7 @@ from segmentation.networks.attachments import (
     PerturbedFeatures,
     PerturbedPyramid,
     Pyramid,
+    SignedDistances,
 )
 
 DECAY = 0.99  # of teachers
@@ -63,6 +69,10 @@ class Setting:
     loss: MaskedLoss
     """R of equation 7."""
     targets: Mode
+    channels: int = 1
+    """Of an image."""
+    dimensions: int = 2
+    """Of space."""
 
 
 def _em(s: Setting) -> Method:
@@ -126,6 +136,22 @@ def _cct(s: Setting, *, variant: str = "original") -> Method:
     return MedicalCCT(s.weak) if _medical(variant) else CCT(s.weak, mode=s.targets)
 
 
+def _dtc(s: Setting, *, k: float = 1500.0, distance_weight: float = 0.3) -> Method:
+    return DTC(s.weak, k, distance_weight)
+
+
+def _dan(s: Setting) -> Method:
+    return DAN(_adversary(s, s.num_classes), s.weak)
+
+
+def _sassnet(s: Setting, *, distance_weight: float = 0.3) -> Method:
+    return SASSNet(_adversary(s, s.num_classes - 1), s.weak, distance_weight)
+
+
+def _adversary(s: Setting, map_channels: int) -> Adversary:
+    return Adversary(Discriminator(map_channels, s.channels, s.dimensions))
+
+
 def _medical(variant: str) -> bool:
     """Whether the method is to be as in public code for medical images (docs/methods.md)."""
     return _chosen("variant", variant, "original", "medical")
@@ -176,6 +202,7 @@ class Entry:
         own: the part of a recipe that methods differ in.
         draws: batches of unlabelled images that it takes in an iteration, as one.
         medical: its attachment with variant=medical, where that is another.
+        beyond_logits: whether its loss reads more than logits, for which there is one reading of "aligned" alone.
     """
 
     label: str
@@ -188,6 +215,7 @@ class Entry:
     own: Own = Own()
     draws: int = 1
     medical: Attach | None = None
+    beyond_logits: bool = False
 
     def __post_init__(self) -> None:
         for name, default in self.options.items():
@@ -233,6 +261,13 @@ TABLE: dict[str, Entry] = {
     "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid, own=RAMPED, medical=PerturbedPyramid),
     # its further decoders run in the labelled pass too
     "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED, medical=MedicalDecoders),
+    # labelled images in the loss too; the head of distances runs in the labelled pass as well
+    "dtc": Entry("DTC", _dtc, (0.01, 2.02), SignedDistances, own=Own(weight=1.0, ramp_up=1.0), beyond_logits=True),
+    # targets: the discriminator's step, for which both batches are predicted; the loss goes through it to its input
+    "dan": Entry("DAN", _dan, (1.80, 1.38), own=RAMPED),
+    "sassnet": Entry(
+        "SASSNet", _sassnet, (1.81, 1.38), SignedDistances, own=Own(weight=0.01, ramp_up=1.0), beyond_logits=True
+    ),
 }
 
 

@@ -5,10 +5,14 @@
 same views, at theta and at theta*.
 """
 
+from .adversary import Adversary, Discriminator
 from .alignment import alignment, hard_alignment
 from .cct import CCT, MedicalCCT
 from .cutmix import CutMix
 from .cutmix_seg import CutMixMeanTeacher, CutMixSeg
+from .dan import DAN
+from .distance_head import DistanceMethod
+from .dtc import DTC
 from .em import EntropyMinimisation
 from .feature_perturbations import ChannelDropout, FeatureDrop, FeatureNoise, FeaturePerturbation
 from .fixmatch import FixMatch
@@ -19,6 +23,8 @@ from .mean_teacher import MeanTeacher
 from .method import Batch, Method, Outputs, Views, auxiliary_logits, logits_of
 from .mixup import MixUp
 from .pseudo_label import PseudoLabel
+from .sassnet import SASSNet
+from .signed_distances import signed_distances
 from .teacher import Teacher
 from .thresholds import FixedThreshold, Threshold
 from .unimatch import UniMatch
@@ -27,9 +33,12 @@ from .vat import VAT, DiceVAT
 
 __all__ = [
     "CCT",
+    "DAN",
+    "DTC",
     "ICT",
     "URPC",
     "VAT",
+    "Adversary",
     "Batch",
     "ChannelDropout",
     "CurriculumThreshold",
@@ -37,6 +46,8 @@ __all__ = [
     "CutMixMeanTeacher",
     "CutMixSeg",
     "DiceVAT",
+    "Discriminator",
+    "DistanceMethod",
     "EntropyMinimisation",
     "FeatureDrop",
     "FeatureNoise",
@@ -50,6 +61,7 @@ __all__ = [
     "MixUp",
     "Outputs",
     "PseudoLabel",
+    "SASSNet",
     "SelfAdaptiveThreshold",
     "Teacher",
     "Threshold",
@@ -59,4 +71,5 @@ __all__ = [
     "auxiliary_logits",
     "hard_alignment",
     "logits_of",
+    "signed_distances",
 ]

@@ -58,7 +58,7 @@ class Method(nn.Module, ABC):
     returns (logits, *auxiliary), in eval mode logits alone.
 
     A module, so that whatever state a method has (a teacher, thresholds) is in its `state_dict` and follows `to`.
-    None of it is trained: parameters to train belong to the model.
+    None of it is trained by the run's optimizer: parameters for that belong to the model.
     """
 
     @abstractmethod
@@ -88,7 +88,11 @@ class Method(nn.Module, ABC):
         return criterion(logits_of(outputs), target)
 
     def update(self, model: nn.Module, batch: Batch) -> None:
-        """To be called after each optimizer step; a teacher follows `model` here."""
+        """To be called after each optimizer step; a teacher follows `model` here, an adversary takes its own step."""
+
+    def logged(self) -> dict[str, Tensor]:
+        """How the method's own parts fare, after `update`: name -> 0-dim, on the device; nothing by default."""
+        return {}
 
 
 def unlabelled_of(batch: Batch) -> Tensor:
@@ -100,6 +104,17 @@ def unlabelled_of(batch: Batch) -> Tensor:
     if not isinstance(batch, Batch):
         raise TypeError(f"prepare takes a Batch, got {type(batch).__name__}; write Batch(unlabelled).")
     return batch.unlabelled
+
+
+def labelled_of(batch: Batch) -> Tensor:
+    """The labelled images of `batch`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if batch.labelled is None:
+        raise ValueError("this method needs labelled images beside the others; write Batch(unlabelled, labelled).")
+    return batch.labelled
 
 
 def only(outputs: tuple[Outputs, ...]) -> Outputs:

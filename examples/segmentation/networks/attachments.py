@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gap_torch.consistency import ChannelDropout, FeatureDrop, FeatureNoise
+from gap_torch.losses import at_least_float32
 from segmentation.networks.dropout import Dropout
 
 
@@ -28,11 +29,13 @@ class Parts:
     """Makes one: features with so many channels -> logits."""
     decoder: Callable[[], nn.Module]
     """Makes one: features of all levels of the encoder, the deepest last -> logits."""
+    foreground_head: Callable[[int], nn.Module] = nn.Identity
+    """Makes one: features with so many channels -> a channel for each class but the background."""
 
 
 Decode = Callable[[Sequence[Tensor]], tuple[list[Tensor], Tensor]]
 """The network's own decoder: features of all levels of the encoder, the deepest last -> what each of its levels makes
-of them, the deepest first, and logits."""
+of them, the deepest first and the last as the head sees it, and logits."""
 
 
 class Attachment(nn.Module, ABC):
@@ -150,6 +153,19 @@ class PerturbedFeatures(Attachment):
         """The network's logits of the features as they are, and of the perturbed ones."""
         _, logits = decode([_alternating(level, self.perturbation(level)) for level in features])
         return logits.unflatten(0, (-1, 2)).unbind(1)
+
+
+class SignedDistances(Attachment):
+    """A second head beside the network's own, on the same features, for signed distances (DTC, SASSNet)."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.head = parts.foreground_head(parts.channels[0])
+
+    def forward(self, image: Tensor, features: Sequence[Tensor], decode: Decode) -> tuple[Tensor, ...]:
+        """The network's logits, and a map in [-1, 1] for each class but the background, float32 at least."""
+        levels, logits = decode(features)
+        return logits, at_least_float32(self.head(levels[-1])).tanh()
 
 
 def _alternating(clean: Tensor, perturbed: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class UNet(nn.Module):
         own = Decoder(channels, num_classes)
         self.up, self.decoder, self.head = own.up, own.decoder, own.head
         head, decoder = partial(_head, num_classes), partial(Decoder, channels, num_classes)
-        self.attachment = None if attachment is None else attachment(Parts(channels, head, decoder))
+        parts = Parts(channels, head, decoder, foreground_head=partial(_head, num_classes - 1))
+        self.attachment = None if attachment is None else attachment(parts)
 
     def forward(self, image: Tensor) -> Outputs:
         """Logits (B, num_classes, H, W) of `image` (B, in_channels, H, W); H and W are multiples of 16.

@@ -43,7 +43,8 @@ class VNet(nn.Module):
         own = Decoder(channels, num_classes, dropout)
         self.up, self.decoder, self.dropout, self.head = own.up, own.decoder, own.dropout, own.head
         head, decoder = partial(_head, num_classes), partial(Decoder, channels, num_classes, dropout)
-        self.attachment = None if attachment is None else attachment(Parts(channels, head, decoder))
+        parts = Parts(channels, head, decoder, foreground_head=partial(_head, num_classes - 1))
+        self.attachment = None if attachment is None else attachment(parts)
 
     def forward(self, image: Tensor) -> Outputs:
         """Logits (B, num_classes, X, Y, Z) of `image` (B, in_channels, X, Y, Z), whose sides are multiples of 16.
@@ -60,7 +61,8 @@ class VNet(nn.Module):
 
     def _decode(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         levels = decoded(features, self.up, self.decoder)
-        return levels, self.head(self.dropout(levels[-1]))
+        levels[-1] = self.dropout(levels[-1])
+        return levels, self.head(levels[-1])
 
 
 class Decoder(nn.Module):
