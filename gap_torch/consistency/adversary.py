@@ -127,7 +127,10 @@ class Adversary(nn.Module):
             ValueError: all of them are labelled, or none.
         """
         if not 0 < labelled < len(maps):
-            raise ValueError(f"labelled must be above 0 and below the {len(maps)} samples, got {labelled}.")
+            raise ValueError(
+                f"the discriminator learns from labelled images and from others, but {labelled} of {len(maps)} are "
+                "labelled; write Batch(unlabelled, labelled)."
+            )
         is_labelled = torch.arange(len(maps), device=maps.device) < labelled
         parameters = list(self.discriminator.parameters())
         with _learning(self.discriminator):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..losses import at_least_float32, check_classes
 from .adversary import Adversary
-from .method import Augmentation, Batch, Method, Outputs, Views, labelled_of, logits_of, only, unlabelled_of
+from .method import Augmentation, Batch, Method, Outputs, Views, all_images, logits_of, only, unlabelled_of
 from .targets import probabilities
 
 
@@ -40,9 +40,9 @@ class DAN(Method):
     @torch.no_grad()
     def update(self, model: nn.Module, batch: Batch) -> None:
         """The discriminator's step. Raises ValueError without labelled images."""
-        labelled = labelled_of(batch)
-        images = torch.cat([labelled, self.weak(unlabelled_of(batch))])
-        self.adversary.step(probabilities(model, images, "eval"), images, len(labelled))
+        weak = self.weak(unlabelled_of(batch))
+        images = all_images(batch, weak)
+        self.adversary.step(probabilities(model, images, "eval"), images, len(images) - len(weak))
 
     def logged(self) -> dict[str, Tensor]:
         """The discriminator's accuracy, 0.5 being a guess."""

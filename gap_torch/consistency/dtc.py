@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .distance_head import DistanceMethod, logits_and_distances
-from .method import Augmentation, Batch, Outputs, Views, only, unlabelled_of
+from .method import Augmentation, Batch, Outputs, Views, all_images, only, unlabelled_of
 
 
 class DTC(DistanceMethod):
@@ -39,8 +39,7 @@ class DTC(DistanceMethod):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """The labelled images, if there are any, and weak views of the unlabelled ones, in one batch."""
-        weak = self.weak(unlabelled_of(batch))
-        return Views((weak if batch.labelled is None else torch.cat([batch.labelled, weak]),))
+        return Views((all_images(batch, self.weak(unlabelled_of(batch))),))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """The disagreement of the two tasks."""

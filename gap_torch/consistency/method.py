@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..losses import Criterion
@@ -106,15 +107,9 @@ def unlabelled_of(batch: Batch) -> Tensor:
     return batch.unlabelled
 
 
-def labelled_of(batch: Batch) -> Tensor:
-    """The labelled images of `batch`.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if batch.labelled is None:
-        raise ValueError("this method needs labelled images beside the others; write Batch(unlabelled, labelled).")
-    return batch.labelled
+def all_images(batch: Batch, unlabelled: Tensor) -> Tensor:
+    """The labelled images of `batch`, if it has any, and behind them `unlabelled`, views of the unlabelled ones."""
+    return unlabelled if batch.labelled is None else torch.cat([batch.labelled, unlabelled])
 
 
 def only(outputs: tuple[Outputs, ...]) -> Outputs:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .adversary import Adversary
 from .distance_head import DistanceMethod, logits_and_distances
-from .method import Augmentation, Batch, Outputs, Views, labelled_of, only, unlabelled_of
+from .method import Augmentation, Batch, Outputs, Views, all_images, only, unlabelled_of
 
 
 class SASSNet(DistanceMethod):
@@ -46,13 +46,13 @@ class SASSNet(DistanceMethod):
     @torch.no_grad()
     def update(self, model: nn.Module, batch: Batch) -> None:
         """The discriminator's step. Raises ValueError without labelled images."""
-        labelled = labelled_of(batch)
-        images = torch.cat([labelled, self.weak(unlabelled_of(batch))])
+        weak = self.weak(unlabelled_of(batch))
+        images = all_images(batch, weak)
         with _layers_in_eval_mode(model):
             outputs = model(images)
         torch.clear_autocast_cache()  # as in `targets.probabilities`
         _, z = logits_and_distances(outputs)
-        self.adversary.step(z, images, len(labelled))
+        self.adversary.step(z, images, len(images) - len(weak))
 
     def logged(self) -> dict[str, Tensor]:
         """The discriminator's accuracy, 0.5 being a guess."""
