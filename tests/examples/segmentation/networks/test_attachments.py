@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gap_torch.consistency import CCT, URPC, Batch, UniMatch, Views
+from gap_torch.consistency import CCT, DTC, URPC, Batch, UniMatch, Views
 from gap_torch.losses import ce_dice_loss
 from segmentation.networks.attachments import (
     MedicalDecoders,
@@ -15,6 +15,7 @@ from segmentation.networks.attachments import (
     PerturbedFeatures,
     PerturbedPyramid,
     Pyramid,
+    SignedDistances,
     without_attachment,
 )
 from segmentation.networks.unet import UNet
@@ -24,7 +25,9 @@ from segmentation.training.step import Autocast
 NETWORKS = {"UNet": (UNet, (32, 48)), "VNet": (VNet, (16, 32, 16))}
 ATTACHMENTS = {Pyramid: 4, PerturbedPyramid: 4, PerturbedDecoders: 4, MedicalDecoders: 4, PerturbedFeatures: 2}
 """How many outputs there are, the network's own logits among them."""
-KINDS = [(name, kind) for name in NETWORKS for kind in ATTACHMENTS]
+MAPS = {SignedDistances: 2}
+"""Channels of the one behind the network's own."""
+KINDS = [(name, kind) for name in NETWORKS for kind in (*ATTACHMENTS, *MAPS)]
 
 
 def _network(name: str, attachment: Any) -> tuple[nn.Module, Tensor]:
@@ -39,7 +42,8 @@ def test_their_logits_in_training_alone_and_in_full_size(name: str, kind: Any) -
     network, images = _network(name, kind)
     outputs = network(images)
     assert isinstance(outputs, tuple)
-    assert [logits.shape for logits in outputs] == [(2, 3, *images.shape[2:])] * ATTACHMENTS[kind]
+    channels = [3, MAPS[kind]] if kind in MAPS else [3] * ATTACHMENTS[kind]
+    assert [output.shape for output in outputs] == [(2, c, *images.shape[2:]) for c in channels]
     assert network.eval()(images).shape == (2, 3, *images.shape[2:])
 
 
@@ -251,6 +255,34 @@ def test_ccts_consistency_does_not_reach_the_main_decoder(name: str) -> None:
     method.labelled_loss(ce_dice_loss, network(images), torch.zeros(2, *images.shape[2:], dtype=torch.int64)).backward()
     assert "attachment" not in _reached(network)
     assert "head" in _reached(network)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_head_of_distances_sees_what_the_networks_own_does(name: str) -> None:
+    network, images = _network(name, SignedDistances)
+    seen: dict[str, Tensor] = {}
+    for which, head in (("own", network.head), ("distances", network.attachment.head)):
+        head.register_forward_pre_hook(lambda _module, inputs, which=which: seen.update({which: inputs[0]}))
+    _, z = network(images)
+    assert torch.equal(seen["own"], seen["distances"])  # the same dropout mask too
+    torch.testing.assert_close(z, network.attachment.head(seen["own"]).tanh())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(images)[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dtc_reaches_both_heads_by_both_losses(name: str) -> None:
+    network, images = _network(name, SignedDistances)
+    for p in network.attachment.head.parameters():
+        nn.init.normal_(p, std=1e-3)  # pixels are in the band of the surface
+    method, labels = DTC(lambda x: x), torch.randint(3, (2, *images.shape[2:]))
+    for loss in (
+        method.loss(network, method.prepare(network, Batch(images, images, labels))),
+        method.labelled_loss(ce_dice_loss, network(images), labels),
+    ):
+        network.zero_grad()
+        loss.backward()
+        assert {"head", "attachment", "encoder"} <= _reached(network)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

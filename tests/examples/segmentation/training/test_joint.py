@@ -79,6 +79,10 @@ RECIPES = {
     "a gradient of Dice in the images": {"method": "vat", "options": {"variant": "medical"}},
     "two passes": {"method": "unimatch", "joint": False},
     "one batch with labelled images": {"method": "unimatch", "gap": False},
+    "signed distances": {"method": "dtc"},
+    "signed distances in 3D": {"method": "dtc", "size": (32, 32, 16)},
+    "an adversary": {"method": "dan"},
+    "an adversary of distances": {"method": "sassnet"},
     # masks of whole channels behind the decoder
     "two passes in 3D": {"method": "unimatch", "joint": False, "size": (32, 32, 16)},
 }
