@@ -79,8 +79,9 @@ RECIPES = {
     "a gradient of Dice in the images": {"method": "vat", "options": {"variant": "medical"}},
     "two passes": {"method": "unimatch", "joint": False},
     "one batch with labelled images": {"method": "unimatch", "gap": False},
-    "signed distances": {"method": "dtc"},
-    "signed distances in 3D": {"method": "dtc", "size": (32, 32, 16)},
+    # 1,500, its own, multiplies rounding: by a thousand or more in an iteration with GAP
+    "signed distances": {"method": "dtc", "options": {"k": 1.5}},
+    "signed distances in 3D": {"method": "dtc", "options": {"k": 1.5}, "size": (32, 32, 16)},
     "an adversary": {"method": "dan"},
     "an adversary of distances": {"method": "sassnet"},
     # masks of whole channels behind the decoder
