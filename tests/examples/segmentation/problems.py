@@ -28,6 +28,8 @@ PROBLEMS = {  # tau: some pixels are confident and some are not
     "2D": (ACDC, Recipe(**COMMON, **PLANE, tau=0.3)),
     "3D": (LA, Recipe(**{**COMMON, **SPACE, **OTHERS}, tau=0.55)),
 }
+OPTIONS: dict[str, dict[str, Any]] = {"dtc": {"k": 15.0}}
+"""With 1,500, its own, DTC multiplies rounding by a thousand an iteration, and more with GAP."""
 
 
 def pools(recipe: Recipe, classes: int) -> tuple[Pool, Pool]:

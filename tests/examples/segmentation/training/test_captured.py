@@ -24,7 +24,7 @@ from segmentation.training.loop import fit
 from segmentation.training.sgd import SGD
 from segmentation.training.step import Trainer
 
-from ..problems import PROBLEMS, pools
+from ..problems import OPTIONS, PROBLEMS, pools
 from .cpu_graph import CpuGraph
 
 CPU = torch.device("cpu")
@@ -42,7 +42,9 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _recipe(dims: str, run: str, **changes: Any) -> Recipe:
-    return replace(PROBLEMS[dims][1].for_run(run), iterations=20, average_decay=0.9, **changes)
+    recipe = PROBLEMS[dims][1].for_run(run)
+    changes = {"options": OPTIONS.get(recipe.method, ()), **changes}
+    return replace(recipe, iterations=20, average_decay=0.9, **changes)
 
 
 def _trainer(dims: str, recipe: Recipe, graph: bool, amp: torch.dtype | None = None) -> Trainer:
