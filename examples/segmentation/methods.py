@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from gap_torch.consistency import (
     CCT,
     CPS,
+    DAN,
     DCT,
+    DTC,
     ICT,
     UAMT,
     URPC,
     VAT,
+    Adversary,
     CurriculumThreshold,
     CutMix,
     CutMixMeanTeacher,
     CutMixSeg,
     DiceVAT,
+    Discriminator,
     EntropyMinimisation,
     FixMatch,
     MCNet,
@@ -34,6 +38,7 @@ from gap_torch.consistency import (
     Method,
     MixUp,
     PseudoLabel,
+    SASSNet,
     SelfAdaptiveThreshold,
     Teacher,
     Threshold,
@@ -51,6 +56,7 @@ from segmentation.networks.attachments import (
     PerturbedFeatures,
     PerturbedPyramid,
     Pyramid,
+    SignedDistances,
     TwiceUpsampled,
     Twin,
     Upsampled,
@@ -67,6 +73,10 @@ class Setting:
     model: nn.Module
     weak: Augmentation
     strong: Callable[[Tensor], Tensor]
+    channels: int
+    """Of an image."""
+    dimensions: int
+    """Of space."""
     num_classes: int
     tau: float
     loss: MaskedLoss
@@ -158,6 +168,22 @@ def _dct_views(s: Setting, *, radius: float = 0.02, cot: float = 10.0, dif: floa
     return ViewsDCT(s.weak, radius, cot, dif)
 
 
+def _dtc(s: Setting, *, k: float = 1500.0, distance_weight: float = 0.3) -> Method:
+    return DTC(s.weak, k, distance_weight)
+
+
+def _dan(s: Setting) -> Method:
+    return DAN(_adversary(s, s.num_classes), s.weak)
+
+
+def _sassnet(s: Setting, *, distance_weight: float = 0.3) -> Method:
+    return SASSNet(_adversary(s, s.num_classes - 1), s.weak, distance_weight)
+
+
+def _adversary(s: Setting, map_channels: int) -> Adversary:
+    return Adversary(Discriminator(map_channels, s.channels, s.dimensions))
+
+
 def _medical(variant: str) -> bool:
     """Whether the method is to be as in public code for medical images (docs/methods.md)."""
     return _chosen("variant", variant, "original", "medical")
@@ -208,6 +234,7 @@ class Entry:
         own: the part of a recipe that methods differ in.
         draws: batches of unlabelled images that it takes in an iteration, as one.
         variant: its attachment where the option `variant` is not at its default, if that is another.
+        beyond_logits: whether its loss reads more than logits, for which there is one reading of "aligned" alone.
     """
 
     label: str
@@ -220,6 +247,7 @@ class Entry:
     own: Own = Own()
     draws: int = 1
     variant: Attach | None = None
+    beyond_logits: bool = False
 
     def __post_init__(self) -> None:
         for name, default in self.options.items():
@@ -262,11 +290,11 @@ TABLE: dict[str, Entry] = {
         draws=2,
     ),
     "mean_teacher": Entry("Mean Teacher", _mean_teacher, (TARGETS, 1), own=RAMPED),
+    # of the teacher, 1 + 2 * 4 batches
+    "uamt": Entry("UAMT", _uamt, (9 * TARGETS, 1), own=replace(RAMPED, targets="train")),
     "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid, own=RAMPED, variant=PerturbedPyramid),
     # its further decoders run in the labelled pass too
     "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED, variant=MedicalDecoders),
-    # of the teacher, 1 + 2 * 4 batches
-    "uamt": Entry("UAMT", _uamt, (9 * TARGETS, 1), own=replace(RAMPED, targets="train")),
     # its second network runs in every pass, in the labelled one too
     "cps": Entry("CPS", _cps, (1 + 2 * TARGETS, 2), Twin, own=RAMPED),
     # its second decoder is 0.67 of a pass, in the labelled one as well; labelled images are compared too
@@ -275,6 +303,13 @@ TABLE: dict[str, Entry] = {
     # adversaries around labelled and unlabelled images, each for one of the two networks
     "dct_views": Entry(
         "DCT, two networks", _dct_views, (1 + 8 * TARGETS, 6 + 2 * TARGETS), Twin, own=Own(ramp_up=80 / 600)
+    ),
+    # labelled images in the loss too; the head of distances runs in the labelled pass as well
+    "dtc": Entry("DTC", _dtc, (0.01, 2.02), SignedDistances, own=Own(ramp_up=1.0), beyond_logits=True),
+    # targets: the discriminator's step, for which both batches are predicted; the loss goes through it to its input
+    "dan": Entry("DAN", _dan, (1.80, 1.38), own=RAMPED),
+    "sassnet": Entry(
+        "SASSNet", _sassnet, (1.81, 1.38), SignedDistances, own=Own(weight=0.01, ramp_up=1.0), beyond_logits=True
     ),
 }
 
@@ -313,7 +348,7 @@ def parsed(method: str, options: Mapping[str, str], num_classes: int, tau: float
     values = {name: _value(name, text, type(defaults[name])) for name, text in options.items() if name in defaults}
     if values:
         same = nn.Identity()
-        build(method, Setting(nn.PReLU(), same, same, num_classes, tau, dice_loss, "eval"), values)
+        build(method, Setting(nn.PReLU(), same, same, 1, 2, num_classes, tau, dice_loss, "eval"), values)
     return values
 
 

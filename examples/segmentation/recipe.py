@@ -124,6 +124,11 @@ class Recipe:
             raise InputError(f"average_decay must be at least 0 and below 1, not {self.average_decay}.")
         if (self.method, self.gap) == NO_GAP:
             raise InputError("supervised with GAP: there is no consistency loss to perturb by; take a method that has.")
+        if self.gap and self.aligned != "targets" and TABLE[self.method].beyond_logits:
+            raise InputError(
+                f"{self.name} with aligned={self.aligned}: its loss reads more than logits, which those readings of "
+                "the loss at theta* compare; take aligned=targets."
+            )
         if self.warm_up < 0:
             raise InputError(f"warm_up must not be negative, not {self.warm_up}.")
         if self.warm_up >= self.iterations:  # for supervised too: a preset is good for all methods or for none

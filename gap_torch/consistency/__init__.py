@@ -5,13 +5,17 @@
 same views, at theta and at theta*.
 """
 
+from .adversary import Adversary, Discriminator
 from .alignment import alignment, hard_alignment
 from .cct import CCT, MedicalCCT
 from .cps import CPS
 from .cutmix import CutMix
 from .cutmix_seg import CutMixMeanTeacher, CutMixSeg
+from .dan import DAN
 from .dct import DCT
 from .dct_views import ViewsDCT
+from .distance_head import DistanceMethod
+from .dtc import DTC
 from .em import EntropyMinimisation
 from .feature_perturbations import ChannelDropout, FeatureDrop, FeatureNoise, FeaturePerturbation
 from .fixmatch import FixMatch
@@ -23,6 +27,8 @@ from .mean_teacher import MeanTeacher
 from .method import Batch, Method, Outputs, Views, auxiliary_logits, logits_of
 from .mixup import MixUp
 from .pseudo_label import PseudoLabel
+from .sassnet import SASSNet
+from .signed_distances import signed_distances
 from .teacher import Teacher
 from .thresholds import FixedThreshold, Threshold
 from .uamt import UAMT
@@ -33,11 +39,14 @@ from .vat import VAT, DiceVAT
 __all__ = [
     "CCT",
     "CPS",
+    "DAN",
     "DCT",
+    "DTC",
     "ICT",
     "UAMT",
     "URPC",
     "VAT",
+    "Adversary",
     "Batch",
     "ChannelDropout",
     "CurriculumThreshold",
@@ -45,6 +54,8 @@ __all__ = [
     "CutMixMeanTeacher",
     "CutMixSeg",
     "DiceVAT",
+    "Discriminator",
+    "DistanceMethod",
     "EntropyMinimisation",
     "FeatureDrop",
     "FeatureNoise",
@@ -59,6 +70,7 @@ __all__ = [
     "MixUp",
     "Outputs",
     "PseudoLabel",
+    "SASSNet",
     "SelfAdaptiveThreshold",
     "Teacher",
     "Threshold",
@@ -69,4 +81,5 @@ __all__ = [
     "auxiliary_logits",
     "hard_alignment",
     "logits_of",
+    "signed_distances",
 ]

@@ -59,7 +59,7 @@ class Method(nn.Module, ABC):
     returns (logits, *auxiliary), in eval mode logits alone.
 
     A module, so that whatever state a method has (a teacher, thresholds) is in its `state_dict` and follows `to`.
-    None of it is trained: parameters to train belong to the model.
+    None of it is trained by the run's optimizer: parameters for that belong to the model.
     """
 
     @abstractmethod
@@ -89,7 +89,11 @@ class Method(nn.Module, ABC):
         return criterion(logits_of(outputs), target)
 
     def update(self, model: nn.Module, batch: Batch) -> None:
-        """To be called after each optimizer step; a teacher follows `model` here."""
+        """To be called after each optimizer step; a teacher follows `model` here, an adversary takes its own step."""
+
+    def logged(self) -> dict[str, Tensor]:
+        """How the method's own parts fare, after `update`: name -> 0-dim, on the device; nothing by default."""
+        return {}
 
 
 def unlabelled_of(batch: Batch) -> Tensor:

@@ -1,7 +1,7 @@
 """Predictions to learn from: without gradient, in the mode that the method wants."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -51,10 +51,22 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
             module.training = was_training
 
 
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
+def without_dropout(model: nn.Module) -> AbstractContextManager[None]:
     """`model` without dropout for a while, and otherwise as it is: in training mode it returns auxiliary logits too."""
-    layers = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
+    return _in_eval_mode(module for module in model.modules() if isinstance(module, _DropoutNd))
+
+
+def layers_in_eval_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Batch norm and dropout of `model` as in eval mode for a while, though it returns what it does in training mode.
+
+    Modules that hold no others are the layers.
+    """
+    return _in_eval_mode(module for module in model.modules() if next(module.children(), None) is None)
+
+
+@contextmanager
+def _in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    layers = [module for module in modules if module.training]
     for layer in layers:
         layer.training = False
     try:

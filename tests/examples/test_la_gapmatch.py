@@ -17,7 +17,7 @@ from segmentation import cli
 from segmentation.data.crops import case_path
 from segmentation.data.files import read_list, write_list
 from segmentation.data.phantoms.atrium import write_atrium
-from segmentation.recipe import Recipe
+from segmentation.recipe import RUNS, Recipe
 from segmentation.training.step import Trainer
 from segmentation.volume_task import VolumeTask
 
@@ -98,6 +98,12 @@ def test_end_to_end(drawn, data: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert result["validation_dice"] is None
         assert torch.load(out / method / "best.pt", weights_only=True)["dice"] is None
         assert len((out / method / "train.csv").read_text().splitlines()) == 5
+
+
+def test_every_method_with_and_without_gap(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert _run(data, out, "--iterations", "1", "--stride", "16", "16", "16", "--method", *RUNS) == 0
+    assert {path.name for path in out.iterdir() if (path / "result.json").is_file()} == set(RUNS)
 
 
 def test_another_stride_scores_a_finished_run_without_training(

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gap_torch.consistency import DCT, VAT, Batch, CutMixSeg, FixMatch, Method, Teacher, Views
 from gap_torch.losses import ce_dice_loss
 from segmentation.methods import TABLE, Setting
+from segmentation.networks.attachments import SignedDistances
 
 
 def _weak(images: Tensor) -> Tensor:
@@ -29,7 +30,8 @@ def _of_table(name: str, **options: str | float) -> Callable[[nn.Module, int], M
     """Builds the method of the examples' table called `name` from a model and its number of classes."""
 
     def build(model: nn.Module, classes: int) -> Method:
-        return TABLE[name].build(Setting(model, _weak, _strong, classes, 0.6, ce_dice_loss, "eval"), **options)
+        dims = next(model.parameters()).ndim - 2
+        return TABLE[name].build(Setting(model, _weak, _strong, 1, dims, classes, 0.6, ce_dice_loss, "eval"), **options)
 
     return build
 
@@ -54,6 +56,8 @@ METHODS: dict[str, Callable[[nn.Module, int], Method]] = {
 AUXILIARY = {  # learn from further logits
     name for name in METHODS if (entry := TABLE.get(name.removesuffix(", medical"))) and entry.attachment is not None
 }
+DISTANCES = {name for name in AUXILIARY if TABLE[name.removesuffix(", medical")].attachment is SignedDistances}
+ADVERSARIAL = {"dan", "sassnet"}  # whose discriminator halves the images four times
 SPATIAL = [(6, 8), (4, 6, 8)]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
@@ -65,7 +69,10 @@ pytestmark = [
 
 
 class Tiny(nn.Module):
-    """Convolution, batch norm and a head; three heads in training mode for methods with auxiliary logits."""
+    """Convolution, batch norm and a head; three heads in training mode for methods with auxiliary logits.
+
+    For those that want signed distances the second makes them, of all classes but the first.
+    """
 
     def __init__(self, dims: int, classes: int) -> None:
         super().__init__()
@@ -75,10 +82,12 @@ class Tiny(nn.Module):
         self.heads = nn.ModuleList(convolution(6, classes, 1) for _ in range(3))
         for head in self.heads:
             nn.init.normal_(head.weight)  # predictions of every confidence
-        self.auxiliary = False
+        self.auxiliary = self.distances = False
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         features = self.body(images)
+        if self.training and self.distances:
+            return self.heads[0](features), self.heads[1](features)[:, 1:].tanh()
         if self.training and self.auxiliary:
             return tuple(head(features) for head in self.heads)
         return self.heads[0](features)
@@ -88,9 +97,16 @@ def _problem(name: str, spatial: tuple[int, ...], classes: int) -> tuple[nn.Modu
     """A model, the method called `name`, and unlabelled images for four views, in float64."""
     model = Tiny(len(spatial), classes).double()
     method = METHODS[name](model, classes)
-    model.auxiliary = name in AUXILIARY
+    model.auxiliary, model.distances = name in AUXILIARY, name in DISTANCES
+    spatial = tuple(max(side, 16) for side in spatial) if name in ADVERSARIAL else spatial
     draws = TABLE[name].draws if name in TABLE else 1
     return model, method, torch.randn(4 * draws, 1, *spatial, dtype=torch.float64)
+
+
+def _batch(images: Tensor) -> Batch:
+    """As many labelled ones as unlabelled ones."""
+    labels = (images[:, 0] > 0).long()
+    return Batch(images, images.detach().flip(0), labels.flip(0), progress=0.5)
 
 
 def _tensors(views: Views) -> list[Tensor]:
@@ -108,7 +124,7 @@ def _without_gradient(module: nn.Module) -> bool:
 
 def test_prepare_leaves_no_gradient(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
-    views = method.prepare(model, Batch(images))
+    views = method.prepare(model, _batch(images))
     assert _without_gradient(model)
     assert not any(t.requires_grad for t in _tensors(views))
     assert all(p.requires_grad for p in model.parameters())
@@ -118,14 +134,14 @@ def test_prepare_leaves_the_model_in_its_mode(name: str, spatial: tuple[int, ...
     model, method, images = _problem(name, spatial, classes)
     model.body[1].eval()
     before = [m.training for m in model.modules()]
-    method.prepare(model, Batch(images))
+    method.prepare(model, _batch(images))
     assert [m.training for m in model.modules()] == before
 
 
 def test_the_loss_reaches_the_model_and_nothing_else(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
     images.requires_grad_()
-    loss = method.loss(model, method.prepare(model, Batch(images)))
+    loss = method.loss(model, method.prepare(model, _batch(images)))
     loss.backward()
     assert loss.shape == ()
     assert torch.isfinite(loss)
@@ -137,7 +153,7 @@ def test_the_loss_reaches_the_model_and_nothing_else(name: str, spatial: tuple[i
 
 def test_the_views_stay_fixed(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
-    views = method.prepare(model, Batch(images))
+    views = method.prepare(model, _batch(images))
     before, first = [t.clone() for t in _tensors(views)], method.loss(model, views)
     first.backward()
     torch.testing.assert_close(method.loss(model, views), first, rtol=0, atol=0)
@@ -146,7 +162,7 @@ def test_the_views_stay_fixed(name: str, spatial: tuple[int, ...], classes: int)
 
 def test_the_loss_moves_with_the_model(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
-    views = method.prepare(model, Batch(images))
+    views = method.prepare(model, _batch(images))
     before = method.loss(model, views).item()
     with torch.no_grad():
         _learning(name, model)[1].mul_(-3)
@@ -155,7 +171,7 @@ def test_the_loss_moves_with_the_model(name: str, spatial: tuple[int, ...], clas
 
 def test_the_order_of_the_batch_does_not_matter(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
-    views, order = method.prepare(model, Batch(images)), torch.tensor([2, 0, 3, 1])
+    views, order = method.prepare(model, _batch(images)), torch.tensor([2, 0, 3, 1])
 
     def in_order(leaf: object) -> object:
         """Of each four samples: a second strong view has another four."""
@@ -168,18 +184,18 @@ def test_the_order_of_the_batch_does_not_matter(name: str, spatial: tuple[int, .
 def test_the_state_comes_back(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
     for _ in range(3):
-        method.loss(model, method.prepare(model, Batch(images))).backward()
+        method.loss(model, method.prepare(model, _batch(images))).backward()
         with torch.no_grad():
             weight = _learning(name, model)[1]
             weight.sub_(0.1 * weight.grad)
-        method.update(model, Batch(images))
+        method.update(model, _batch(images))
     restored = METHODS[name](Tiny(len(spatial), classes).double(), classes)
     restored.load_state_dict(method.state_dict())
     assert all(map(torch.equal, restored.buffers(), method.buffers()))
     torch.manual_seed(1)
-    views = method.prepare(model, Batch(images))
+    views = method.prepare(model, _batch(images))
     torch.manual_seed(1)
-    again = restored.prepare(model, Batch(images))
+    again = restored.prepare(model, _batch(images))
     assert all(torch.equal(a, b) for a, b in zip(_tensors(views), _tensors(again), strict=True))
 
 
@@ -188,7 +204,7 @@ def test_autocast(name: str, spatial: tuple[int, ...], classes: int, dtype: torc
     model, method, images = _problem(name, spatial, classes)
     model, method, images = model.float(), method.float(), images.float()
     with torch.autocast("cpu", dtype):
-        loss = method.loss(model, method.prepare(model, Batch(images)))
+        loss = method.loss(model, method.prepare(model, _batch(images)))
     loss.backward()
     assert loss.dtype == torch.float32
     assert all(p.grad.isfinite().all() and p.grad.any() for p in _learning(name, model))
@@ -198,8 +214,8 @@ def test_no_value_is_looked_at(name: str, spatial: tuple[int, ...], classes: int
     if name in ("mixup", "ict") and torch.__version__.startswith("2.6."):
         pytest.skip("torch 2.6 can't draw from a Gamma distribution on the meta device")
     model, method, images = (x.to("meta") for x in _problem(name, spatial, classes))  # there are no values there
-    method.loss(model, method.prepare(model, Batch(images))).backward()
-    method.update(model, Batch(images))
+    method.loss(model, method.prepare(model, _batch(images))).backward()
+    method.update(model, _batch(images))
 
 
 def test_one_logit_is_refused(name: str, spatial: tuple[int, ...], classes: int) -> None:
@@ -209,7 +225,7 @@ def test_one_logit_is_refused(name: str, spatial: tuple[int, ...], classes: int)
     if hasattr(method, "teacher") and method.teacher is not None:
         method.teacher = Teacher(model)
     with pytest.raises(ValueError, match=r"logits must be of 2 classes or more, .* a network with one output channel"):
-        method.loss(model, method.prepare(model, Batch(images)))
+        method.loss(model, method.prepare(model, _batch(images)))
 
 
 def test_a_tensor_in_place_of_a_batch_is_named(name: str, spatial: tuple[int, ...], classes: int) -> None:
@@ -220,7 +236,7 @@ def test_a_tensor_in_place_of_a_batch_is_named(name: str, spatial: tuple[int, ..
 
 def test_outputs_that_are_not_one_for_each_view_are_named(name: str, spatial: tuple[int, ...], classes: int) -> None:
     model, method, images = _problem(name, spatial, classes)
-    views = method.prepare(model, Batch(images))
+    views = method.prepare(model, _batch(images))
     outputs = tuple(model(images) for images in views.inputs)
     logits = outputs[0][0] if name in AUXILIARY else outputs[0]
     wrong = {"a Tensor": logits, f"a tuple of {2 * len(outputs)}": 2 * outputs, "a tuple of 0": ()}
@@ -237,8 +253,8 @@ def test_nothing_waits_for_the_gpu(name: str, spatial: tuple[int, ...], classes:
     model, method, images = (x.to("cuda", torch.float32) for x in _problem(name, spatial, classes))
 
     def step() -> None:
-        method.loss(model, method.prepare(model, Batch(images))).backward()
-        method.update(model, Batch(images))
+        method.loss(model, method.prepare(model, _batch(images))).backward()
+        method.update(model, _batch(images))
 
     step()  # warm-up
     torch.cuda.set_sync_debug_mode("error")

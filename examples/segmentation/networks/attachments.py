@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gap_torch.consistency import ChannelDropout, FeatureDrop, FeatureNoise
+from gap_torch.losses import at_least_float32
 from segmentation.networks.dropout import Dropout
 
 
@@ -26,17 +27,19 @@ class Parts:
     """Of the encoder's levels, the deepest last."""
     head: Callable[[int], nn.Module]
     """Makes one: features with so many channels -> logits."""
+    foreground_head: Callable[[int], nn.Module]
+    """Makes one: features with so many channels -> a channel for each class but the background."""
     decoder: Callable[[], nn.Module]
     """Makes one: features of all levels of the encoder, the deepest last -> logits."""
+    others: Sequence[Callable[[], nn.Module]]
+    """Each makes a decoder that upsamples in another way, the nearest voxel's value last."""
     network: Callable[[], nn.Module]
     """Makes another network like the one that the attachment is for, without an attachment: image -> logits."""
-    others: Sequence[Callable[[], nn.Module]] = ()
-    """Each makes a decoder that upsamples in another way, the nearest voxel's value last."""
 
 
 Decode = Callable[[Sequence[Tensor]], tuple[list[Tensor], Tensor]]
 """The network's own decoder: features of all levels of the encoder, the deepest last -> what each of its levels makes
-of them, the deepest first, and logits."""
+of them, the deepest first and the last as the head sees it, and logits."""
 
 
 class Attachment(nn.Module, ABC):
@@ -191,6 +194,19 @@ class PerturbedFeatures(Attachment):
         """The network's logits of the features as they are, and of the perturbed ones."""
         _, logits = decode([_alternating(level, self.perturbation(level)) for level in features])
         return logits.unflatten(0, (-1, 2)).unbind(1)
+
+
+class SignedDistances(Attachment):
+    """A second head beside the network's own, on the same features, for signed distances (DTC, SASSNet)."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.head = parts.foreground_head(parts.channels[0])
+
+    def forward(self, image: Tensor, features: Sequence[Tensor], decode: Decode) -> tuple[Tensor, ...]:
+        """The network's logits, and a map in [-1, 1] for each class but the background, float32 at least."""
+        levels, logits = decode(features)
+        return logits, at_least_float32(self.head(levels[-1])).tanh()
 
 
 def _alternating(clean: Tensor, perturbed: Tensor) -> Tensor:

@@ -40,10 +40,11 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList(ConvBlock(i, o, p) for i, o, p in zip(inputs, channels, dropout, strict=True))
         own = Decoder(channels, num_classes, Up)
         self.up, self.decoder, self.head = own.up, own.decoder, own.head
-        head = partial(_head, num_classes)
+        head, foreground_head = (partial(_head, count) for count in (num_classes, num_classes - 1))
         decoder, *others = (partial(Decoder, channels, num_classes, up) for up in (Up, TransposedUp, NearestUp))
         twin = partial(UNet, in_channels, num_classes, width, dropout)
-        self.attachment = None if attachment is None else attachment(Parts(channels, head, decoder, twin, others))
+        parts = Parts(channels, head, foreground_head, decoder, others, twin)
+        self.attachment = None if attachment is None else attachment(parts)
 
     def forward(self, image: Tensor) -> Outputs:
         """Logits (B, num_classes, H, W) of `image` (B, in_channels, H, W); H and W are multiples of 16.

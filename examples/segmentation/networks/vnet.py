@@ -42,10 +42,11 @@ class VNet(nn.Module):
         self.down = nn.ModuleList(Down(c) for c in channels[:-1])
         own = Decoder(channels, num_classes, dropout, Up)
         self.up, self.decoder, self.dropout, self.head = own.up, own.decoder, own.dropout, own.head
-        head = partial(_head, num_classes)
+        head, foreground_head = (partial(_head, count) for count in (num_classes, num_classes - 1))
         decoder, *others = (partial(Decoder, channels, num_classes, dropout, up) for up in (Up, LinearUp, NearestUp))
         twin = partial(VNet, in_channels, num_classes, width, dropout)
-        self.attachment = None if attachment is None else attachment(Parts(channels, head, decoder, twin, others))
+        parts = Parts(channels, head, foreground_head, decoder, others, twin)
+        self.attachment = None if attachment is None else attachment(parts)
 
     def forward(self, image: Tensor) -> Outputs:
         """Logits (B, num_classes, X, Y, Z) of `image` (B, in_channels, X, Y, Z), whose sides are multiples of 16.
@@ -62,7 +63,8 @@ class VNet(nn.Module):
 
     def _decode(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         levels = decoded(features, self.up, self.decoder)
-        return levels, self.head(self.dropout(levels[-1]))
+        levels[-1] = self.dropout(levels[-1])
+        return levels, self.head(levels[-1])
 
 
 class Decoder(nn.Module):

@@ -116,6 +116,8 @@ def live_text(values: dict[str, float]) -> str:
         parts.append(f"conf {values['confident']:.0%}")
     if "grad_norm" in values:
         parts.append(f"||g1|| {values['grad_norm']:.2g}")
+    if "discriminator" in values:
+        parts.append(f"D {values['discriminator']:.0%}")
     return " ".join(parts)
 
 

@@ -158,7 +158,7 @@ class Trainer:
             method.update(self.model, batch)
         if self.recipe.average_decay:
             self.average.update(self.model)
-        return {"loss_labelled": loss.detach(), **values}
+        return {"loss_labelled": loss.detach(), **values, **({} if method is None else method.logged())}
 
     def _consistency(self, views: Views, weight: Tensor) -> dict[str, Tensor]:
         """g1, and with GAP alpha * g2 on top of it, into `.grad`."""
@@ -264,7 +264,15 @@ class Trainer:
         task, recipe = self.task, self.recipe
         loss = R[self.own.unlabelled_loss]
         return methods.Setting(
-            self.model, task.weak(), task.strong(recipe), task.num_classes, recipe.tau, loss, self.own.targets
+            self.model,
+            task.weak(),
+            task.strong(recipe),
+            task.channels,
+            len(recipe.size),
+            task.num_classes,
+            recipe.tau,
+            loss,
+            self.own.targets,
         )
 
     def labelled_batch(self, iteration: int) -> tuple[Tensor, Tensor]:

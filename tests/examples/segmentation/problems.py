@@ -28,6 +28,11 @@ PROBLEMS = {  # tau: some pixels are confident and some are not
     "2D": (ACDC, Recipe(**COMMON, **PLANE, tau=0.3)),
     "3D": (LA, Recipe(**{**COMMON, **SPACE, **OTHERS}, tau=0.55)),
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "uamt": {"bound": 1.8},  # by its own the teacher is nowhere sure at the start
+    "dtc": {"k": 15.0},  # its own, 1,500, multiplies rounding by a thousand an iteration, and more with GAP
+}
+"""Other than a method's own."""
 
 
 def pools(recipe: Recipe, classes: int) -> tuple[Pool, Pool]:

@@ -24,13 +24,11 @@ from segmentation.recipe import RUNS
 from segmentation.scoring.evaluate import evaluate
 from segmentation.training.step import Trainer
 
-from .problems import PROBLEMS, pools, sample
+from .problems import OPTIONS, PROBLEMS, pools, sample
 
 GOLDEN = Path(__file__).with_name("golden.json")
 CPU = torch.device("cpu")
 STEPS = 3
-OPTIONS = {"uamt": {"bound": 1.8}}
-"""Of methods that have nothing to do with their own: UA-MT's teacher is nowhere sure at the start."""
 
 
 def measured(dims: str, run: str) -> dict[str, list[float]]:

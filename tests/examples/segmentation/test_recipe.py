@@ -104,6 +104,15 @@ def test_a_default_that_no_text_can_become_is_refused() -> None:
         Entry("New", built, (0, 1))
 
 
+@pytest.mark.parametrize("method", ["dtc", "sassnet"])
+def test_what_reads_more_than_logits_is_held_to_its_own_targets(method: str) -> None:
+    assert Recipe(method=method).gap
+    for aligned in ("predictions", "pseudo_labels"):
+        assert Recipe(method=method, gap=False, aligned=aligned).name == method
+        with pytest.raises(InputError, match=rf"{method}\+gap with aligned={aligned}: .* take aligned=targets"):
+            Recipe(method=method, aligned=aligned)
+
+
 def test_names_and_back() -> None:
     assert len(RUNS) == 2 * len(METHODS) - 1
     assert all(Recipe().for_run(name).name == name for name in RUNS)

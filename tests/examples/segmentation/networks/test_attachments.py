@@ -1,5 +1,6 @@
 """Attachments, heads and decoders: shapes, what a seed gives, and where the gradients of their methods go."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gap_torch import GAPWrapper
-from gap_torch.consistency import CCT, CPS, URPC, Batch, MCNet, UniMatch, Views, ViewsDCT
+from gap_torch.consistency import CCT, CPS, DTC, URPC, Batch, MCNet, UniMatch, Views, ViewsDCT
 from gap_torch.losses import ce_dice_loss
 from segmentation.networks.attachments import (
     MedicalDecoders,
@@ -16,6 +17,7 @@ from segmentation.networks.attachments import (
     PerturbedFeatures,
     PerturbedPyramid,
     Pyramid,
+    SignedDistances,
     TwiceUpsampled,
     Twin,
     Upsampled,
@@ -37,7 +39,17 @@ ATTACHMENTS = {
     Twin: 2,
 }
 """How many outputs there are, the network's own logits among them."""
-KINDS = [(name, kind) for name in NETWORKS for kind in ATTACHMENTS]
+MAPS = {SignedDistances: 2}
+"""Channels of the one behind the network's own."""
+KINDS = [(name, kind) for name in NETWORKS for kind in (*ATTACHMENTS, *MAPS)]
+
+
+def _parts(
+    channels: Sequence[int],
+    head: Callable[[int], nn.Module] = nn.Identity,
+    decoder: Callable[[], nn.Module] = nn.Identity,
+) -> Parts:
+    return Parts(channels, head, head, decoder, others=(), network=nn.Identity)
 
 
 def _network(name: str, attachment: Any) -> tuple[nn.Module, Tensor]:
@@ -52,7 +64,8 @@ def test_their_logits_in_training_alone_and_in_full_size(name: str, kind: Any) -
     network, images = _network(name, kind)
     outputs = network(images)
     assert isinstance(outputs, tuple)
-    assert [logits.shape for logits in outputs] == [(2, 3, *images.shape[2:])] * ATTACHMENTS[kind]
+    channels = [3, MAPS[kind]] if kind in MAPS else [3] * ATTACHMENTS[kind]
+    assert [output.shape for output in outputs] == [(2, c, *images.shape[2:]) for c in channels]
     assert network.eval()(images).shape == (2, 3, *images.shape[2:])
 
 
@@ -136,7 +149,7 @@ def test_clean_and_perturbed_features_are_decoded_in_one_batch_and_told_apart() 
         return [], features[0] - features[0].mean()  # as a batch norm, which sees all
 
     attachment, features = (
-        PerturbedFeatures(Parts([3], nn.Identity, nn.Identity, nn.Identity)),
+        PerturbedFeatures(_parts([3])),
         torch.rand(2, 3, 4, 4) + 1,
     )
     torch.manual_seed(0)
@@ -152,7 +165,7 @@ def test_clean_and_perturbed_features_are_decoded_in_one_batch_and_told_apart() 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_both_keep_the_memory_format_of_the_features(layout: torch.memory_format) -> None:
     seen: list[Tensor] = []
-    attachment = PerturbedFeatures(Parts([3], nn.Identity, nn.Identity, nn.Identity))
+    attachment = PerturbedFeatures(_parts([3]))
     features = torch.rand(2, 3, 4, 5).contiguous(memory_format=layout)
     attachment(features, [features], lambda both: (seen.extend(both), both[0]))
     assert seen[0].is_contiguous(memory_format=layout)
@@ -181,7 +194,7 @@ def test_a_pyramids_logits_are_those_of_its_levels(name: str) -> None:
 
 
 def test_interpolation_keeps_the_corners_of_pixels_in_place() -> None:
-    pyramid = Pyramid(Parts([1, 2, 4], lambda channels: nn.Identity(), nn.Identity, nn.Identity))
+    pyramid = Pyramid(_parts([1, 2, 4]))
     levels = [torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, 1, 2, 4)]
     _, large = pyramid(torch.empty(0), [], lambda features: (levels, levels[-1]))
     assert large.tolist() == [[[[0, 0.25, 0.75, 1]] * 2]]
@@ -189,7 +202,7 @@ def test_interpolation_keeps_the_corners_of_pixels_in_place() -> None:
 
 def test_the_perturbed_pyramid_has_a_perturbation_a_level_and_repeats_values() -> None:
     """Ones in, and 16 channels of them: what is left after each perturbation, summed over the channels."""
-    pyramid = PerturbedPyramid(Parts([16] * 5, lambda channels: Sum(), nn.Identity, nn.Identity))
+    pyramid = PerturbedPyramid(_parts([16] * 5, head=lambda channels: Sum()))
     levels = [torch.ones(2, 16, 4 * 2**depth, 4 * 2**depth) for depth in range(4)]
     levels[1] = torch.zeros_like(levels[1])
     levels[1][:, :, 3, 5] = 1  # FeatureDrop takes it away
@@ -215,7 +228,7 @@ class Sum(nn.Module):
 
 
 def test_the_medical_decoders_drop_values_not_channels() -> None:
-    attachment = MedicalDecoders(Parts([4], nn.Identity, First, nn.Identity))
+    attachment = MedicalDecoders(_parts([4], decoder=First))
     features = torch.ones(2, 4, 8, 8)
     *_, dropped = attachment(torch.empty(0), [features], lambda features: ([], features[0]))
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
@@ -240,7 +253,7 @@ def test_each_decoder_sees_all_levels_perturbed() -> None:
 
     torch.manual_seed(0)
     features = [torch.rand(2, 8, 8, 8), torch.rand(2, 16, 4, 4)]
-    decoders = PerturbedDecoders(Parts([8, 16], nn.Identity, Seeing, nn.Identity))
+    decoders = PerturbedDecoders(_parts([8, 16], decoder=Seeing))
     logits, *_ = outputs = decoders(features[0], features, lambda features: ([], features[-1]))
     assert logits is features[-1]
     assert len(outputs) - 1 == len(seen) == 3
@@ -267,6 +280,34 @@ def test_ccts_consistency_does_not_reach_the_main_decoder(name: str) -> None:
     method.labelled_loss(ce_dice_loss, network(images), torch.zeros(2, *images.shape[2:], dtype=torch.int64)).backward()
     assert "attachment" not in _reached(network)
     assert "head" in _reached(network)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_head_of_distances_sees_what_the_networks_own_does(name: str) -> None:
+    network, images = _network(name, SignedDistances)
+    seen: dict[str, Tensor] = {}
+    for which, head in (("own", network.head), ("distances", network.attachment.head)):
+        head.register_forward_pre_hook(lambda _module, inputs, which=which: seen.update({which: inputs[0]}))
+    _, z = network(images)
+    assert torch.equal(seen["own"], seen["distances"])  # the same dropout mask too
+    torch.testing.assert_close(z, network.attachment.head(seen["own"]).tanh())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(images)[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dtc_reaches_both_heads_by_both_losses(name: str) -> None:
+    network, images = _network(name, SignedDistances)
+    for p in network.attachment.head.parameters():
+        nn.init.normal_(p, std=1e-3)  # pixels are in the band of the surface
+    method, labels = DTC(lambda x: x), torch.randint(3, (2, *images.shape[2:]))
+    for loss in (
+        method.loss(network, method.prepare(network, Batch(images, images, labels))),
+        method.labelled_loss(ce_dice_loss, network(images), labels),
+    ):
+        network.zero_grad()
+        loss.backward()
+        assert {"head", "attachment", "encoder"} <= _reached(network)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -33,6 +33,16 @@ def test_the_live_line_fits_a_terminal(tmp_path: Path, width: int) -> None:
         assert part in line
 
 
+def test_the_live_line_shows_whether_a_discriminator_learns(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO())
+    log = RunLog(tmp_path, "dan", 0, 100, console)
+    log.step(20, {**VALUES, "discriminator": 0.625})
+    log.close()
+    assert " D 62% " in console.file.getvalue()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("train/discriminator")] == [0.625]
+
+
 @pytest.mark.parametrize("values", [VALUES, {"loss_labelled": 0.4, "learning_rate": 0.01, "it_per_s": 2.0}])
 def test_a_log_file_has_one_line_a_row(tmp_path: Path, values: dict[str, float]) -> None:
     console = Console(file=io.StringIO())

@@ -288,7 +288,8 @@ def test_every_method_goes_on_from_a_checkpoint_bit_for_bit(
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "supervised"])
 def test_tau_counts_where_the_table_says(method: str) -> None:
     entry, model = methods.TABLE[method], torch.nn.Conv2d(1, 4, 1)
-    setting = SimpleNamespace(model=model, weak=None, strong=None, num_classes=4, loss=None, targets="eval")
+    data = {"num_classes": 4, "channels": 1, "dimensions": 2}
+    setting = SimpleNamespace(model=model, weak=None, strong=None, loss=None, targets="eval", **data)
     with pytest.raises(AttributeError, match="tau") if entry.thresholded else nullcontext():
         entry.build(setting)
 

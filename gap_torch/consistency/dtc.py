@@ -1,0 +1,47 @@
+"""Dual-task consistency (Luo et al., AAAI 2021)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .distance_head import DistanceMethod, logits_and_distances
+from .method import Augmentation, Batch, Outputs, Views, all_images, only, unlabelled_of
+
+
+class DTC(DistanceMethod):
+    """A head that learns signed distances z is to agree, turned into a mask, with the prediction p.
+
+    loss = mean (sigmoid(-k z) - p)^2 over all images, labelled too, all pixels, and the classes but the background.
+
+    Gradient goes to both sides, to z in a narrow band of the surface alone. Labels train as `DistanceMethod` says.
+
+    By the authors' code (LA, one class behind a sigmoid): with two classes p is that of the foreground. For more there
+    is no public code, but the author's word that each has a map of its own. The code's one batch of labelled and
+    unlabelled images is this loss's here; the labelled loss has a pass of its own.
+
+    Args:
+        weak: weak augmentation of images (B, C, *spatial).
+        k: steepness of the sigmoid, as large as the arithmetic bears (1,500, the code's and the paper's).
+        distance_weight: of the squared difference of the distances in the labelled loss.
+
+    Raises:
+        ValueError: `k` isn't above 0 and finite, or `distance_weight` is negative or not finite; from `compare`,
+            outputs without signed distances.
+    """
+
+    def __init__(self, weak: Augmentation, k: float = 1500.0, distance_weight: float = 0.3) -> None:
+        super().__init__(weak, distance_weight)
+        if not 0 < k < math.inf:
+            raise ValueError(f"k must be above 0 and finite, got {k}.")
+        self.k = k
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """The labelled images, if there are any, and weak views of the unlabelled ones, in one batch."""
+        return Views((all_images(batch, self.weak(unlabelled_of(batch))),))
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """The disagreement of the two tasks."""
+        logits, z = logits_and_distances(only(outputs))
+        return ((-self.k * z).sigmoid() - logits.softmax(dim=1)[:, 1:]).square().mean()

@@ -1,0 +1,57 @@
+"""SASSNet: shape-aware semi-supervised segmentation (Li, Zhang and He, MICCAI 2020)."""
+
+import torch
+from torch import Tensor, nn
+
+from .adversary import Adversary
+from .distance_head import DistanceMethod, logits_and_distances
+from .method import Augmentation, Batch, Outputs, Views, all_images, only, unlabelled_of
+from .targets import layers_in_eval_mode
+
+
+class SASSNet(DistanceMethod):
+    """Signed distances of unlabelled images are to look, to a discriminator, like those of labelled ones.
+
+    loss = CE(D(z_u, u), labelled), with D fixed; its step is DAN's. Labels train as `DistanceMethod` says. The loss
+    reaches the head of z and what is before it, not that of the logits.
+
+    By the authors' code (LA, one class), whose loss of the distances is the squared difference; the paper's product
+    form is not called there. For several classes there is no public code: D sees K - 1 maps at once.
+
+    Args:
+        adversary: whose discriminator takes K - 1 maps.
+        weak: weak augmentation of images (B, C, *spatial).
+        distance_weight: of the squared difference of the distances in the labelled loss.
+
+    Raises:
+        ValueError: `distance_weight` is negative or not finite; from `compare`, outputs without signed distances.
+    """
+
+    def __init__(self, adversary: Adversary, weak: Augmentation, distance_weight: float = 0.3) -> None:
+        super().__init__(weak, distance_weight)
+        self.adversary = adversary
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """Weak views of the unlabelled images; the target is the discriminator's class "labelled"."""
+        return Views((self.weak(unlabelled_of(batch)),))
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """How surely the discriminator takes the distances for those of unlabelled images."""
+        _, z = logits_and_distances(only(outputs))
+        return self.adversary.loss(z, views.inputs[0])
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """The discriminator's step. Raises ValueError without labelled images."""
+        weak = self.weak(unlabelled_of(batch))
+        images = all_images(batch, weak)
+        with layers_in_eval_mode(model):
+            outputs = model(images)
+        torch.clear_autocast_cache()  # as in `targets.probabilities`
+        _, z = logits_and_distances(outputs)
+        self.adversary.step(z, images, len(images) - len(weak))
+
+    def logged(self) -> dict[str, Tensor]:
+        """The discriminator's accuracy, 0.5 being a guess."""
+        return {"discriminator": self.adversary.accuracy.clone()}
