@@ -5,6 +5,7 @@ examples asks which method runs.
 """
 
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,10 +13,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from gap_torch.consistency import (
+    BCP,
     CCT,
     ICT,
     URPC,
     VAT,
+    BCPPreTraining,
     CurriculumThreshold,
     CutMix,
     CutMixMeanTeacher,
@@ -33,6 +36,7 @@ from gap_torch.consistency import (
     Teacher,
     Threshold,
     UniMatch,
+    linear_dice_loss,
 )
 from gap_torch.consistency.method import Augmentation
 from gap_torch.consistency.targets import Mode
@@ -46,6 +50,7 @@ from segmentation.networks.attachments import (
     PerturbedPyramid,
     Pyramid,
 )
+from segmentation.scoring.components import largest_components
 
 DECAY = 0.99  # of teachers
 RADIUS, XI = 6 / 256, 10 / 256  # of VAT
@@ -126,6 +131,18 @@ def _cct(s: Setting, *, variant: str = "original") -> Method:
     return MedicalCCT(s.weak) if _medical(variant) else CCT(s.weak, mode=s.targets)
 
 
+def _bcp(s: Setting, *, decay: float = DECAY, script: str = "acdc") -> Method:
+    teacher = Teacher(s.model, decay, warm_up=False)
+    dice = linear_dice_loss if _chosen("script", script, "acdc", "la") else None
+    return BCP(teacher, s.weak, largest_components, dice, mode=s.targets)
+
+
+def _bcp_pre_training(s: Setting, *, script: str = "acdc") -> Method:
+    if _chosen("script", script, "acdc", "la"):
+        return BCPPreTraining(by_region=False, dice=linear_dice_loss)
+    return BCPPreTraining()
+
+
 def _medical(variant: str) -> bool:
     """Whether the method is to be as in public code for medical images (docs/methods.md)."""
     return _chosen("variant", variant, "original", "medical")
@@ -157,7 +174,10 @@ class Own:
     targets: Mode = "batch"
     """Mode of the model, or of its teacher, while it makes targets (`gap_torch.consistency.targets.Mode`)."""
     joint: bool = False
-    """Whether labelled images go through the network together with the method's first view, in one batch."""
+    """Whether labelled images go through the network together with the method's first view, in one batch; where they
+    are its views (`Entry.mixed`), whether one pass is good for both losses."""
+    pre_training: float = 0.0
+    """Iterations of the run that this one starts from (`Entry.phase`), in its own; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +196,9 @@ class Entry:
         own: the part of a recipe that methods differ in.
         draws: batches of unlabelled images that it takes in an iteration, as one.
         medical: its attachment with variant=medical, where that is another.
+        mixed: whether it mixes labelled images with others, by halves of a batch; its views, if it has any, are the
+            labelled images too (`Views.mixed`).
+        phase: name in `PHASES` of the run that comes before, from whose weights it starts.
     """
 
     label: str
@@ -188,6 +211,8 @@ class Entry:
     own: Own = Own()
     draws: int = 1
     medical: Attach | None = None
+    mixed: bool = False
+    phase: str = ""
 
     def __post_init__(self) -> None:
         for name, default in self.options.items():
@@ -233,12 +258,25 @@ TABLE: dict[str, Entry] = {
     "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid, own=RAMPED, medical=PerturbedPyramid),
     # its further decoders run in the labelled pass too
     "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED, medical=MedicalDecoders),
+    "bcp": Entry(
+        "BCP",
+        _bcp,
+        (TARGETS, 1),
+        own=Own(weight=0.5, targets="train", joint=True, pre_training=1 / 3),
+        mixed=True,
+        phase="bcp_pre_training",
+    ),
 }
+PHASES: dict[str, Entry] = {
+    "bcp_pre_training": Entry("BCP, pre-training", _bcp_pre_training, (0, -1 / 2), mixed=True),
+}
+"""Runs that others start from; nobody asks for one by its name."""
+ENTRIES: Mapping[str, Entry] = ChainMap(TABLE, PHASES)
 
 
 def attachment(method: str, options: Mapping[str, Any]) -> Attach | None:
     """What `method` needs of the network beside its logits, with all its `options`."""
-    entry = TABLE[method]
+    entry = ENTRIES[method]
     return entry.medical if options.get("variant") == "medical" and entry.medical else entry.attachment
 
 
@@ -248,7 +286,7 @@ def build(method: str, setting: Setting, options: Mapping[str, Any]) -> Method |
     Raises:
         InputError: an option is out of range.
     """
-    make = TABLE[method].build
+    make = ENTRIES[method].build
     if make is None:
         return None
     try:

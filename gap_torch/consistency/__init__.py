@@ -6,6 +6,7 @@ same views, at theta and at theta*.
 """
 
 from .alignment import alignment, hard_alignment
+from .bcp import BCP, BCPPreTraining, linear_dice_loss
 from .cct import CCT, MedicalCCT
 from .cutmix import CutMix
 from .cutmix_seg import CutMixMeanTeacher, CutMixSeg
@@ -26,10 +27,12 @@ from .urpc import URPC, MedicalURPC
 from .vat import VAT, DiceVAT
 
 __all__ = [
+    "BCP",
     "CCT",
     "ICT",
     "URPC",
     "VAT",
+    "BCPPreTraining",
     "Batch",
     "ChannelDropout",
     "CurriculumThreshold",
@@ -58,5 +61,6 @@ __all__ = [
     "alignment",
     "auxiliary_logits",
     "hard_alignment",
+    "linear_dice_loss",
     "logits_of",
 ]

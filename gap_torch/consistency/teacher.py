@@ -13,7 +13,8 @@ class Teacher(nn.Module):
     """A copy of `model` whose parameters are a moving average of the model's; its buffers are copies of the latest.
 
     theta' <- a theta' + (1 - a) theta with a = min(decay, 1 - 1 / (updates + 1)), so that the random initial weights
-    leave early. It is never trained: its parameters require no gradient and are in no optimizer.
+    leave early; without `warm_up` with a = decay, for a model whose first weights are worth keeping. It is never
+    trained: its parameters require no gradient and are in no optimizer.
 
     Parameters must be float32 or float64: of a step of 1 - a = 0.01, 16 bits round most away, and the average stands
     still. Autocast leaves them float32.
@@ -24,6 +25,7 @@ class Teacher(nn.Module):
     Args:
         model: what is averaged; the teacher starts as a copy.
         decay: weight of the old average once it is warm, in [0, 1).
+        warm_up: whether the first updates weigh more.
 
     Raises:
         ValueError: `decay` is outside [0, 1), or `model` has floating parameters of fewer than 32 bits.
@@ -32,13 +34,13 @@ class Teacher(nn.Module):
     updates: Tensor
     """How many there were; on the device, so that a captured CUDA graph counts them too."""
 
-    def __init__(self, model: nn.Module, decay: float = 0.99) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.99, warm_up: bool = True) -> None:
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}.")
         _check_precision(model)
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self.decay = decay
+        self.decay, self.warm_up = decay, warm_up
         device = next(iter(self.model.parameters()), torch.empty(0)).device
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
@@ -56,7 +58,12 @@ class Teacher(nn.Module):
         _check_alike(list(self.model.parameters()), list(model.parameters()))
         _check_alike(list(self.model.buffers()), list(model.buffers()))
         self.updates += 1
-        follow(self.model, model, (1 - 1 / self.updates.to(norm_dtype(self.updates.device))).clamp(max=self.decay))
+        follow(self.model, model, self._keep())
+
+    def _keep(self) -> Tensor:
+        """a, 0-dim: nothing is read by the host."""
+        mean_of_all = 1 - 1 / self.updates.to(norm_dtype(self.updates.device))
+        return mean_of_all.clamp(max=self.decay) if self.warm_up else torch.full_like(mean_of_all, self.decay)
 
     def get_extra_state(self) -> Tensor:
         """The number of updates, for `state_dict`."""
