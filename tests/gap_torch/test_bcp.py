@@ -23,7 +23,7 @@ def _bcp(model: nn.Module | None = None, **options: Any) -> BCP:
 
 
 def _batch(spatial: tuple[int, ...], labelled: int = 4, unlabelled: int = 4, classes: int = 3) -> Batch:
-    """Labelled image i is 10 + i everywhere, its labels 1. Unlabelled ones are logits that are sure of the last class."""
+    """Labelled image i is 10 + i everywhere, its labels 1. Unlabelled ones are logits, sure of the last class."""
     shape = (1, *(1 for _ in spatial))
     images = torch.arange(10.0, 10 + labelled).view(-1, *shape).expand(-1, classes, *spatial)
     sure = torch.zeros(unlabelled, classes, *spatial)

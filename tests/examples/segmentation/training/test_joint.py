@@ -79,6 +79,9 @@ RECIPES = {
     "a gradient of Dice in the images": {"method": "vat", "options": {"variant": "medical"}},
     "two passes": {"method": "unimatch", "joint": False},
     "one batch with labelled images": {"method": "unimatch", "gap": False},
+    "mixtures": {"method": "bcp", "gap": False},
+    "mixtures in two passes": {"method": "bcp", "joint": False},
+    "mixtures in two passes in 3D": {"method": "bcp", "joint": False, "size": (32, 32, 16)},
     # masks of whole channels behind the decoder
     "two passes in 3D": {"method": "unimatch", "joint": False, "size": (32, 32, 16)},
 }
