@@ -119,18 +119,6 @@ def _unimatch(s: Setting, *, cutmix: float = 0.5) -> Method:
     return UniMatch(s.weak, s.strong, s.tau, CutMix(cutmix), s.loss, mode=s.targets)
 
 
-def _mean_teacher(s: Setting, *, noise: float = 0.1, decay: float = DECAY) -> Method:
-    return MeanTeacher(Teacher(s.model, decay), s.weak, noise, mode=s.targets)
-
-
-def _urpc(s: Setting, *, variant: str = "original") -> Method:
-    return MedicalURPC(s.weak) if _medical(variant) else URPC(s.weak)
-
-
-def _cct(s: Setting, *, variant: str = "original") -> Method:
-    return MedicalCCT(s.weak) if _medical(variant) else CCT(s.weak, mode=s.targets)
-
-
 def _bcp(s: Setting, *, decay: float = DECAY, script: str = "acdc") -> Method:
     teacher = Teacher(s.model, decay, warm_up=False)
     dice = linear_dice_loss if _chosen("script", script, "acdc", "la") else None
@@ -141,6 +129,18 @@ def _bcp_pre_training(s: Setting, *, script: str = "acdc") -> Method:
     if _chosen("script", script, "acdc", "la"):
         return BCPPreTraining(by_region=False, dice=linear_dice_loss)
     return BCPPreTraining()
+
+
+def _mean_teacher(s: Setting, *, noise: float = 0.1, decay: float = DECAY) -> Method:
+    return MeanTeacher(Teacher(s.model, decay), s.weak, noise, mode=s.targets)
+
+
+def _urpc(s: Setting, *, variant: str = "original") -> Method:
+    return MedicalURPC(s.weak) if _medical(variant) else URPC(s.weak)
+
+
+def _cct(s: Setting, *, variant: str = "original") -> Method:
+    return MedicalCCT(s.weak) if _medical(variant) else CCT(s.weak, mode=s.targets)
 
 
 def _medical(variant: str) -> bool:
@@ -254,10 +254,6 @@ TABLE: dict[str, Entry] = {
         own=Own(labelled_weight=0.5, unlabelled_loss="dice", weight=0.5, targets="train", joint=True),
         draws=2,
     ),
-    "mean_teacher": Entry("Mean Teacher", _mean_teacher, (TARGETS, 1), own=RAMPED),
-    "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid, own=RAMPED, medical=PerturbedPyramid),
-    # its further decoders run in the labelled pass too
-    "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED, medical=MedicalDecoders),
     "bcp": Entry(
         "BCP",
         _bcp,
@@ -266,6 +262,10 @@ TABLE: dict[str, Entry] = {
         mixed=True,
         phase="bcp_pre_training",
     ),
+    "mean_teacher": Entry("Mean Teacher", _mean_teacher, (TARGETS, 1), own=RAMPED),
+    "urpc": Entry("URPC", _urpc, (0, 1.01), Pyramid, own=RAMPED, medical=PerturbedPyramid),
+    # its further decoders run in the labelled pass too
+    "cct": Entry("CCT", _cct, (1, 2.5), PerturbedDecoders, own=RAMPED, medical=MedicalDecoders),
 }
 PHASES: dict[str, Entry] = {
     "bcp_pre_training": Entry("BCP, pre-training", _bcp_pre_training, (0, -1 / 2), mixed=True),

@@ -105,6 +105,11 @@ def unlabelled_of(batch: Batch) -> Tensor:
     return batch.unlabelled
 
 
+def only(outputs: tuple[Outputs, ...]) -> Outputs:
+    """What the model made of the one view of a method that has no other. Raises as `one_each`."""
+    return one_each(outputs, 1)[0]
+
+
 def labelled_pair(batch: Batch) -> tuple[Tensor, Tensor]:
     """The labelled images of `batch`, and their labels.
 
@@ -114,11 +119,6 @@ def labelled_pair(batch: Batch) -> tuple[Tensor, Tensor]:
     if batch.labelled is None or batch.labels is None:
         raise ValueError("this method needs labelled images too; write Batch(unlabelled, labelled, labels).")
     return batch.labelled, batch.labels
-
-
-def only(outputs: tuple[Outputs, ...]) -> Outputs:
-    """What the model made of the one view of a method that has no other. Raises as `one_each`."""
-    return one_each(outputs, 1)[0]
 
 
 def one_each(outputs: tuple[Outputs, ...], views: int) -> tuple[Outputs, ...]:
