@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from benchmarks.lab.grid import Cell
 from benchmarks.lab.records import Record
-from segmentation.methods import TABLE
+from segmentation.methods import ENTRIES, TABLE
 
 GUESSES: dict[tuple[str, str, str], float] = {
     ("ACDC", "study", "cpu"): 0.1,
@@ -24,6 +24,8 @@ GUESSES: dict[tuple[str, str, str], float] = {
 JOINT_GAP = 7 / 3
 """Passes that GAP adds where labelled images share a batch with the first view: they go through the perturbed pass too,
 and the two backward passes at theta each go through both halves of the batch."""
+MIXED_GAP = 2 / 3
+"""The same where labelled images are the views: another backward pass at theta."""
 
 
 class Estimate(NamedTuple):
@@ -35,14 +37,22 @@ class Estimate(NamedTuple):
 
 def passes(cell: Cell) -> float:
     """Forward and backward passes of an iteration after the warm-up, the labelled one too."""
-    targets, loss = TABLE[cell.method].passes
-    return 1 + targets + loss * (1 + cell.gap) + JOINT_GAP * (cell.gap and cell.recipe.own.joint)
+    entry, joint = TABLE[cell.method], cell.recipe.own.joint
+    targets, loss = entry.passes
+    apart = 1 + targets + loss * (1 + cell.gap)
+    if joint and entry.mixed:
+        return apart - 1 + MIXED_GAP * cell.gap
+    return apart + JOINT_GAP * (cell.gap and joint)
 
 
 def work(cell: Cell) -> float:
-    """Forward and backward passes of the whole run. The warm-up has the labelled ones alone."""
+    """Forward and backward passes of the whole run, and of those that it starts from.
+
+    The warm-up has the labelled ones alone.
+    """
     recipe = cell.recipe
-    return recipe.warm_up + (recipe.iterations - recipe.warm_up) * passes(cell)
+    phases = sum(phase.iterations * (1 + sum(ENTRIES[phase.method].passes)) for phase in recipe.stages[:-1])
+    return phases + recipe.warm_up + (recipe.iterations - recipe.warm_up) * passes(cell)
 
 
 def estimate(cell: Cell, records: Mapping[Cell, Record], kind: str) -> Estimate:

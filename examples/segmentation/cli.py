@@ -30,6 +30,7 @@ KNOBS = (
     "labelled_weight",
     "unlabelled_loss",
     "joint",
+    "pre_training",
     "lr",
     "lr_schedule",
     "average_decay",
@@ -98,6 +99,9 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
         "--unlabelled-loss", choices=CHOICES["unlabelled_loss"], help="R of equation 7 (default: the method's own)"
     )
     parser.add_argument("--joint", action=on_or_off, help="labelled images in one batch with the first view")
+    parser.add_argument(
+        "--pre-training", type=float, help="iterations of the run that a method starts from, in its own; 0 for none"
+    )
     parser.add_argument("--lr", type=float, help="the first learning rate")
     parser.add_argument("--lr-schedule", choices=CHOICES["lr_schedule"], help="what becomes of it")
     parser.add_argument("--average-decay", type=float, help="score a moving average of the weights; 0 for none")
@@ -270,6 +274,8 @@ def _refuse_idle_knobs(knobs: Mapping[str, object], methods: Sequence[Run], reci
     by_classes = with_gap and recipe.aligned == "pseudo_labels"  # of which tau says which count
     if "tau" in knobs and not by_classes:
         _refuse_idle_knob("tau", {name for name, entry in TABLE.items() if entry.thresholded}, methods)
+    if "pre_training" in knobs:
+        _refuse_idle_knob("pre-training", {name for name, entry in TABLE.items() if entry.phase}, methods)
     if "unlabelled_loss" in knobs:
         _refuse_idle_knob("unlabelled-loss", {name for name, entry in TABLE.items() if entry.hard}, methods)
 

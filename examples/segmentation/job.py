@@ -57,10 +57,15 @@ class Job:
     log_name: str | None = None
     goal: Goal = "pictures"
 
+    @property
+    def runs(self) -> list[Recipe]:
+        """All that are trained, each behind the one that it starts from, and none twice."""
+        return list(dict.fromkeys(stage for recipe in self.recipes for stage in recipe.stages))
+
     def folder(self, recipe: Recipe) -> Path:
         """Where the run of `recipe` has its checkpoints, logs and `result.json`."""
         return self.out / recipe.name
 
     def logged_as(self, recipe: Recipe) -> str:
-        """What log lines call the run of `recipe`."""
-        return self.log_name or recipe.name
+        """What log lines call the run of `recipe`, which `log_name` is not of where it is another's phase."""
+        return recipe.name if self.log_name is None or recipe not in self.recipes else self.log_name

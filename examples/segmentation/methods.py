@@ -6,6 +6,7 @@ examples asks which method runs.
 
 import inspect
 import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from gap_torch.consistency import (
+    BCP,
     CCT,
     CPS,
     DAN,
@@ -23,6 +25,7 @@ from gap_torch.consistency import (
     URPC,
     VAT,
     Adversary,
+    BCPPreTraining,
     CurriculumThreshold,
     CutMix,
     CutMixMeanTeacher,
@@ -44,6 +47,7 @@ from gap_torch.consistency import (
     Threshold,
     UniMatch,
     ViewsDCT,
+    linear_dice_loss,
 )
 from gap_torch.consistency.method import Augmentation
 from gap_torch.consistency.targets import Mode
@@ -61,6 +65,7 @@ from segmentation.networks.attachments import (
     Twin,
     Upsampled,
 )
+from segmentation.scoring.components import largest_components
 
 DECAY = 0.99  # of teachers
 RADIUS, XI = 6 / 256, 10 / 256  # of VAT
@@ -131,6 +136,18 @@ def _freematch(s: Setting, *, cutmix: float = 0.5, momentum: float = 0.999) -> M
 
 def _unimatch(s: Setting, *, cutmix: float = 0.5) -> Method:
     return UniMatch(s.weak, s.strong, s.tau, CutMix(cutmix), s.loss, mode=s.targets)
+
+
+def _bcp(s: Setting, *, decay: float = DECAY, script: str = "acdc") -> Method:
+    teacher = Teacher(s.model, decay, warm_up=False)
+    dice = linear_dice_loss if _chosen("script", script, "acdc", "la") else None
+    return BCP(teacher, s.weak, largest_components, dice, mode=s.targets)
+
+
+def _bcp_pre_training(s: Setting, *, script: str = "acdc") -> Method:
+    if _chosen("script", script, "acdc", "la"):
+        return BCPPreTraining(by_region=False, dice=linear_dice_loss)
+    return BCPPreTraining()
 
 
 def _mean_teacher(s: Setting, *, noise: float = 0.1, decay: float = DECAY) -> Method:
@@ -215,7 +232,10 @@ class Own:
     targets: Mode = "batch"
     """Mode of the model, or of its teacher, while it makes targets (`gap_torch.consistency.targets.Mode`)."""
     joint: bool = False
-    """Whether labelled images go through the network together with the method's first view, in one batch."""
+    """Whether labelled images go through the network together with the method's first view, in one batch; where they
+    are its views (`Entry.mixed`), whether one pass is good for both losses."""
+    pre_training: float = 0.0
+    """Iterations of the run that this one starts from (`Entry.phase`), in its own; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +255,9 @@ class Entry:
         draws: batches of unlabelled images that it takes in an iteration, as one.
         variant: its attachment where the option `variant` is not at its default, if that is another.
         beyond_logits: whether its loss reads more than logits, for which there is one reading of "aligned" alone.
+        mixed: whether it mixes labelled images with others, by halves of a batch; its views, if it has any, are the
+            labelled images too (`Views.mixed`).
+        phase: name in `PHASES` of the run that comes before, from whose weights it starts.
     """
 
     label: str
@@ -248,6 +271,8 @@ class Entry:
     draws: int = 1
     variant: Attach | None = None
     beyond_logits: bool = False
+    mixed: bool = False
+    phase: str = ""
 
     def __post_init__(self) -> None:
         for name, default in self.options.items():
@@ -289,6 +314,14 @@ TABLE: dict[str, Entry] = {
         own=Own(labelled_weight=0.5, unlabelled_loss="dice", weight=0.5, targets="train", joint=True),
         draws=2,
     ),
+    "bcp": Entry(
+        "BCP",
+        _bcp,
+        (TARGETS, 1),
+        own=Own(weight=0.5, targets="train", joint=True, pre_training=1 / 3),
+        mixed=True,
+        phase="bcp_pre_training",
+    ),
     "mean_teacher": Entry("Mean Teacher", _mean_teacher, (TARGETS, 1), own=RAMPED),
     # of the teacher, 1 + 2 * 4 batches
     "uamt": Entry("UAMT", _uamt, (9 * TARGETS, 1), own=replace(RAMPED, targets="train")),
@@ -312,11 +345,16 @@ TABLE: dict[str, Entry] = {
         "SASSNet", _sassnet, (1.81, 1.38), SignedDistances, own=Own(weight=0.01, ramp_up=1.0), beyond_logits=True
     ),
 }
+PHASES: dict[str, Entry] = {
+    "bcp_pre_training": Entry("BCP, pre-training", _bcp_pre_training, (0, -1 / 2), mixed=True),
+}
+"""Runs that others start from; nobody asks for one by its name."""
+ENTRIES: Mapping[str, Entry] = ChainMap(TABLE, PHASES)
 
 
 def attachment(method: str, options: Mapping[str, Any]) -> Attach | None:
     """What `method` needs of the network beside its logits, with all its `options`."""
-    entry = TABLE[method]
+    entry = ENTRIES[method]
     default = entry.options.get("variant")
     return entry.variant if options.get("variant", default) != default and entry.variant else entry.attachment
 
@@ -327,7 +365,7 @@ def build(method: str, setting: Setting, options: Mapping[str, Any]) -> Method |
     Raises:
         InputError: an option is out of range.
     """
-    make = TABLE[method].build
+    make = ENTRIES[method].build
     if make is None:
         return None
     try:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from segmentation.errors import InputError
-from segmentation.methods import TABLE, Own
+from segmentation.methods import ENTRIES, PHASES, TABLE, Own
 
 Run = tuple[str, bool]
 """A method of the table, and whether GAP is on it."""
@@ -14,7 +14,7 @@ METHODS = tuple(TABLE)
 SUPERVISED = "supervised"
 GAPMATCH: Run = ("fixmatch", True)
 NO_GAP: Run = (SUPERVISED, True)  # nothing to perturb by
-METHOD_FIELDS = ("warm_up", "tau", "targets", "unlabelled_loss", "weight", "ramp_up", "joint")
+METHOD_FIELDS = ("warm_up", "tau", "targets", "unlabelled_loss", "weight", "ramp_up", "joint", "pre_training")
 """Mean nothing without a method."""
 GAP_FIELDS = ("eps", "alpha", "aligned", "freeze_statistics", "replay_dropout")
 """Mean nothing without GAP."""
@@ -22,7 +22,14 @@ WITH_GAP = "+gap"  # what a run's name ends with
 AT_LEAST_ONE = ("iterations", "width", "labelled_batch", "unlabelled_batch", "validate_every", "log_every")
 OWN = tuple(field.name for field in fields(Own))
 """Fields of which a method has values of its own, which None stands for."""
-BEFORE = {"lr_schedule": "poly", "labelled_weight": 1.0, "blur": 1.0, "ramp_up": 0.0, "joint": False}
+BEFORE = {
+    "lr_schedule": "poly",
+    "labelled_weight": 1.0,
+    "blur": 1.0,
+    "ramp_up": 0.0,
+    "joint": False,
+    "pre_training": 0.0,
+}
 """What there was before fields that older checkpoints and records lack."""
 HALVINGS = 4  # of the image on its way down the UNet and the V-Net
 
@@ -69,6 +76,7 @@ class Recipe:
     weight: float | None = None
     ramp_up: float | None = None
     joint: bool | None = None
+    pre_training: float | None = None
     warm_up: int = 0
     """Iterations on labelled images alone, before the method joins."""
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
@@ -97,9 +105,9 @@ class Recipe:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        if self.method not in TABLE:
+        if self.method not in ENTRIES:
             raise InputError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}.")
-        given, defaults = dict(self.options), TABLE[self.method].options
+        given, defaults = dict(self.options), ENTRIES[self.method].options
         for name in given:
             if name not in defaults:
                 there_are = ", ".join(defaults) or "none"
@@ -122,9 +130,10 @@ class Recipe:
             raise InputError(f"statistics_samples must not be negative, not {self.statistics_samples}.")
         if not 0 <= self.average_decay < 1:
             raise InputError(f"average_decay must be at least 0 and below 1, not {self.average_decay}.")
-        if (self.method, self.gap) == NO_GAP:
-            raise InputError("supervised with GAP: there is no consistency loss to perturb by; take a method that has.")
-        if self.gap and self.aligned != "targets" and TABLE[self.method].beyond_logits:
+        if (self.method, self.gap) == NO_GAP or (self.gap and self.method in PHASES):
+            name = self.method
+            raise InputError(f"{name} with GAP: there is no consistency loss to perturb by; take a method that has.")
+        if self.gap and self.aligned != "targets" and ENTRIES[self.method].beyond_logits:
             raise InputError(
                 f"{self.name} with aligned={self.aligned}: its loss reads more than logits, which those readings of "
                 "the loss at theta* compare; take aligned=targets."
@@ -133,7 +142,7 @@ class Recipe:
             raise InputError(f"warm_up must not be negative, not {self.warm_up}.")
         if self.warm_up >= self.iterations:  # for supervised too: a preset is good for all methods or for none
             raise InputError(f"warm_up must be below iterations ({self.iterations}), not {self.warm_up}.")
-        for name in ("lr", "eps", "alpha", "weight", "labelled_weight"):
+        for name in ("lr", "eps", "alpha", "weight", "labelled_weight", "pre_training"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} must be finite and not negative, not {value}.")
@@ -157,19 +166,33 @@ class Recipe:
     @property
     def label(self) -> str:
         """Of the run, in tables and pictures."""
-        entry = TABLE[self.method]
+        entry = ENTRIES[self.method]
         return (entry.with_gap or f"{entry.label} + GAP") if self.gap else entry.label
 
     @property
     def own(self) -> Own:
         """The method's own, but what is given here."""
         given = {name: value for name in OWN if (value := getattr(self, name)) is not None}
-        return replace(TABLE[self.method].own, **given)
+        return replace(ENTRIES[self.method].own, **given)
+
+    @property
+    def phase(self) -> "Recipe | None":
+        """The run that this one starts from, one of labelled images alone; None for random weights."""
+        name, iterations = ENTRIES[self.method].phase, round(self.own.pre_training * self.iterations)
+        if not name or not iterations:
+            return None
+        options = {option: value for option, value in dict(self.options).items() if option in ENTRIES[name].options}
+        return replace(self, method=name, gap=False, iterations=iterations, warm_up=0, options=options)
+
+    @property
+    def stages(self) -> tuple["Recipe", ...]:
+        """This run behind those that it needs, each of which starts from the one before."""
+        return (self,) if self.phase is None else (*self.phase.stages, self)
 
     @property
     def all_options(self) -> dict[str, Any]:
         """Of the method, by name, defaults among them."""
-        return {**TABLE[self.method].options, **dict(self.options)}
+        return {**ENTRIES[self.method].options, **dict(self.options)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON and checkpoints, with all that is the method's own: that may change."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from segmentation import ranks
 from segmentation.data.files import Volume, check_files, check_patients, read_list, split_by_patients
@@ -50,27 +50,33 @@ def run(job: Job) -> list[Row]:
         CaptureError: a CUDA graph could not be captured; the process can't go on.
     """
     recipe = job.recipes[0]
-    require_even_shares(recipe)
     refuse_wrong_gradients(recipe, job.device, job.amp)
-    for each in job.recipes:
+    for each in job.runs:
+        require_even_shares(each)
         refuse_joint_gap_on_ranks(each)
     _warn_of_slow_convolutions(recipe, job.device, job.amp)
     samples = read(job)
     torch.backends.cudnn.benchmark = job.device.type == "cuda"  # every batch has the same shape
     pools = samples.labelled, samples.unlabelled
-    trainers = [Trainer(job.task, r, *pools, job.device, job.amp, job.compiled, job.graph) for r in job.recipes]
-    identities = [
-        identity(job.task.name, r, samples.patients, job.amp, samples.names, job.compiled) for r in job.recipes
-    ]
+    trainers = [Trainer(job.task, r, *pools, job.device, job.amp, job.compiled, job.graph) for r in job.runs]
+    identities = [identity(job.task.name, r, samples.patients, job.amp, samples.names, job.compiled) for r in job.runs]
     found = _resumed(job, trainers, identities)
     if not ranks.same([progress and (progress.iteration, progress.best_iteration) for progress in found]):
         raise InputError(f"{job.out}: the processes found different runs there; --out must be a folder that all share.")
 
+    started_from = {r.phase for r, progress in zip(job.runs, found, strict=True) if progress is None}
+    kept: dict[Recipe, dict[str, Tensor]] = {}
     rows, models = [], {}
     for trainer, run_identity, progress in zip(trainers, identities, found, strict=True):
         recipe, folder = trainer.recipe, job.folder(trainer.recipe)
+        if recipe not in job.recipes and recipe not in started_from:
+            continue
+        if progress is None and recipe.phase is not None:
+            trainer.start_from(kept[recipe.phase])
         result = fit(trainer, samples.validation, folder, run_identity, progress, job.logged_as(recipe))
-        evaluations = None if job.goal == "training" else _scored(result, samples.test, job, recipe)
+        kept[recipe] = result.progress.best_weights
+        scored = job.goal != "training" and recipe in job.recipes
+        evaluations = _scored(result, samples.test, job, recipe) if scored else None
         write_record(folder / "result.json", job, recipe, result.progress, evaluations, trainer.captured)
         if evaluations:
             rows.append(row(recipe, result.progress, evaluations))
@@ -91,7 +97,7 @@ def read(job: Job) -> Samples:
         _require_no_unlabelled(job)
         unlabelled_names = labelled_names  # which nobody learns from
     if ranks.is_main():
-        for each in job.recipes:
+        for each in job.runs:
             _prepare_folder(job.folder(each), each, job.old_runs)
     print(f"reading {job.data}", flush=True)
     labelled = task.read_labelled(job.data, labelled_names, recipe).to(job.device)

@@ -7,6 +7,7 @@ same views, at theta and at theta*.
 
 from .adversary import Adversary, Discriminator
 from .alignment import alignment, hard_alignment
+from .bcp import BCP, BCPPreTraining, linear_dice_loss
 from .cct import CCT, MedicalCCT
 from .cps import CPS
 from .cutmix import CutMix
@@ -37,6 +38,7 @@ from .urpc import URPC, MedicalURPC
 from .vat import VAT, DiceVAT
 
 __all__ = [
+    "BCP",
     "CCT",
     "CPS",
     "DAN",
@@ -47,6 +49,7 @@ __all__ = [
     "URPC",
     "VAT",
     "Adversary",
+    "BCPPreTraining",
     "Batch",
     "ChannelDropout",
     "CurriculumThreshold",
@@ -80,6 +83,7 @@ __all__ = [
     "alignment",
     "auxiliary_logits",
     "hard_alignment",
+    "linear_dice_loss",
     "logits_of",
     "signed_distances",
 ]

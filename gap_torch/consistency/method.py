@@ -46,7 +46,10 @@ class Views:
     fixed: Any = None
     """What else `compare` reads: a method's own, of any type."""
     labelled: Tensor | None = None
-    """Images for the labelled pass in place of `Batch.labelled`, of the same shape; None for those themselves."""
+    """Images for the labelled pass in place of `Batch.labelled`; None for those themselves."""
+    mixed: bool = False
+    """Whether `labelled` is `inputs`, one behind the other. A loop that has their outputs may hand those to
+    `labelled_loss`, in that order, and spare a pass."""
     attached: tuple[bool, ...] | None = None
     """Of each of `inputs`, whether `compare` reads auxiliary logits of it; None for all. Where it does not, a loop may
     spare the model what makes them; the outputs may be a tuple all the same."""
@@ -105,6 +108,17 @@ def unlabelled_of(batch: Batch) -> Tensor:
     if not isinstance(batch, Batch):
         raise TypeError(f"prepare takes a Batch, got {type(batch).__name__}; write Batch(unlabelled).")
     return batch.unlabelled
+
+
+def labelled_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The labelled images of `batch`, and their labels.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if batch.labelled is None or batch.labels is None:
+        raise ValueError("this method needs labelled images too; write Batch(unlabelled, labelled, labels).")
+    return batch.labelled, batch.labels
 
 
 def all_images(batch: Batch, unlabelled: Tensor) -> Tensor:

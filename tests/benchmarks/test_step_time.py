@@ -109,4 +109,15 @@ def test_the_lab_plans_with_what_the_methods_multiply() -> None:
         {method: plan.passes(grid.cell("ACDC", "study", (method, False), 1, 0)) for method in METHODS}, rel=0.02
     )
     joint = grid.cell("ACDC", "study", grid.GAPMATCH, 1, 0, {"joint": True})
+    bcp = {gap: grid.cell("ACDC", "study", ("bcp", gap), 1, 0) for gap in (False, True)}
+    assert operations(recipe.for_run("bcp+gap")) / one == pytest.approx(plan.passes(bcp[True]), 0.02)
+    apart = grid.cell("ACDC", "study", ("bcp", True), 1, 0, {"joint": False})
+    assert operations(replace(recipe, joint=False).for_run("bcp+gap")) / one == pytest.approx(plan.passes(apart), 0.02)
+    phase = bcp[False].recipe.phase
+    assert operations(replace(recipe, method=phase.method, gap=False)) / one == pytest.approx(1 / 2, 0.02)
+    run = bcp[False].recipe
+    during = run.iterations - run.warm_up
+    assert plan.work(bcp[False]) == pytest.approx(
+        phase.iterations / 2 + run.warm_up + during * plan.passes(bcp[False]), 0.02
+    )
     assert operations(replace(recipe, joint=True).for_run("gapmatch")) / one == pytest.approx(plan.passes(joint), 0.02)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gap_torch.consistency import DCT, VAT, Batch, CutMixSeg, FixMatch, Method, Teacher, Views
+from gap_torch.consistency import BCP, DCT, VAT, Batch, CutMixSeg, FixMatch, Method, Teacher, Views
 from gap_torch.losses import ce_dice_loss
 from segmentation.methods import TABLE, Setting
 from segmentation.networks.attachments import SignedDistances
@@ -49,6 +49,7 @@ METHODS: dict[str, Callable[[nn.Module, int], Method]] = {
     "dct": lambda model, classes: HalfTurn(_weak),
     "cutmix, no teacher": lambda model, classes: CutMixSeg(_weak, tau=0.6),
     "fixmatch, no cutmix": lambda model, classes: FixMatch(_weak, _strong, tau=0.6),
+    "bcp, not cleaned": lambda model, classes: BCP(Teacher(model), _weak, lambda labels: labels),
     "vat, confident": lambda model, classes: VAT(_weak, tau=0.6),
     "cutmix, probabilities": _of_table("cutmix", target="probabilities"),
     **{f"{name}, medical": _of_table(name, variant="medical") for name in ("vat", "urpc", "cct")},
@@ -58,6 +59,8 @@ AUXILIARY = {  # learn from further logits
 }
 DISTANCES = {name for name in AUXILIARY if TABLE[name.removesuffix(", medical")].attachment is SignedDistances}
 ADVERSARIAL = {"dan", "sassnet"}  # whose discriminator halves the images four times
+BY_HALVES = {"bcp", "bcp, not cleaned"}
+ON_THE_HOST = {"bcp": "connected components are found on the host"}
 SPATIAL = [(6, 8), (4, 6, 8)]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
@@ -99,7 +102,7 @@ def _problem(name: str, spatial: tuple[int, ...], classes: int) -> tuple[nn.Modu
     method = METHODS[name](model, classes)
     model.auxiliary, model.distances = name in AUXILIARY, name in DISTANCES
     spatial = tuple(max(side, 16) for side in spatial) if name in ADVERSARIAL else spatial
-    draws = TABLE[name].draws if name in TABLE else 1
+    draws = 2 if name in BY_HALVES else TABLE[name].draws if name in TABLE else 1
     return model, method, torch.randn(4 * draws, 1, *spatial, dtype=torch.float64)
 
 
@@ -213,6 +216,8 @@ def test_autocast(name: str, spatial: tuple[int, ...], classes: int, dtype: torc
 def test_no_value_is_looked_at(name: str, spatial: tuple[int, ...], classes: int) -> None:
     if name in ("mixup", "ict") and torch.__version__.startswith("2.6."):
         pytest.skip("torch 2.6 can't draw from a Gamma distribution on the meta device")
+    if name in ON_THE_HOST:
+        pytest.skip(ON_THE_HOST[name])
     model, method, images = (x.to("meta") for x in _problem(name, spatial, classes))  # there are no values there
     method.loss(model, method.prepare(model, _batch(images))).backward()
     method.update(model, _batch(images))
@@ -250,6 +255,8 @@ def test_outputs_that_are_not_one_for_each_view_are_named(name: str, spatial: tu
 
 @CUDA
 def test_nothing_waits_for_the_gpu(name: str, spatial: tuple[int, ...], classes: int) -> None:
+    if name in ON_THE_HOST:
+        pytest.skip(ON_THE_HOST[name])
     model, method, images = (x.to("cuda", torch.float32) for x in _problem(name, spatial, classes))
 
     def step() -> None:

@@ -1,7 +1,9 @@
 """The largest connected component of each class, as some of the field keep it after predicting."""
 
 import numpy as np
+import torch
 from scipy.ndimage import label as connected_components
+from torch import Tensor
 
 from segmentation.errors import InputError
 
@@ -30,3 +32,12 @@ def largest_component(labels: np.ndarray) -> np.ndarray:
         sizes[0] = 0  # the rest of the volume
         kept[pieces == sizes.argmax()] = index
     return kept
+
+
+def largest_components(labels: Tensor) -> Tensor:
+    """The same of each sample of a batch (B, *spatial), on its device, for which the host waits.
+
+    Raises:
+        InputError: when `labels` is no such batch.
+    """
+    return torch.from_numpy(np.stack([largest_component(sample) for sample in labels.cpu().numpy()])).to(labels.device)

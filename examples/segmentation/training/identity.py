@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from segmentation.errors import OldRunError
-from segmentation.methods import TABLE
+from segmentation.methods import ENTRIES
 from segmentation.recipe import BEFORE, Recipe
 
 Identity = dict[str, Any]
@@ -45,7 +45,7 @@ def require_same(path: Path, theirs: Any, ours: Identity) -> None:
     """Raise OldRunError, naming the first difference, unless the checkpoint at `path` is of this very run."""
     if not isinstance(theirs, Mapping):
         raise OldRunError(f"{path}: does not say which run it is of", "choose another --out")
-    options = {**TABLE[ours["method"]].options, **theirs.get("options", {})}  # there may have been fewer
+    options = {**ENTRIES[ours["method"]].options, **theirs.get("options", {})}  # there may have been fewer
     theirs = {**BEFORE, **theirs, "options": options}
     for key, value in ours.items():
         found = theirs.get(key)

@@ -22,6 +22,7 @@ from gap_torch.consistency.feature_perturbations import FeaturePerturbation
 from gap_torch.losses import at_least_float32
 from segmentation import ranks
 from segmentation.errors import InputError
+from segmentation.methods import ENTRIES
 from segmentation.networks.dropout import Dropout3d, channel_mask, dropout_mask
 from segmentation.recipe import Recipe
 
@@ -38,13 +39,15 @@ def joint(model: nn.Module) -> nn.Module:
 
 
 def require_even_shares(recipe: Recipe) -> None:
-    """Raise InputError for a batch that the ranks can't divide."""
+    """Raise InputError for a batch that the ranks can't divide, or, where it goes by halves, a half of it."""
+    parts = 2 if ENTRIES[recipe.method].mixed else 1
     for name in ("labelled_batch", "unlabelled_batch"):
         batch = getattr(recipe, name)
-        if batch % ranks.world():
+        if ranks.world() > 1 and batch % (parts * ranks.world()):
             raise InputError(
-                f"{name}: {batch} samples can't be shared out evenly to {ranks.world()} processes; "
-                f"start a number of them that divides {batch}."
+                f"{name}: {batch} samples can't be shared out evenly to {ranks.world()} processes"
+                f"{f', of {recipe.name} each half' if parts > 1 else ''}; "
+                f"start a number of them that divides {batch // parts}."
             )
 
 

@@ -84,7 +84,7 @@ class Trainer:
         self.statistics_images = self._statistics_images()
         self.labelled_stream = ShuffledStream(len(labelled), recipe.labelled_batch, recipe.seed)
         self.unlabelled_stream = ShuffledStream(
-            len(unlabelled), recipe.unlabelled_batch * methods.TABLE[recipe.method].draws, recipe.seed + 1
+            len(unlabelled), recipe.unlabelled_batch * methods.ENTRIES[recipe.method].draws, recipe.seed + 1
         )
 
         torch.manual_seed(recipe.seed)
@@ -101,6 +101,11 @@ class Trainer:
         self.weak = task.weak()
         self.method = methods.build(recipe.method, self._setting(), recipe.all_options)
         self.run = CapturedStep(self.compute, device) if graph else self.compute
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Begin with the weights of another run, the method's teacher too. To be called before any step."""
+        self.model.load_state_dict(weights)
+        self.method = methods.build(self.recipe.method, self._setting(), self.recipe.all_options)
 
     def step(self, iteration: int) -> dict[str, Tensor]:
         """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device, until the next one."""
@@ -226,7 +231,10 @@ class Trainer:
             return self.joint(images)
 
     def _joint_outputs(self, views: Views, labelled: Tensor) -> tuple[Outputs, tuple[Outputs, ...]]:
-        """Of the labelled images, and of the views."""
+        """Of the labelled images, and of the views; the same ones where these are those."""
+        if views.mixed:
+            outputs = self._outputs(views)
+            return torch.cat([logits_of(output) for output in outputs]), outputs
         first, *others = views.inputs
         attached, *others_attached = _attached(views)
         both = self._output(torch.cat([labelled, first]), attached)

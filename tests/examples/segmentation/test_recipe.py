@@ -33,6 +33,7 @@ def test_presets_are_valid(task: Task, preset: str) -> None:
         {"lr": float("inf")},
         {"tau": 1.01},
         {"weight": -0.1},
+        {"pre_training": -0.1},
         {"warm_up": -1},
         {"warm_up": 4, "iterations": 4},
         {"warm_up": 5, "iterations": 4, "method": "supervised", "gap": False},

@@ -87,6 +87,9 @@ RECIPES = {
     "two networks and their adversaries in 3D": {"method": "dct_views", "size": (32, 32, 16)},
     "two passes": {"method": "unimatch", "joint": False},
     "one batch with labelled images": {"method": "unimatch", "gap": False},
+    "mixtures": {"method": "bcp", "gap": False},
+    "mixtures in two passes": {"method": "bcp", "joint": False},
+    "mixtures in two passes in 3D": {"method": "bcp", "joint": False, "size": (32, 32, 16)},
     # 1,500, its own, multiplies rounding: by a thousand or more in an iteration with GAP
     "signed distances": {"method": "dtc", "options": {"k": 1.5}},
     "signed distances in 3D": {"method": "dtc", "options": {"k": 1.5}, "size": (32, 32, 16)},

@@ -1,0 +1,217 @@
+"""Bidirectional copy-paste, BCP (Bai et al., CVPR 2023), and what it trains beforehand."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..losses import Criterion, MaskedLoss, at_least_float32, check_classes
+from .method import Augmentation, Batch, Method, Outputs, Views, labelled_of, logits_of, one_each, unlabelled_of
+from .targets import Mode, check_mode, probabilities
+from .teacher import Teacher
+
+
+class BCP(Method):
+    """A labelled box in an unlabelled image and the reverse, learnt from labels and from a teacher's classes.
+
+    Of labelled halves (a, b) and unlabelled ones (u, v), and one box of two thirds of each side for all of them, the
+    mixtures are u with the box of a, and b with the box of v. With U the pixels of a mixture whose target is the
+    teacher's class, cleaned, and L the others, whose target is a label:
+
+        l(S)           =  sum_S CE / |S|  +  Dice over S
+        loss           =  [l(U) of the first mixture + l(U) of the second] / 2
+        labelled loss  =  [l(L) of the first mixture + l(L) of the second] / 2
+
+    The authors' code adds half of the first to the second, from two passes, a mixture each: `Views.mixed` lets a loop
+    do so. GAP goes along this seam: what pseudo-labels ask for is the consistency loss, what labels ask for is not.
+    Where a batch is odd, or there are more of one kind, samples come twice.
+
+    The weights that it starts from, its teacher's too, are those of a run of `BCPPreTraining`. The teacher is
+    `Teacher(model, 0.99, warm_up=False)`.
+
+    Args:
+        teacher: what makes the pseudo-labels; `update` lets it follow the model.
+        weak: weak augmentation of unlabelled images (B, C, *spatial); the labelled ones have theirs already.
+        clean: the teacher's classes (B, *spatial), int64, to those that count: the authors keep of each class of a
+            sample the largest piece, where voxels that share a corner belong together, and make the rest background.
+        dice: called with logits (B, K, *spatial), target and region (B, *spatial); the code's for ACDC, or
+            `linear_dice_loss`, its own for LA.
+        mode: the teacher's mode (`targets.Mode`).
+
+    Raises:
+        ValueError: `mode` is unknown; from `prepare`, a batch without labelled images.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        weak: Augmentation,
+        clean: Callable[[Tensor], Tensor],
+        dice: MaskedLoss | None = None,
+        mode: Mode = "train",
+    ) -> None:
+        super().__init__()
+        check_mode(mode)
+        self.teacher, self.weak, self.clean, self.mode = teacher, weak, clean, mode
+        self.dice = dice or squared_dice_loss
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """Both mixtures, their labels and pseudo-labels in one map, and in `fixed` where it is pseudo-labels."""
+        unlabelled = self.weak(unlabelled_of(batch))
+        images, labels = labelled_of(batch)
+        count = max(len(images), len(unlabelled))
+        (a, b), (label_a, label_b), (u, v) = (_halves(t, count) for t in (images, labels, unlabelled))
+        pseudo_u, pseudo_v = (self.clean(probabilities(self.teacher, half, self.mode).argmax(dim=1)) for half in (u, v))
+        box = random_box(a)
+        inputs = torch.where(box, a, u), torch.where(box, v, b)
+        target = torch.cat([torch.where(box, label_a, pseudo_u), torch.where(box, pseudo_v, label_b)])
+        pseudo = torch.cat([(~box).expand_as(label_a), box.expand_as(label_b)])
+        return Views(inputs, target, fixed=pseudo, labelled=torch.cat(inputs), mixed=True)
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """The loss over pixels whose target is a pseudo-label."""
+        return self._loss([logits_of(output) for output in one_each(outputs, 2)], views, views.fixed)
+
+    def labelled_loss(
+        self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
+    ) -> Tensor:
+        """The loss over those whose target is a label, of the logits of `Views.labelled`; before, `criterion`."""
+        logits = logits_of(outputs)
+        if views is None:
+            return criterion(logits, target)
+        return self._loss(logits.split([len(images) for images in views.inputs]), views, ~views.fixed)
+
+    def _loss(self, logits: Sequence[Tensor], views: Views, region: Tensor) -> Tensor:
+        """Half the sum over the mixtures."""
+        assert views.target is not None
+        sizes = [len(images) for images in views.inputs]
+        each = zip(logits, views.target.split(sizes), region.split(sizes), strict=True)
+        first, second = (region_loss(*mixture, self.dice) for mixture in each)
+        return (first + second) / 2
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """The teacher follows `model`."""
+        self.teacher.update(model)
+
+
+class BCPPreTraining(Method):
+    """The run before BCP: boxes pasted between labelled images, learnt from their labels. There is nothing to perturb.
+
+    Of labelled halves (a, b) the mixture is a with a box of b. The authors' loss for ACDC is half of l(box) + l(rest),
+    with the l of `BCP`, and for LA half of l(all of it).
+
+    Args:
+        by_region: whether the box and what surrounds it count the same, as for ACDC, or each pixel does, as for LA.
+        dice: as for `BCP`.
+    """
+
+    def __init__(self, by_region: bool = True, dice: MaskedLoss | None = None) -> None:
+        super().__init__()
+        self.by_region, self.dice = by_region, dice or squared_dice_loss
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Batch) -> Views:
+        """No views; the mixture in `labelled`, its labels, and in `fixed` the box."""
+        unlabelled_of(batch)
+        images, labels = labelled_of(batch)
+        (a, b), (label_a, label_b) = (_halves(t, len(images)) for t in (images, labels))
+        box = random_box(a)
+        target = torch.where(box, label_b, label_a)
+        return Views((), target, fixed=box.expand_as(target), labelled=torch.where(box, b, a))
+
+    def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
+        """0: there are no views."""
+        assert views.target is not None
+        one_each(outputs, 0)
+        return torch.zeros((), device=views.target.device)
+
+    def labelled_loss(
+        self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
+    ) -> Tensor:
+        """The loss of the mixture; before there are views, `criterion`."""
+        logits = logits_of(outputs)
+        if views is None:
+            return criterion(logits, target)
+        box = views.fixed
+        regions = (box, ~box) if self.by_region else (torch.ones_like(box),)
+        return torch.stack([region_loss(logits, views.target, region, self.dice) for region in regions]).sum() / 2
+
+
+def random_box(images: Tensor) -> Tensor:
+    """A box of two thirds of each side, rounded down, at a random place: bool (*spatial) of `images` (B, C, *spatial).
+
+    As in the authors' code it never touches the far end of an axis.
+    """
+    box = torch.ones(images.shape[2:], dtype=torch.bool, device=images.device)
+    for dim, size in enumerate(box.shape):
+        side = 2 * size // 3
+        start = (torch.rand((), device=images.device) * (size - side)).floor()
+        place = torch.arange(size, device=images.device).view([-1 if d == dim else 1 for d in range(box.ndim)])
+        box = box & (place >= start) & (place < start + side)
+    return box
+
+
+def region_loss(logits: Tensor, target: Any, region: Tensor, dice: MaskedLoss) -> Tensor:
+    """Cross-entropy, mean over the pixels of `region`, plus `dice` over them.
+
+    Args:
+        logits: (B, K, *spatial), any floating dtype; computed in float32 at least.
+        target: (B, *spatial), int64.
+        region: (B, *spatial), bool.
+        dice: called with all three.
+
+    Raises:
+        ValueError: logits of one class.
+    """
+    losses = F.cross_entropy(at_least_float32(check_classes(logits)), target, reduction="none")
+    mean = torch.where(region, losses, 0.0).sum() / region.sum().clamp(min=1)
+    return mean + dice(logits, target, region)
+
+
+def squared_dice_loss(logits: Tensor, target: Any, region: Tensor) -> Tensor:
+    """1 - (2 sum(p t) + 1e-10) / (sum(p^2) + sum(t^2) + 1e-10) over the pixels of `region`, mean over classes.
+
+    The sums are over the batch too. Unlike in `losses.dice_loss` a class that is in no label of the region counts 1.
+
+    Args and errors as for `region_loss`; the result is 0-dim.
+    """
+    p, t = _within(logits, target, region)
+    over = (0, *range(2, logits.ndim))
+    return 1 - ((2 * (p * t).sum(over) + 1e-10) / (p.square().sum(over) + t.sum(over) + 1e-10)).mean()
+
+
+def linear_dice_loss(logits: Tensor, target: Any, region: Tensor) -> Tensor:
+    """1 - (2 sum(p t) + 1e-5) / (sum(p) + sum(t) + 1e-5) over the pixels of `region`, mean over samples and classes.
+
+    Args:
+        logits: (B, K, *spatial), any floating dtype; computed in float32 at least.
+        target: (B, *spatial), int64.
+        region: (B, *spatial), bool.
+
+    Returns:
+        0-dim tensor.
+
+    Raises:
+        ValueError: logits of one class.
+    """
+    p, t = _within(logits, target, region)
+    over = tuple(range(2, logits.ndim))
+    return 1 - ((2 * (p * t).sum(over) + 1e-5) / (p.sum(over) + t.sum(over) + 1e-5)).mean()
+
+
+def _within(logits: Tensor, target: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax, and bool where a pixel is of a class, both (B, K, *spatial) and 0 beside `region`."""
+    probabilities = at_least_float32(check_classes(logits)).softmax(dim=1)
+    classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
+    within = region.unsqueeze(1)
+    return torch.where(within, probabilities, 0.0), (target.unsqueeze(1) == classes) & within
+
+
+def _halves(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Two of the same size, with `count` rows or one more together: those of `tensor`, again and again."""
+    half = -(-count // 2)
+    rows = torch.arange(2 * half, device=tensor.device) % len(tensor)
+    return tensor[rows].split(half)
