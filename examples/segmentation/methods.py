@@ -154,18 +154,18 @@ def _mean_teacher(s: Setting, *, noise: float = 0.1, decay: float = DECAY) -> Me
     return MeanTeacher(Teacher(s.model, decay), s.weak, noise, mode=s.targets)
 
 
+def _uamt(
+    s: Setting, *, noise: float = 0.1, pairs: int = 4, bound: float = math.log(2), decay: float = DECAY
+) -> Method:
+    return UAMT(Teacher(s.model, decay), s.weak, noise, pairs, bound, mode=s.targets)
+
+
 def _urpc(s: Setting, *, variant: str = "original") -> Method:
     return MedicalURPC(s.weak) if _medical(variant) else URPC(s.weak)
 
 
 def _cct(s: Setting, *, variant: str = "original") -> Method:
     return MedicalCCT(s.weak) if _medical(variant) else CCT(s.weak, mode=s.targets)
-
-
-def _uamt(
-    s: Setting, *, noise: float = 0.1, pairs: int = 4, bound: float = math.log(2), decay: float = DECAY
-) -> Method:
-    return UAMT(Teacher(s.model, decay), s.weak, noise, pairs, bound, mode=s.targets)
 
 
 def _cps(s: Setting) -> Method:
@@ -385,8 +385,8 @@ def parsed(method: str, options: Mapping[str, str], num_classes: int, tau: float
     defaults = TABLE[method].options
     values = {name: _value(name, text, type(defaults[name])) for name, text in options.items() if name in defaults}
     if values:
-        same = nn.Identity()
-        build(method, Setting(nn.PReLU(), same, same, 1, 2, num_classes, tau, dice_loss, "eval"), values)
+        same, data = nn.Identity(), {"channels": 1, "dimensions": 2, "num_classes": num_classes}
+        build(method, Setting(nn.PReLU(), same, same, **data, tau=tau, loss=dice_loss, targets="eval"), values)
     return values
 
 

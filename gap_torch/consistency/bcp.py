@@ -176,7 +176,7 @@ def squared_dice_loss(logits: Tensor, target: Any, region: Tensor) -> Tensor:
 
     The sums are over the batch too. Unlike in `losses.dice_loss` a class that is in no label of the region counts 1.
 
-    Args and errors as for `region_loss`; the result is 0-dim.
+    Args, result and errors as for `linear_dice_loss`.
     """
     p, t = _within(logits, target, region)
     over = (0, *range(2, logits.ndim))

@@ -58,14 +58,8 @@ class UAMT(Method):
             raise ValueError(f"pairs must be an int of 1 or more, got {pairs}.")
         if not bound > 0:
             raise ValueError(f"bound must be above 0, got {bound}.")
-        self.teacher, self.weak, self.noise, self.pairs, self.bound, self.mode = (
-            teacher,
-            weak,
-            noise,
-            pairs,
-            bound,
-            mode,
-        )
+        self.teacher, self.weak, self.mode = teacher, weak, mode
+        self.noise, self.pairs, self.bound = noise, pairs, bound
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:

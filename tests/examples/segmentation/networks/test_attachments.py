@@ -148,10 +148,7 @@ def test_clean_and_perturbed_features_are_decoded_in_one_batch_and_told_apart() 
     def decode(features: Any) -> tuple[list[Tensor], Tensor]:
         return [], features[0] - features[0].mean()  # as a batch norm, which sees all
 
-    attachment, features = (
-        PerturbedFeatures(_parts([3])),
-        torch.rand(2, 3, 4, 4) + 1,
-    )
+    attachment, features = PerturbedFeatures(_parts([3])), torch.rand(2, 3, 4, 4) + 1
     torch.manual_seed(0)
     clean, perturbed = attachment(torch.empty(0), [features], decode)
     torch.manual_seed(0)
