@@ -1,0 +1,6 @@
+"""What nnU-Net finds here by name: `nnUNet_extTrainer` points at this folder, all of whose modules it imports."""
+
+from gap_nnunet.fixmatch import FixMatchTrainer, GapMatchTrainer
+from gap_nnunet.mean_teacher import MeanTeacherGAPTrainer, MeanTeacherTrainer
+
+__all__ = ["FixMatchTrainer", "GapMatchTrainer", "MeanTeacherGAPTrainer", "MeanTeacherTrainer"]

@@ -1,0 +1,49 @@
+"""Weak and strong views of a scan, made by nnU-Net's own training transforms in its worker processes."""
+
+from typing import Any
+
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.random import OneOfTransform, RandomTransform
+
+
+class WeakAndStrong(BasicTransform):
+    """An image (C, *spatial) becomes its weak view and `strong` strong ones behind it, ((1 + strong) C, *spatial).
+
+    Of nnU-Net's training transforms the geometry makes the weak view, and random intensities make the strong ones of
+    it, so that every view shows the same place. What nnU-Net does at the end (0 outside the mask of normalisation) is
+    done to each.
+    """
+
+    def __init__(self, training: ComposeTransforms, strong: int = 1) -> None:
+        super().__init__()
+        self.strong = strong
+        self.geometry = ComposeTransforms([t for t in training.transforms if not (_is_intensity(t) or _is_last(t))])
+        self.intensities = ComposeTransforms([t for t in training.transforms if _is_intensity(t)])
+        self.last = ComposeTransforms([t for t in training.transforms if _is_last(t)])
+
+    def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
+        weak = self.geometry(**data_dict)
+        views = [weak, *(self.intensities(**_copy(weak)) for _ in range(self.strong))]
+        views = [self.last(**_copy(view)) for view in views]
+        return {**views[0], "image": torch.cat([view["image"] for view in views])}
+
+
+def _copy(view: dict[str, Any]) -> dict[str, Any]:
+    """Some transforms write to what they are given."""
+    return {name: tensor.clone() for name, tensor in view.items()}
+
+
+def _is_intensity(transform: BasicTransform) -> bool:
+    if isinstance(transform, RandomTransform):
+        return _is_intensity(transform.transform)
+    if isinstance(transform, OneOfTransform):
+        return all(map(_is_intensity, transform.list_of_transforms))
+    return isinstance(transform, ImageOnlyTransform)
+
+
+def _is_last(transform: BasicTransform) -> bool:
+    """The mask of normalisation, and what concerns labels alone."""
+    return isinstance(transform, (MaskImageTransform, SegOnlyTransform))
