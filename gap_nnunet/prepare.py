@@ -26,6 +26,7 @@ from . import folders, scans
 from .problems import Problems
 
 PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's own numbers
+FOLDS = 5  # nnU-Net's own
 PART = ".part"  # where a case is written before it is complete
 
 
@@ -71,6 +72,7 @@ def prepare(
 
     clean = clean or _has_changed(name, len(labelled))
     plans = _plans(name, planner, plans_name, processes or 8, clean)
+    _splits(name, sorted(map(str, labelled)))
     problems = []
     for configuration in configurations:
         if configuration not in plans.available_configurations:
@@ -125,6 +127,21 @@ def _labelled(name: str, labelled: set[str], plans: Any, configuration: str, wor
         return
     number = convert_dataset_name_to_id(name)
     preprocess([number], plans.plans_name, configurations=(configuration,), num_processes=(workers,))
+
+
+def _splits(name: str, labelled: list[str]) -> None:
+    """nnU-Net splits into five, which takes five cases; fewer are left out one by one."""
+    file = folders.of_environment("nnUNet_preprocessed") / name / "splits_final.json"
+    if file.is_file():
+        known = {case for split in json.loads(file.read_text()) for cases in split.values() for case in cases}
+        if known != set(labelled):
+            print(f"{file} is of other cases than imagesTr: delete it to have them split anew.")
+    elif len(labelled) == 1:
+        print("One labelled case leaves none to validate on: train with fold all.")
+    elif len(labelled) < FOLDS:
+        splits = [{"train": [other for other in labelled if other != case], "val": [case]} for case in labelled]
+        file.write_text(json.dumps(splits, indent=1))
+        print(f"{len(labelled)} labelled cases: folds 0 to {len(labelled) - 1} validate on one each ({file}).")
 
 
 # ------------------------------------------------------------------ imagesUn

@@ -105,7 +105,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
         if not folders.made_by(folder, folders.recipe(self.plans_manager, self.configuration_manager)):
             raise ValueError(f"{folder} was made by another plan than {self.plans_manager.plans_name} is now. {again}")
-        both = sorted(set(prepared) & {case for split in self.do_split() for case in split})
+        both = sorted(set(prepared) & set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)))
         if both:
             raise ValueError(f"{both[0]} has a label and is in {folder}, too. {again}")
         return prepared
