@@ -39,6 +39,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     warm_up = 10  # epochs on labels alone
     ramp_up = 0.0  # share of the epochs in which the weight grows to its full value
     strong_views = 1
+    patches = 1  # without labels, for each with one
 
     method: Method | None = None
     dataloader_unlabelled: Any = None
@@ -123,7 +124,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return loaders
 
     def unlabelled_loader(self) -> UnlabelledLoader:
-        """As many patches as nnU-Net's own batch has, each with its views."""
+        """`patches` times as many as nnU-Net's own batch has, each with its views."""
         patch = self.configuration_manager.patch_size
         rotation, dummy_2d, initial_patch, mirror = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         normalised = self.configuration_manager.use_mask_for_norm
@@ -131,7 +132,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         dataset = self.dataset_class(str(folders.unlabelled(self.preprocessed_dataset_folder)), list(self._unlabelled))
         return UnlabelledLoader(
             dataset,
-            self.batch_size,
+            self.patches * self.batch_size,
             initial_patch,
             patch,
             self.label_manager,

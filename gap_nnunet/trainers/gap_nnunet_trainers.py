@@ -2,5 +2,13 @@
 
 from gap_nnunet.fixmatch import FixMatchTrainer, GapMatchTrainer
 from gap_nnunet.mean_teacher import MeanTeacherGAPTrainer, MeanTeacherTrainer
+from gap_nnunet.unimatch import UniMatchGAPTrainer, UniMatchTrainer
 
-__all__ = ["FixMatchTrainer", "GapMatchTrainer", "MeanTeacherGAPTrainer", "MeanTeacherTrainer"]
+__all__ = [
+    "FixMatchTrainer",
+    "GapMatchTrainer",
+    "MeanTeacherGAPTrainer",
+    "MeanTeacherTrainer",
+    "UniMatchGAPTrainer",
+    "UniMatchTrainer",
+]
