@@ -1,8 +1,10 @@
 """The scans in imagesUn: which there are, and whether nnU-Net would take them for what they are."""
 
+import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +132,8 @@ def thick_axis(spacing: Iterable[float]) -> int | None:
 
 def check_content(files: Sequence[str], reader: Any, labelled: Labelled) -> list[str]:
     """What is wrong with one case's images, each entry with a file's name; empty if nothing is."""
+    if any(map(_damaged, files)):
+        return [f"{path} is cut off or damaged: replace it." for path in files if _damaged(path)]
     try:
         images, properties = reader.read_images(files)
     except Exception:  # whatever a reader raises: the next lines find out which file it is
@@ -152,6 +156,19 @@ def check_content(files: Sequence[str], reader: Any, labelled: Labelled) -> list
             f"labelled scans along axis {labelled.thick_axis}: store it in their orientation."
         )
     return problems
+
+
+def _damaged(path: str) -> bool:
+    """Whether a compressed file lacks its end: SimpleITK reads as much as there is, and says nothing."""
+    if not path.endswith(".gz"):
+        return False
+    try:
+        with gzip.open(path) as file:
+            while file.read(2**24):
+                pass
+    except (EOFError, OSError, zlib.error):
+        return True
+    return False
 
 
 def _unreadable(files: Sequence[str], reader: Any) -> Iterator[str]:

@@ -6,18 +6,17 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-NAME = "Dataset005_Heart"
 SHAPE, SPACING = (6, 32, 32), (5.0, 1.0, 1.0)  # slices, rows, columns; mm
 
 
 def write_dataset(
-    raw: Path, labelled: int = 5, unlabelled: int = 3, channels: int = 1, regions: bool = False, seed: int = 0
+    raw: Path, name: str, labelled: int = 5, unlabelled: int = 3, channels: int = 1, regions: bool = False
 ) -> Path:
     """The dataset's folder in `raw`: case0, case1, ... with labels, scan0, scan1, ... without."""
-    rng = np.random.default_rng(seed)
-    folder = raw / NAME
-    for name in ("imagesTr", "labelsTr", "imagesUn"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    folder = raw / name
+    for sub in ("imagesTr", "labelsTr", "imagesUn"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
     for i in range(labelled):
         image, label = _ball(rng)
         _write_channels(folder / "imagesTr", f"case{i}", image, channels)
