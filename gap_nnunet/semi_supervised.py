@@ -39,6 +39,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     warm_up = 10  # epochs on labels alone
     ramp_up = 0.0  # share of the epochs in which the weight grows to its full value
     strong_views = 1
+    strength = 2.0  # how much more often than nnU-Net a strong view has each change of intensity
     patches = 1  # without labels, for each with one
 
     method: Method | None = None
@@ -136,7 +137,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             initial_patch,
             patch,
             self.label_manager,
-            transforms=WeakAndStrong(training, self.strong_views),
+            transforms=WeakAndStrong(training, self.strong_views, self.strength),
         )
 
     def on_train_end(self) -> None:

@@ -15,13 +15,18 @@ class WeakAndStrong(BasicTransform):
     Of nnU-Net's training transforms the geometry makes the weak view, and random intensities make the strong ones of
     it, so that every view shows the same place. What nnU-Net does at the end (0 outside the mask of normalisation) is
     done to each.
+
+    Args:
+        training: nnU-Net's transforms.
+        strong: how many strong views.
+        strength: times nnU-Net's own probability of each intensity transform, which leave a quarter of patches alone.
     """
 
-    def __init__(self, training: ComposeTransforms, strong: int = 1) -> None:
+    def __init__(self, training: ComposeTransforms, strong: int = 1, strength: float = 1.0) -> None:
         super().__init__()
         self.strong = strong
         self.geometry = ComposeTransforms([t for t in training.transforms if not (_is_intensity(t) or _is_last(t))])
-        self.intensities = ComposeTransforms([t for t in training.transforms if _is_intensity(t)])
+        self.intensities = ComposeTransforms([_often(t, strength) for t in training.transforms if _is_intensity(t)])
         self.last = ComposeTransforms([t for t in training.transforms if _is_last(t)])
 
     def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
@@ -42,6 +47,14 @@ def _is_intensity(transform: BasicTransform) -> bool:
     if isinstance(transform, OneOfTransform):
         return all(map(_is_intensity, transform.list_of_transforms))
     return isinstance(transform, ImageOnlyTransform)
+
+
+def _often(transform: BasicTransform, strength: float) -> BasicTransform:
+    if isinstance(transform, RandomTransform):
+        return RandomTransform(transform.transform, min(1.0, strength * transform.apply_probability))
+    if isinstance(transform, OneOfTransform):
+        return OneOfTransform([_often(t, strength) for t in transform.list_of_transforms])
+    return transform
 
 
 def _is_last(transform: BasicTransform) -> bool:

@@ -56,7 +56,7 @@ def in_threads() -> Iterator[None]:
 
 @pytest.fixture
 def in_one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Batches of nnU-Net too; its planner does not take 0."""
+    """Batches of nnU-Net too."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     with in_threads():
         yield
@@ -75,10 +75,12 @@ def regions() -> Path:
 
 
 def _prepared(name: str, configurations: list[str], **of_data: Any) -> Path:
-    with in_threads():
+    with in_threads(), pytest.MonkeyPatch.context() as patch:
         from gap_nnunet.prepare import prepare
 
         from .data import write_dataset
+
+        patch.setenv("nnUNet_n_proc_DA", "1")  # the planner takes no 0
 
         write_dataset(RAW, name, **of_data)
         prepare(name, configurations, processes=1)
