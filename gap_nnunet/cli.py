@@ -18,12 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _other(_parser().parse_args(arguments))
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("nnunetv2", "batchgenerators", "batchgeneratorsv2"):
+        package = (error.name or "").split(".")[0]
+        if package not in ("nnunetv2", "batchgenerators", "batchgeneratorsv2"):
             raise
-        print(f'error: {error.name} is not installed: pip install "gap-torch[nnunet]"', file=sys.stderr)
+        print(f'error: {package} is not installed: pip install "gap-torch[nnunet]"', file=sys.stderr)
         return 1
     except ValueError as error:
-        if not type(error).__module__.startswith("gap_nnunet") and arguments[:1] == ["train"]:
+        if arguments[:1] == ["train"]:  # anything of nnU-Net's, which a message alone would not explain
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
