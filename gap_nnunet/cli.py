@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .finding import FOLDER, make_visible
+from .problems import Problems
 
 TRAIN = "what follows goes to nnUNetv2_train as it is, which can see our trainers: 5 2d 0 -tr GapMatchTrainer"
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f'error: {package} is not installed: pip install "gap-torch[nnunet]"', file=sys.stderr)
         return 1
     except ValueError as error:
-        if arguments[:1] == ["train"]:  # anything of nnU-Net's, which a message alone would not explain
+        if arguments[:1] == ["train"] and not isinstance(error, Problems):  # of nnU-Net, with a traceback that helps
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ from gap_torch.consistency import Batch, Method, Views
 from . import checkpoints, folders, scans
 from .heads import Classes, Heads, Regions
 from .loader import UnlabelledLoader, augmented, finish
+from .problems import Problems
 from .views import WeakAndStrong
 
 RAW = "nnUNet_raw"
@@ -31,7 +32,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     `class MyTrainer(GapMatchTrainer, nnUNetTrainer_250epochs)`.
 
     Raises:
-        ValueError: when training starts, if imagesUn is not prepared for this configuration and plan, or if this is
+        Problems: when training starts, if imagesUn is not prepared for this configuration and plan, or if this is
             the second stage of a cascade.
     """
 
@@ -97,19 +98,21 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         missing = sorted(found - set(prepared))
         if missing:
-            raise ValueError(f"{len(missing)} scans of {scans.FOLDER} are not in {folder}: {missing[0]}... {again}")
+            raise Problems(scans.FOLDER, [f"{len(missing)} scans are not in {folder}: {missing[0]}... {again}"])
         if not prepared:
             return []
         if self.is_cascaded:
-            raise ValueError(
+            stage = (
                 f"{self.configuration_name} reads the first stage's predictions, which nnU-Net makes of labelled cases "
                 "alone. Train 3d_fullres or 3d_lowres with scans without labels, or this one with nnUNetTrainer."
             )
+            raise Problems(scans.FOLDER, [stage])
         if not folders.made_by(folder, folders.recipe(self.plans_manager, self.configuration_manager)):
-            raise ValueError(f"{folder} was made by another plan than {self.plans_manager.plans_name} is now. {again}")
+            now = self.plans_manager.plans_name
+            raise Problems(scans.FOLDER, [f"{folder} was made by another plan than {now} is now. {again}"])
         both = sorted(set(prepared) & set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)))
         if both:
-            raise ValueError(f"{both[0]} has a label and is in {folder}, too. {again}")
+            raise Problems(scans.FOLDER, [f"{both[0]} has a label and is in {folder}, too. {again}"])
         return prepared
 
     def _raw_cases(self) -> set[str]:

@@ -20,6 +20,9 @@ class WeakAndStrong(BasicTransform):
         training: nnU-Net's transforms.
         strong: how many strong views.
         strength: times nnU-Net's own probability of each intensity transform, which leave a quarter of patches alone.
+
+    Raises:
+        ValueError: no transform changes intensities, so that a strong view would be the weak one.
     """
 
     def __init__(self, training: ComposeTransforms, strong: int = 1, strength: float = 1.0) -> None:
@@ -27,6 +30,11 @@ class WeakAndStrong(BasicTransform):
         self.strong = strong
         self.geometry = ComposeTransforms([t for t in training.transforms if not (_is_intensity(t) or _is_last(t))])
         self.intensities = ComposeTransforms([_often(t, strength) for t in training.transforms if _is_intensity(t)])
+        if not self.intensities.transforms:
+            raise ValueError(
+                "get_training_transforms has no change of intensity (an ImageOnlyTransform of batchgeneratorsv2), so "
+                "that strong views would be weak ones: take a trainer with nnU-Net's augmentation."
+            )
         self.last = ComposeTransforms([t for t in training.transforms if _is_last(t)])
 
     def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:

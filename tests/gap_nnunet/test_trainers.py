@@ -268,7 +268,7 @@ def test_scans_that_are_not_prepared_are_an_error(heart: Path, build: Build) -> 
     scan = RAW / heart.name / "imagesUn" / "new_0000.nii.gz"
     write(scan, torch.ones(SHAPE).numpy())
     try:
-        with pytest.raises(ValueError, match=r"1 scans of imagesUn are not in .*: new\.\.\. Run: gap-nnunet prepare"):
+        with pytest.raises(ValueError, match=r"1 scans are not in .*: new\.\.\. Run: gap-nnunet prepare"):
             build(heart, FixMatchTrainer).on_train_start()
     finally:
         scan.unlink()
