@@ -96,10 +96,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             f"Run: gap-nnunet prepare -d {self.plans_manager.dataset_name} -c {self.configuration_name} "
             f"-p {self.plans_manager.plans_name}"
         )
-        missing = sorted(found - set(prepared))
-        if missing:
-            raise Problems(scans.FOLDER, [f"{len(missing)} scans are not in {folder}: {missing[0]}... {again}"])
-        if not prepared:
+        if not (prepared or found):
             return []
         if self.is_cascaded:
             stage = (
@@ -107,6 +104,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 "alone. Train 3d_fullres or 3d_lowres with scans without labels, or this one with nnUNetTrainer."
             )
             raise Problems(scans.FOLDER, [stage])
+        missing = sorted(found - set(prepared))
+        if missing:
+            raise Problems(scans.FOLDER, [f"{len(missing)} scans are not in {folder}: {missing[0]}... {again}"])
         if not folders.made_by(folder, folders.recipe(self.plans_manager, self.configuration_manager)):
             now = self.plans_manager.plans_name
             raise Problems(scans.FOLDER, [f"{folder} was made by another plan than {now} is now. {again}"])

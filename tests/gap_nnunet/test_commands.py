@@ -101,6 +101,21 @@ def test_nnunet_finds_every_trainer_by_its_name(name: str) -> None:
     assert _found(f"{name}Trainer").__name__ == f"{name}Trainer"
 
 
+@pytest.mark.usefixtures("as_before")
+def test_processes_of_an_nnunet_before_2_8_find_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net starts them by name; what it is told to start there looks into the variable's folders first."""
+    finding.set_variable()
+    seen: list[Any] = []
+
+    def nnunets(rank: int, *arguments: Any) -> None:
+        seen.extend([rank, *arguments, run_training.recursive_find_python_class("", "GapMatchTrainer", "")])
+
+    monkeypatch.setattr(run_training, "recursive_find_python_class", lambda *_: None)
+    monkeypatch.setattr(run_training, "run_ddp", nnunets)
+    finding.run_ddp(1, "5", "2d")
+    assert seen == [1, "5", "2d", GapMatchTrainer]
+
+
 def test_path_is_the_folder_for_nnunets_variable(capsys: pytest.CaptureFixture) -> None:
     assert main(["path"]) == 0
     assert capsys.readouterr().out.strip() == str(finding.FOLDER)
