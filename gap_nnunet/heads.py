@@ -6,6 +6,7 @@ differences; all are computed in float32 at least.
 
 from abc import ABC, abstractmethod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +26,10 @@ class Heads(ABC):
 
     @abstractmethod
     def loss(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """Cross-entropy, a mean over all pixels, plus Dice loss, both of those in the mask alone; 0-dim."""
+        """Cross-entropy, a mean over all pixels, plus Dice loss, both of those in the mask alone; 0-dim.
+
+        In Dice a class or region without a pixel in the mask counts 0, as in `dice_loss`.
+        """
 
     def squared(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         """Mean squared difference to another network's probabilities, 0-dim."""
@@ -61,5 +65,6 @@ class Regions(Heads):
         entropy = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
         over = [0, *range(2, logits.ndim)]
         p, y = logits.sigmoid() * inside, y * inside
-        overlap, total = (p * y).sum(over), (p.square() + y).sum(over)
-        return (entropy * inside).mean() + 1 - ((2 * overlap + SMOOTH) / (total + SMOOTH)).mean()
+        overlap, size = (p * y).sum(over), y.sum(over)
+        dice = 1 - (2 * overlap + SMOOTH) / (p.square().sum(over) + size + SMOOTH)
+        return (entropy * inside).mean() + torch.where(size > 0, dice, 0.0).mean()

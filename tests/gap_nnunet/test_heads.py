@@ -52,6 +52,13 @@ def test_the_loss_is_least_where_the_labels_are_met_and_nothing_beside_the_mask(
     assert Regions().loss(wrong, of_regions, nowhere[:, None].expand_as(of_regions)) == 0
 
 
+def test_a_region_that_no_confident_pixel_has_counts_nothing_in_dice() -> None:
+    z = torch.full((1, 1, 4, 4), -6.0, dtype=torch.float64, requires_grad=True)
+    nowhere, everywhere = torch.zeros(1, 1, 4, 4, dtype=torch.bool), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    loss = Regions().loss(z, nowhere, everywhere)
+    torch.testing.assert_close(loss, torch.nn.functional.softplus(z).mean())  # cross-entropy alone
+
+
 def test_half_precision_is_computed_in_single() -> None:
     z = torch.zeros(1, 2, 1, 2, dtype=torch.float16)
     assert Regions().probabilities(z).dtype == Classes().probabilities(z).dtype == torch.float32
