@@ -1,4 +1,4 @@
-"""What is in the wheel and the sdist, and that both work beside torch alone.
+"""What is in the wheel and the sdist, and that both work beside torch alone; of `gap_nnunet`, what asks for nnU-Net.
 
     python .ci/check_dist.py DIST [--tag v0.1.0]
 
@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 WHEEL_LIMIT = 200_000  # bytes, compressed; the package is code alone
 SDIST_LIMIT = 1_000_000
 NEEDED = ("gap_torch/py.typed", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "tests/conftest.py")
-SOURCE_FOLDERS = ("gap_torch", "examples", "benchmarks", "tests")
+PACKAGES = ("gap_torch", "gap_nnunet")
+SOURCE_FOLDERS = ("gap_torch", "gap_nnunet", "examples", "benchmarks", "tests")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 RELATIVE = re.compile(r"(?:\]\(|(?:src|srcset|href)=\")(?!https?:|#)[^)\"]*")
 
@@ -35,8 +36,14 @@ assert gap_torch.__file__.startswith(folder), f"imported {gap_torch.__file__}"
 assert gap_torch.__version__ == version, f"gap_torch.__version__ is {gap_torch.__version__}, the archive's {version}"
 for module in pkgutil.walk_packages(gap_torch.__path__, "gap_torch."):
     importlib.import_module(module.name)
+assert not any(name.startswith("gap_nnunet") for name in sys.modules), "gap_torch imports gap_nnunet"
+from gap_nnunet.cli import main
+assert main(["path"]) == 0
+assert main(["train"]) == 1, "gap-nnunet does not say that nnunetv2 is missing"
 """
-OTHERS = "accelerate h5py ignite lightning matplotlib monai nibabel nrrd rich scipy skimage tensorboard torchvision"
+OTHERS = (
+    "accelerate h5py ignite lightning matplotlib monai nibabel nnunetv2 nrrd rich scipy skimage tensorboard torchvision"
+)
 
 
 def main() -> int:
@@ -81,12 +88,13 @@ def files_of_sdist(path: Path) -> dict[str, bytes]:
 
 
 def wheel_faults(files: Mapping[str, bytes]) -> Iterator[str]:
-    """The package, its marker of types and its licence; nothing beside them."""
+    """The packages, their markers of types and the licence; nothing beside them."""
     for name in files:
-        if not re.match(r"gap_torch/(\w+/)*(\w+\.py|py\.typed)$|gap_torch-[^/]*\.dist-info/", name):
-            yield f"the wheel holds {name}, which is not of the package"
-    if "gap_torch/py.typed" not in files:
-        yield "the wheel lacks gap_torch/py.typed: type checkers would ignore the annotations"
+        if not re.match(r"gap_(torch|nnunet)/(\w+/)*(\w+\.py|py\.typed)$|gap_torch-[^/]*\.dist-info/", name):
+            yield f"the wheel holds {name}, which is not of the packages"
+    for package in PACKAGES:
+        if f"{package}/py.typed" not in files:
+            yield f"the wheel lacks {package}/py.typed: type checkers would ignore the annotations"
     if not any(name.endswith(".dist-info/licenses/LICENSE") for name in files):
         yield "the wheel lacks the LICENSE"
 

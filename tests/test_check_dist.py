@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 check = SimpleNamespace(**runpy.run_path(str(ROOT / ".ci" / "check_dist.py")))
 WHEEL = {"gap_torch/__init__.py": b"", "gap_torch/consistency/vat.py": b"", "gap_torch/py.typed": b""}
+WHEEL |= {"gap_nnunet/cli.py": b"", "gap_nnunet/trainers/gap_nnunet_trainers.py": b"", "gap_nnunet/py.typed": b""}
 WHEEL |= {"gap_torch-0.1.0.dist-info/METADATA": b"", "gap_torch-0.1.0.dist-info/licenses/LICENSE": b""}
 
 
@@ -30,7 +31,9 @@ def test_a_wheel_with_anything_else_is_not(name: str) -> None:
     assert name in fault
 
 
-@pytest.mark.parametrize("name", ["gap_torch/py.typed", "gap_torch-0.1.0.dist-info/licenses/LICENSE"])
+@pytest.mark.parametrize(
+    "name", ["gap_torch/py.typed", "gap_nnunet/py.typed", "gap_torch-0.1.0.dist-info/licenses/LICENSE"]
+)
 def test_a_wheel_without_its_types_or_licence_is_not(name: str) -> None:
     (fault,) = check.wheel_faults({key: content for key, content in WHEEL.items() if key != name})
     assert name.split("/")[-1] in fault

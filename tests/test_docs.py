@@ -26,7 +26,11 @@ from gap_torch.losses import ce_dice_loss
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SOURCES = [path for name in ("gap_torch", "examples", "benchmarks") for path in sorted((ROOT / name).rglob("*.py"))]
+SOURCES = [
+    path
+    for name in ("gap_torch", "gap_nnunet", "examples", "benchmarks")
+    for path in sorted((ROOT / name).rglob("*.py"))
+]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", *SOURCES]
 BLOCK = re.compile(r"^( *)```python *(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
 CODE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
@@ -156,7 +160,7 @@ def test_what_is_named_exists() -> None:
     for text in TEXTS:
         content = text.read_text()
         modules = re.findall(rf"python3? -m ((?:{ours})\b(?:\.\w+)*)", content)
-        files = re.findall(r"(?<![\w/.])(?:gap_torch|examples|benchmarks|tests)/[\w/]+\.py\b", content)
+        files = re.findall(r"(?<![\w/.])(?:gap_torch|gap_nnunet|examples|benchmarks|tests)/[\w/]+\.py\b", content)
         paths = [*files, *(f"{module.replace('.', '/')}.py" for module in modules)]
         gone = [path for path in paths if "NAME" not in path and not any((base / path).is_file() for base in bases)]
         wrong += [f"{_name(text)}: {what}" for what in gone + re.findall("PYTHONPATH=", content)]

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
-OF_RECIPES = {f"examples/integrations/{name}.py" for name in ("nnunet_gap", "semilearn_gap")}  # tests/recipes
+OF_RECIPES = {f"examples/integrations/{name}.py" for name in ("semilearn_gap",)}  # tests/recipes
 OF_OTHER_PAGES = {"examples/integrations/cuda_graph.py", "examples/integrations/tiny.py"}
 SECTIONS = (ROOT / "docs" / "integrations.md").read_text().split("\n## ")[1:]
 
