@@ -11,12 +11,9 @@ STATE = "gap_nnunet"
 
 
 def detach(filename: str, trainer: type, method: nn.Module | None) -> None:
-    """Let the checkpoint name nnU-Net's trainer in place of ours, for nnU-Net looks it up; and add the method's state.
-
-    nnU-Net needs the trainer for nothing but the network's architecture, which ours leave alone.
-    """
+    """Let the checkpoint name nnU-Net's trainer in place of ours, for nnU-Net looks it up; add the method's state."""
     checkpoint = _load(filename)
-    checkpoint["trainer_name"] = nnunets(trainer).__name__
+    checkpoint["trainer_name"] = builder(trainer).__name__
     state = {} if method is None else method.state_dict()
     if state:
         checkpoint[STATE] = dict(state)
@@ -26,9 +23,14 @@ def detach(filename: str, trainer: type, method: nn.Module | None) -> None:
     os.replace(part, filename)
 
 
-def nnunets(trainer: type) -> type:
-    """The class in `trainer`'s ancestry that is nnU-Net's own."""
-    return next(c for c in trainer.__mro__ if issubclass(c, nnUNetTrainer) and c.__module__.startswith("nnunetv2."))
+def builder(trainer: Any) -> Any:
+    """The class of nnU-Net's own in `trainer`'s ancestry, or `trainer` itself if it builds another network.
+
+    nnU-Net predicts with the trainer for nothing but the network's architecture, which ours leave alone.
+    """
+    classes = (c for c in trainer.__mro__ if issubclass(c, nnUNetTrainer))
+    nnunets = next(c for c in classes if c.__module__.startswith("nnunetv2."))
+    return nnunets if nnunets.build_network_architecture is trainer.build_network_architecture else trainer
 
 
 def state(filename_or_checkpoint: dict[str, Any] | str) -> dict[str, Any] | None:

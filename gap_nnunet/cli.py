@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("-d", required=True, help="dataset, number or name", metavar="DATASET")
     prepare.add_argument("-c", nargs="+", default=["2d", "3d_fullres"], help="configurations (2d 3d_fullres)")
     prepare.add_argument("-np", type=int, help="processes (nnU-Net's own: 8, 4 for 3d_fullres)")
-    prepare.add_argument("-pl", default="ExperimentPlanner", help="nnU-Net's planner (ExperimentPlanner)")
+    prepare.add_argument("-pl", help="nnU-Net's planner (the one that made the plans, or ExperimentPlanner)")
     prepare.add_argument("-p", help="name of the plans (the planner's own)")
     prepare.add_argument("--verify_dataset_integrity", action="store_true", help="let nnU-Net look at labelled cases")
     prepare.add_argument("--clean", action="store_true", help="do all anew, what is there too")

@@ -26,6 +26,7 @@ from . import folders, scans
 from .problems import Problems
 
 PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's own numbers
+PLANNER = "ExperimentPlanner"  # nnU-Net's default
 FOLDS = 5  # nnU-Net's own
 PART = ".part"  # where a case is written before it is complete
 
@@ -33,7 +34,7 @@ PART = ".part"  # where a case is written before it is complete
 def prepare(
     dataset: str,
     configurations: Sequence[str],
-    planner: str = "ExperimentPlanner",
+    planner: str | None = None,
     plans_name: str | None = None,
     processes: int | None = None,
     verify: bool = False,
@@ -44,7 +45,7 @@ def prepare(
     Args:
         dataset: number or name.
         configurations: of nnU-Net's plans.
-        planner: class name of nnU-Net's planner.
+        planner: class name of nnU-Net's planner; None for the one that made the plans, or nnU-Net's default.
         plans_name: None for the planner's own.
         processes: None for nnU-Net's numbers; 1 does without further processes.
         verify: let nnU-Net look at the labelled cases first.
@@ -52,7 +53,7 @@ def prepare(
 
     Raises:
         Problems: what is wrong with the files, all at once as far as it can be seen.
-        ValueError: one of nnU-Net's folders is not set, or nothing is known about a configuration.
+        ValueError: one of nnU-Net's folders is not set, or the dataset, a planner or a configuration is unknown.
     """
     root = folders.of_environment("nnUNet_raw")
     folders.of_environment("nnUNet_preprocessed")
@@ -60,29 +61,41 @@ def prepare(
         raise ValueError(
             "3d_cascade_fullres reads what 3d_fullres prepares, and is not trained on scans without labels."
         )
-    name = str(maybe_convert_to_dataset_name(dataset))
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset))
+    except RuntimeError as error:  # none of this number, or several: nnU-Net says where it looked
+        raise ValueError(str(error)) from error
     raw = root / name
     dataset_json = scans.read_dataset_json(raw)
     unlabelled = scans.find(raw, dataset_json)
-    labelled = get_filenames_of_train_images_and_targets(str(raw), json.loads(json.dumps(dataset_json)))
-    scans.check_apart(unlabelled, {str(case): files["images"] for case, files in labelled.items()})
+    labelled = _labelled_cases(raw, dataset_json)
+    scans.check_apart(unlabelled, {case: files["images"] for case, files in labelled.items()})
     print(f"{name}: {len(labelled)} labelled cases, {len(unlabelled)} in {scans.FOLDER}.")
     if verify:
         verify_dataset_integrity(str(raw), processes or 8)
 
     clean = clean or _has_changed(name, len(labelled))
     plans = _plans(name, planner, plans_name, processes or 8, clean)
-    _splits(name, sorted(map(str, labelled)))
+    _splits(name, sorted(labelled))
     problems = []
-    for configuration in configurations:
-        if configuration not in plans.available_configurations:
-            print(f"{configuration}: not in the plans, which have {', '.join(plans.available_configurations)}.")
-            continue
+    for configuration in [c for c in configurations if _is_planned(c, plans)]:
         workers = processes or PROCESSES.get(configuration, 4)
-        _labelled(name, {*map(str, labelled)}, plans, configuration, workers, clean)
-        problems += _unlabelled(name, unlabelled, plans, configuration, dataset_json, workers, clean)
+        anew = clean or _is_of_another_plan(name, plans, configuration)
+        _labelled(name, {*labelled}, plans, configuration, workers, anew)
+        problems += _unlabelled(name, unlabelled, plans, configuration, dataset_json, workers, anew)
     if problems:
         raise Problems(str(raw / scans.FOLDER), dict.fromkeys(problems))
+
+
+def _labelled_cases(raw: Path, dataset_json: dict[str, Any]) -> dict[str, Any]:
+    """The files of each, `images` and `label`, as nnU-Net finds them: in imagesTr, or where dataset.json says."""
+    images, ending, found = raw / scans.LABELLED, dataset_json["file_ending"], {}
+    if images.is_dir() or "dataset" in dataset_json:
+        found = get_filenames_of_train_images_and_targets(str(raw), json.loads(json.dumps(dataset_json)))
+    if not found:
+        raise Problems(str(raw), [f"{images} has no scans that end with {ending}: put those with labels there."])
+    scans.check_labels(found)
+    return {str(case): files for case, files in found.items()}
 
 
 # ------------------------------------------------------------------ nnU-Net's own steps
@@ -97,16 +110,17 @@ def _has_changed(name: str, labelled: int) -> bool:
     return known != labelled
 
 
-def _plans(name: str, planner: str, plans_name: str | None, processes: int, clean: bool) -> PlansManager:
-    """Those that are there, unless they are to be made anew."""
+def _plans(name: str, planner: str | None, plans_name: str | None, processes: int, clean: bool) -> PlansManager:
+    """Those that are there, unless they are to be made anew: then by the planner that made them, or `planner`."""
     folder = folders.of_environment("nnUNet_preprocessed") / name
+    file = folder / f"{plans_name or _own_name(planner or PLANNER)}.json"
     number = convert_dataset_name_to_id(name)
     extract_fingerprints([number], num_processes=processes, clean=clean)
-    file = folder / f"{plans_name or _own_name(planner)}.json"
-    if clean or not file.is_file():
-        plan_experiments([number], planner, overwrite_plans_name=plans_name)
-    else:
+    if file.is_file() and not clean:
         print(f"The plans are there: {file}")
+    else:
+        before = json.loads(file.read_text())["experiment_planner_used"] if file.is_file() else PLANNER
+        plan_experiments([number], planner or before, overwrite_plans_name=file.stem)
     return PlansManager(str(file))
 
 
@@ -117,6 +131,24 @@ def _own_name(planner: str) -> str:
     if found is None:
         raise ValueError(f"nnU-Net has no planner {planner!r}.")
     return str(inspect.signature(found).parameters["plans_name"].default)
+
+
+def _is_planned(configuration: str, plans: Any) -> bool:
+    """Whether there is such a configuration; nnU-Net plans some for some data alone."""
+    if configuration in plans.available_configurations:
+        return True
+    there = ", ".join(plans.available_configurations)
+    if configuration not in PROCESSES:
+        raise ValueError(f"{configuration!r} is no configuration of {plans.plans_name}, which has {there}.")
+    print(f"{configuration}: not in the plans, which have {there}.")
+    return False
+
+
+def _is_of_another_plan(name: str, plans: Any, configuration: str) -> bool:
+    """Whether the plan has changed since this configuration was prepared, as by hand."""
+    manager = plans.get_configuration(configuration)
+    folder = folders.unlabelled(folders.of_environment("nnUNet_preprocessed") / name / manager.data_identifier)
+    return folder.is_dir() and not folders.made_by(folder, folders.recipe(plans, manager))
 
 
 def _labelled(name: str, labelled: set[str], plans: Any, configuration: str, workers: int, clean: bool) -> None:
@@ -133,7 +165,7 @@ def _splits(name: str, labelled: list[str]) -> None:
     """nnU-Net splits into five, which takes five cases; fewer are left out one by one."""
     file = folders.of_environment("nnUNet_preprocessed") / name / "splits_final.json"
     if file.is_file():
-        known = {case for split in json.loads(file.read_text()) for cases in split.values() for case in cases}
+        known = {case for split in json.loads(file.read_text()) for case in (*split["train"], *split["val"])}
         if known != set(labelled):
             print(f"{file} is of other cases than imagesTr: delete it to have them split anew.")
     elif len(labelled) == 1:
@@ -189,8 +221,8 @@ def _unlabelled(
 
 
 def _start(folder: Path, recipe: dict[str, Any], found: set[str], clean: bool) -> None:
-    """The folder without what does not belong: an other recipe's cases, and those that imagesUn no longer has."""
-    if folder.is_dir() and (clean or not folders.made_by(folder, recipe)):
+    """The folder without what does not belong: all if it is to be done anew, and what imagesUn no longer has."""
+    if folder.is_dir() and clean:
         print(f"{folder} is of another plan, or to be done anew: its cases are removed.")
         shutil.rmtree(folder)
     for case in set(folders.cases(folder)) - found:

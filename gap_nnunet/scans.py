@@ -15,6 +15,7 @@ import numpy as np
 from .problems import Problems
 
 FOLDER = "imagesUn"
+LABELLED = "imagesTr"
 THICK = 2.0  # a slice this many times thicker than its pixels are wide tells the axes of a scan apart
 
 Cases = dict[str, list[str]]
@@ -25,12 +26,15 @@ def read_dataset_json(raw: Path) -> dict[str, Any]:
     """The dataset's own description.
 
     Raises:
-        Problems: there is none, or it lacks what nnU-Net needs of it.
+        Problems: there is none, it cannot be read, or it lacks what nnU-Net needs of it.
     """
     path = raw / "dataset.json"
     if not path.is_file():
         raise Problems(str(raw), [f"{path} is missing: nnU-Net's description of channels, labels and file ending."])
-    described = json.loads(path.read_text())
+    try:
+        described = json.loads(path.read_text())
+    except ValueError as error:
+        raise Problems(str(raw), [f"{path} is no JSON ({error}): mend it."]) from error
     missing = [key for key in ("labels", "file_ending") if key not in described]
     missing += [] if {"channel_names", "modality"} & {*described} else ["channel_names"]
     if missing:
@@ -39,7 +43,7 @@ def read_dataset_json(raw: Path) -> dict[str, Any]:
 
 
 def channels(dataset_json: Mapping[str, Any]) -> int:
-    """How many image files a case has."""
+    """How many a case has: a file each, but for colours, which nnU-Net reads from one."""
     return len(dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"])
 
 
@@ -49,7 +53,8 @@ def find(raw: Path, dataset_json: Mapping[str, Any]) -> Cases:
     Raises:
         Problems: a file of another ending or name than nnU-Net's, or a case that lacks channels: all of them at once.
     """
-    folder, ending, expected = raw / FOLDER, dataset_json["file_ending"], channels(dataset_json)
+    folder, ending = raw / FOLDER, dataset_json["file_ending"]
+    expected = _files_of_a_labelled_case(raw, ending) or channels(dataset_json)
     found: dict[str, dict[int, str]] = {}
     problems = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -70,10 +75,36 @@ def find(raw: Path, dataset_json: Mapping[str, Any]) -> Cases:
         if absent:
             problems.append(f"{folder / case} lacks channels: add {', '.join(absent)}, or take the case out.")
         if surplus:
-            problems.append(f"{folder / case} has more channels than dataset.json's {expected}: {', '.join(surplus)}.")
+            problems.append(
+                f"{folder / case} has more channels than a labelled case's {expected}: {', '.join(surplus)}."
+            )
     if problems:
         raise Problems(str(folder), problems)
     return {case: [files[c] for c in sorted(files)] for case, files in found.items()}
+
+
+def _files_of_a_labelled_case(raw: Path, ending: str) -> int:
+    """0 if there is none."""
+    names = (re.fullmatch(rf".+_(\d{{4}}){re.escape(ending)}", path.name) for path in (raw / LABELLED).glob("*"))
+    return len({name[1] for name in names if name})
+
+
+def check_labels(labelled: Mapping[str, Mapping[str, Any]]) -> None:
+    """nnU-Net takes all that is in imagesTr for labelled.
+
+    Args:
+        labelled: the files of each case, `images` and `label`.
+
+    Raises:
+        Problems: a label is missing.
+    """
+    problems = [
+        f"{files['images'][0]} has no label, {files['label']}: add it, or move the scan to {FOLDER}."
+        for files in labelled.values()
+        if not Path(files["label"]).is_file()
+    ]
+    if problems:
+        raise Problems(LABELLED, problems)
 
 
 def check_apart(unlabelled: Cases, labelled: Cases) -> None:

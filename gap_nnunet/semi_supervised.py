@@ -92,11 +92,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Identifiers of the prepared scans; none if imagesUn has none."""
         folder = folders.unlabelled(self.preprocessed_dataset_folder)
         prepared, found = folders.cases(folder), self._raw_cases()
+        raw = set(prepared) if found is None else found
         again = (
             f"Run: gap-nnunet prepare -d {self.plans_manager.dataset_name} -c {self.configuration_name} "
             f"-p {self.plans_manager.plans_name}"
         )
-        if not (prepared or found):
+        if not (prepared or raw):
             return []
         if self.is_cascaded:
             stage = (
@@ -104,9 +105,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 "alone. Train 3d_fullres or 3d_lowres with scans without labels, or this one with nnUNetTrainer."
             )
             raise Problems(scans.FOLDER, [stage])
-        missing = sorted(found - set(prepared))
+        missing, gone = sorted(raw - set(prepared)), sorted(set(prepared) - raw)
         if missing:
             raise Problems(scans.FOLDER, [f"{len(missing)} scans are not in {folder}: {missing[0]}... {again}"])
+        if gone:
+            there = f"{len(gone)} scans in {folder} are not in {scans.FOLDER} any more: {gone[0]}..."
+            raise Problems(scans.FOLDER, [f"{there} {again}"])
         if not folders.made_by(folder, folders.recipe(self.plans_manager, self.configuration_manager)):
             now = self.plans_manager.plans_name
             raise Problems(scans.FOLDER, [f"{folder} was made by another plan than {now} is now. {again}"])
@@ -115,10 +119,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             raise Problems(scans.FOLDER, [f"{both[0]} has a label and is in {folder}, too. {again}"])
         return prepared
 
-    def _raw_cases(self) -> set[str]:
-        """What is in imagesUn, where the raw files can be seen at all."""
+    def _raw_cases(self) -> set[str] | None:
+        """What is in imagesUn; None where the raw files cannot be seen."""
         root = os.environ.get(RAW)
-        return set(scans.find(Path(root) / self.plans_manager.dataset_name, self.dataset_json)) if root else set()
+        raw = Path(root) / self.plans_manager.dataset_name if root else None
+        return set(scans.find(raw, self.dataset_json)) if raw and (raw / scans.FOLDER).is_dir() else None
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         loaders: tuple[Any, Any] = super().get_dataloaders()

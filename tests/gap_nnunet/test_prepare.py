@@ -73,6 +73,17 @@ def test_few_labelled_cases_are_left_out_one_by_one(dataset: Path) -> None:
     ]
 
 
+def test_a_split_of_other_cases_is_told(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    file = FOLDER / "splits_final.json"
+    split = {"train": ["case0", "case1"], "val": ["case2"], "unlabelled": ["old"]}  # nnU-Net reads its own two
+    for splits, told in (([split], False), ([{**split, "val": ["old"]}], True)):
+        file.write_text(json.dumps(splits))
+        capsys.readouterr()
+        _prepare()
+        assert ("is of other cases than imagesTr" in capsys.readouterr().out) == told
+        assert json.loads(file.read_text()) == splits
+
+
 def test_what_is_there_is_left_and_the_rest_is_done(dataset: Path, capsys: pytest.CaptureFixture) -> None:
     before = _made()
     (UNLABELLED / "scan1.pkl").unlink()  # as if it had been killed in the middle
@@ -109,6 +120,37 @@ def test_scans_of_another_plan_are_done_anew(dataset: Path, capsys: pytest.Captu
     assert all(_made()[case] > before[case] for case in before)
     data = nnUNetDatasetBlosc2(str(UNLABELLED), ["scan0"]).load_case("scan0")[0]
     assert data.shape == (1, 6, 16, 16)
+    labelled = nnUNetDatasetBlosc2(str(FOLDER / "nnUNetPlans_2d"), ["case0"]).load_case("case0")[0]
+    assert labelled.shape == (1, 6, 16, 16)
+
+
+def test_plans_are_made_anew_by_the_planner_that_made_them(dataset: Path) -> None:
+    file = FOLDER / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    file.write_text(json.dumps({**plans, "experiment_planner_used": "ResEncUNetPlanner"}))
+    _prepare(clean=True)
+    assert json.loads(file.read_text())["experiment_planner_used"] == "ResEncUNetPlanner"
+
+
+def test_labelled_scans_without_a_label_are_told_where_they_belong(dataset: Path) -> None:
+    (dataset / "labelsTr" / "case1.nii.gz").unlink()
+    with pytest.raises(Problems, match=r"case1_0000\.nii\.gz has no label, .*: add it, or move the scan to imagesUn"):
+        _prepare()
+    for case in range(3):
+        (dataset / "imagesTr" / f"case{case}_0000.nii.gz").unlink()
+    with pytest.raises(Problems, match=r"imagesTr has no scans that end with \.nii\.gz"):
+        _prepare()
+    (dataset / "imagesTr").rmdir()
+    with pytest.raises(Problems, match=r"imagesTr has no scans"):
+        _prepare()
+
+
+def test_a_configuration_that_nobody_knows_is_an_error(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    with in_threads(), pytest.raises(ValueError, match=r"'2D' is no configuration of nnUNetPlans, which has 2d, "):
+        prepare("7", ["2D"], processes=1)
+    with in_threads():
+        prepare("7", ["3d_lowres"], processes=1)  # which nnU-Net plans for large scans alone
+    assert "3d_lowres: not in the plans" in capsys.readouterr().out
 
 
 def test_another_labelled_case_means_another_plan(dataset: Path, capsys: pytest.CaptureFixture) -> None:
@@ -144,6 +186,8 @@ def test_a_process_that_is_killed_is_an_error_that_says_what_to_do() -> None:
 
 
 def test_nothing_is_done_without_folders_or_for_a_second_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="Could not find a dataset with the ID 99"):
+        prepare("99", ["2d"])
     with pytest.raises(ValueError, match="not trained on scans without labels"):
         prepare("7", ["3d_cascade_fullres"])
     monkeypatch.delenv("nnUNet_preprocessed")

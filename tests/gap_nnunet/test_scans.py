@@ -37,6 +37,18 @@ def test_the_cases_are_those_of_the_file_names(tmp_path: Path) -> None:
     }
 
 
+def test_colours_may_be_channels_of_one_file(tmp_path: Path) -> None:
+    """As nnU-Net reads PNG: what counts is how many files a labelled case has."""
+    described = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {}, "file_ending": ".png"}
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "imagesTr" / "case_0000.png").touch()
+    _empty(tmp_path, "a_0000.png")
+    assert list(scans.find(tmp_path, described)) == ["a"]
+    (tmp_path / "imagesTr" / "case_0001.png").touch()
+    with pytest.raises(Problems, match=r"a lacks channels: add a_0001\.png"):
+        scans.find(tmp_path, described)
+
+
 def test_all_names_that_are_wrong_are_told_at_once(tmp_path: Path) -> None:
     _empty(tmp_path, "a_0000.nii.gz", "b_0000.nrrd", "c.nii.gz", "d_0000.nii.gz", "d_0001.nii.gz", "d_0002.nii.gz")
     (tmp_path / "imagesUn" / "more").mkdir()
@@ -47,7 +59,7 @@ def test_all_names_that_are_wrong_are_told_at_once(tmp_path: Path) -> None:
         "c.nii.gz has no channel in its name",
         "more is a folder",
         "a lacks channels: add a_0001.nii.gz",
-        "d has more channels than dataset.json's 2: d_0002.nii.gz",
+        "d has more channels than a labelled case's 2: d_0002.nii.gz",
     }
     assert len(raised.value.entries) == len(told)
     assert all(part in str(raised.value) for part in told)
@@ -70,6 +82,9 @@ def test_a_scan_in_both_folders_is_an_error(tmp_path: Path) -> None:
 
 def test_a_description_that_is_missing_or_incomplete_is_named(tmp_path: Path) -> None:
     with pytest.raises(Problems, match=r"dataset\.json is missing"):
+        scans.read_dataset_json(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"labels": {},}')
+    with pytest.raises(Problems, match=r"dataset\.json is no JSON"):
         scans.read_dataset_json(tmp_path)
     (tmp_path / "dataset.json").write_text('{"labels": {}}')
     with pytest.raises(Problems) as raised:

@@ -1,6 +1,8 @@
 """The trainers in nnU-Net itself: its plans, loaders, networks, loop and checkpoints."""
 
+import functools
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -275,6 +277,17 @@ def test_scans_that_are_not_prepared_are_an_error(heart: Path, build: Build) -> 
 
 
 @in_one_process
+def test_scans_that_were_taken_out_are_not_learnt_from(heart: Path, build: Build, tmp_path: Path) -> None:
+    scan = RAW / heart.name / "imagesUn" / "scan1_0000.nii.gz"
+    shutil.move(scan, tmp_path)
+    try:
+        with pytest.raises(ValueError, match=r"1 scans in .* are not in imagesUn any more: scan1\.\.\. Run: "):
+            build(heart, FixMatchTrainer).on_train_start()
+    finally:
+        shutil.move(tmp_path / scan.name, scan)
+
+
+@in_one_process
 def test_scans_of_another_plan_or_with_a_label_are_an_error(heart: Path, build: Build) -> None:
     trainer = build(heart, FixMatchTrainer)
     trainer.configuration_manager.configuration["spacing"] = [2.0, 2.0]
@@ -314,6 +327,18 @@ def test_a_trainer_of_nnunets_may_stand_behind_ours(heart: Path, build: Build) -
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "mine.pth"))
     checkpoint = torch.load(Path(trainer.output_folder) / "mine.pth", weights_only=False)
     assert checkpoint["trainer_name"] == "nnUNetTrainer_5epochs"
+
+
+@in_one_process
+def test_a_checkpoint_of_another_architecture_names_the_trainer_that_builds_it(heart: Path, build: Build) -> None:
+    class WithItsOwnNetwork(FixMatchTrainer):
+        build_network_architecture = staticmethod(functools.partial(nnUNetTrainer.build_network_architecture))
+
+    trainer = build(heart, WithItsOwnNetwork)
+    trainer.initialize()
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / "own.pth"))
+    checkpoint = torch.load(Path(trainer.output_folder) / "own.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == "WithItsOwnNetwork"
 
 
 @in_one_process
@@ -381,6 +406,25 @@ def test_the_weight_ramps_up(heart: Path, build: Build) -> None:
         weights.append(trainer.consistency_weight())
     assert weights == pytest.approx([0.1 * 0.006737947, 0.1 * 0.2865048, 0.1])
     assert build(heart, FixMatchTrainer).consistency_weight() == 1
+
+
+@in_one_process
+@pytest.mark.parametrize("kind", [FixMatchTrainer, GapMatchTrainer], ids=lambda kind: kind.__name__)
+def test_with_a_scaler_it_takes_the_same_step_or_none(kind: type, heart: Path, build: Build) -> None:
+    """nnU-Net's scaler on the CPU: a power of two changes no digit, and an overflow no weight."""
+    weights, batches = [], []
+    for scaler in (None, torch.GradScaler("cpu", init_scale=2.0**10), torch.GradScaler("cpu", init_scale=math.inf)):
+        trainer = build(heart, kind, **SURE)
+        trainer.on_train_start()
+        trainer.grad_scaler = scaler
+        start = [p.detach().clone() for p in trainer.network.parameters()]
+        batches = batches or [_batch(trainer), next(trainer.dataloader_unlabelled)]
+        trainer.dataloader_unlabelled = iter(batches[1:])
+        trainer.train_step(batches[0])
+        weights.append([p.detach() for p in trainer.network.parameters()])
+    torch.testing.assert_close(weights[1], weights[0])
+    torch.testing.assert_close(weights[2], start)  # but for the rounding of theta + step - step
+    assert not torch.equal(weights[0][0], start[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

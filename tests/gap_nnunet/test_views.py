@@ -76,6 +76,18 @@ def test_strong_views_differ_from_the_weak_one_and_from_each_other(heart: Path, 
     assert not torch.equal(first, second)
 
 
+@pytest.mark.usefixtures("in_one_process")
+def test_an_ignore_label_is_no_matter_without_labels(heart: Path, build: Build) -> None:
+    """nnU-Net's loader would look for places with labels."""
+    trainer = build(heart, FixMatchTrainer)
+    trainer.initialize()
+    trainer._unlabelled = trainer.unlabelled_cases()
+    described = {**trainer.dataset_json, "labels": {"background": 0, "ball": 1, "core": 2, "ignore": 3}}
+    trainer.label_manager = trainer.plans_manager.get_label_manager(described)
+    assert trainer.label_manager.has_ignore_label
+    assert next(trainer.unlabelled_loader())["data"].shape == (trainer.batch_size, 2, 32, 32)
+
+
 def test_the_mask_of_normalisation_holds_in_every_view(heart: Path, build: Build) -> None:
     transforms = FixMatchTrainer.get_training_transforms([8, 8], (0, 0), None, (0, 1), False, use_mask_for_norm=[True])
     views = WeakAndStrong(transforms, strength=10)
