@@ -16,7 +16,7 @@ MaskedLoss = Callable[[Tensor, Any, Any], Tensor]
 """The same with a mask, or None, as third argument."""
 SoftLoss = Callable[[Tensor, Any], Tensor]
 """Logits and target probabilities to a 0-dim loss."""
-SMOOTH = 1e-5  # of the Dice loss, for classes that are not there
+SMOOTH = 1e-5  # of the Dice loss
 
 
 def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
 
     With a mask, a class that no pixel under it has counts 0: that confident pixels lack it says nothing of the others.
     Without this the loss of such a class, P / (P + smooth) with P = sum(p^2), is flat until P comes near `smooth` and
-    there falls to 0, which drives a class that pseudo-labels have yet to find out of every prediction (docs/acdc.md).
+    there falls to 0, which can drive a class that pseudo-labels have yet to find out of all predictions (docs/acdc.md).
 
     Args, result and errors as for `cross_entropy`.
     """

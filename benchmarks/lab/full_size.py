@@ -25,8 +25,8 @@ HEADER = ("Run", "Validation %", "Iteration", "Dice %", "ASD", "Empty", "Dice % 
 TEXT = """\
 ACDC, one labelled patient, 256 x 256, preset `paper` but for what is named. Of each run the iteration that validation
 chose, and the last one: test Dice in percent, ASD in voxels, and how many of 120 predictions (40 volumes, three
-classes) were empty. One run each: they show what can happen, not how often. All had a threshold of 0.95. At 64 x 64 one of
-0.8 [keeps runs from falling](acdc.md#why-runs-fall-and-what-keeps-them-up), with GAP and without; here it has not run yet.
+classes) were empty. One run each: they show what can happen, not how often. What keeps runs up at 64 x 64, a lower
+threshold and a Dice without absent classes ([acdc.md](acdc.md#why-runs-fall-and-what-keeps-them-up)), none of them had.
 """
 
 

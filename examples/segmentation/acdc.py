@@ -29,13 +29,13 @@ ACDC = SliceTask(
             "weight": 0.5,  # with alpha = 1 g2 doubles it; FixMatch loses by as much (docs/acdc.md)
             "validate_every": 100,
         },
-        # The paper's recipe at a size where a run takes a quarter of an hour of one core: enough runs for a comparison.
+        # The paper's recipe but for tau, at a size where one core makes a run in minutes: enough runs for a comparison.
         "medium": {
             "size": (64, 64),
             "iterations": 3_000,
             "validate_every": 150,
             "blur": 64 / 256,
-            "tau": 0.8,  # at 0.95 confident background drives classes out, with GAP and without (docs/acdc.md)
+            "tau": 0.8,  # at 0.95 some runs lose classes, with GAP and without (docs/acdc.md)
         },
         "phantom": {
             **REDUCED,

@@ -60,13 +60,16 @@ def test_a_class_that_no_confident_pixel_has_is_not_driven_out() -> None:
     logits = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits[:, 2] -= 7  # of 64 pixels the sum of p^2 is of the order of 1e-5
 
-    def pull(mask: torch.Tensor | None) -> float:
+    def pull(target: torch.Tensor, mask: torch.Tensor | None) -> float:
         leaf = logits.clone().requires_grad_()
         dice_loss(leaf, target, mask).backward()
         assert leaf.grad is not None
         return leaf.grad[:, 2].abs().sum().item()
 
-    assert pull(mask) < 1e-3 < 0.05 < pull(None)
+    assert pull(target, mask) < 1e-3 < 0.05 < pull(target, None)
+    unsure = target.clone()
+    unsure[:, 6:] = 2
+    assert pull(unsure, unsure != 2) < 1e-3  # unsure pixels have the class, and no say
     two_classes = dice_loss(logits.log_softmax(1)[:, :2], target, mask) * 2 / 3  # the third counts 0
     torch.testing.assert_close(dice_loss(logits, target, mask), two_classes, rtol=1e-3, atol=0.0)
 
