@@ -36,7 +36,9 @@ def test_the_collection_ends_well_without_the_extras() -> None:
     missing = [
         module
         for module, owners in metadata.packages_distributions().items()
-        if module != "gap_torch" and not any(owner.lower().replace("_", "-") in there for owner in owners)
+        if module != "gap_torch"
+        and module not in sys.stdlib_module_names  # an old `argparse` of the registry comes with nnU-Net
+        and not any(owner.lower().replace("_", "-") in there for owner in owners)
     ]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
