@@ -65,7 +65,6 @@ from segmentation.networks.attachments import (
     Twin,
     Upsampled,
 )
-from segmentation.scoring.components import largest_components
 
 DECAY = 0.99  # of teachers
 RADIUS, XI = 6 / 256, 10 / 256  # of VAT
@@ -139,6 +138,8 @@ def _unimatch(s: Setting, *, cutmix: float = 0.5) -> Method:
 
 
 def _bcp(s: Setting, *, decay: float = DECAY, script: str = "acdc") -> Method:
+    from segmentation.scoring.components import largest_components  # needs SciPy, which the table does not
+
     teacher = Teacher(s.model, decay, warm_up=False)
     dice = linear_dice_loss if _chosen("script", script, "acdc", "la") else None
     return BCP(teacher, s.weak, largest_components, dice, mode=s.targets)
