@@ -32,6 +32,7 @@ from .sassnet import SASSNet
 from .signed_distances import signed_distances
 from .teacher import Teacher
 from .thresholds import FixedThreshold, Threshold
+from .twins import TwinMethod
 from .uamt import UAMT
 from .unimatch import UniMatch
 from .urpc import URPC, MedicalURPC
@@ -77,6 +78,7 @@ __all__ = [
     "SelfAdaptiveThreshold",
     "Teacher",
     "Threshold",
+    "TwinMethod",
     "UniMatch",
     "Views",
     "ViewsDCT",

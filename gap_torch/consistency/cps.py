@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from ..batchnorm import frozen_running_stats
-from ..losses import Criterion, cross_entropy
-from .method import Augmentation, Batch, Method, Outputs, Views, only, twins, unlabelled_of
+from ..losses import cross_entropy
+from .method import Augmentation, Batch, Outputs, Views, only, unlabelled_of
+from .twins import TwinMethod, twins
 
 
-class CPS(Method):
+class CPS(TwinMethod):
     """Two networks of different initial weights; each learns the classes that the other sees, at every pixel.
 
         loss = CE(f_1(u), argmax f_2(u)) + CE(f_2(u), argmax f_1(u))
@@ -45,14 +46,3 @@ class CPS(Method):
         first, second = twins(only(outputs))
         of_first, of_second = views.fixed
         return cross_entropy(first, of_second) + cross_entropy(second, of_first)
-
-    def labelled_loss(
-        self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
-    ) -> Tensor:
-        """`criterion` of both networks' logits, summed.
-
-        Raises:
-            ValueError: `outputs` has no logits of a second network.
-        """
-        first, second = twins(outputs)
-        return criterion(first, target) + criterion(second, target)

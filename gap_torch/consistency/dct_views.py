@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batchnorm import frozen_running_stats
-from ..losses import Criterion, at_least_float32, check_classes, soft_cross_entropy
-from .method import Augmentation, Batch, Method, Outputs, Views, all_images, logits_of, one_each, twins, unlabelled_of
+from ..losses import at_least_float32, check_classes, soft_cross_entropy
+from .method import Augmentation, Batch, Outputs, Views, all_images, logits_of, one_each, unlabelled_of
 from .targets import without_dropout
+from .twins import TwinMethod, twins
 
 
-class ViewsDCT(Method):
+class ViewsDCT(TwinMethod):
     """Deep co-training as in the paper: two networks that are to agree, and each to resist the other's adversary.
 
     With p_1 and p_2 the predictions of two networks of different initial weights, H the entropy, u unlabelled images,
@@ -72,17 +73,6 @@ class ViewsDCT(Method):
             logits_of(on_second), p_second
         )
         return self.cot * jensen_shannon(*twins(on_u)) + self.dif * difference
-
-    def labelled_loss(
-        self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
-    ) -> Tensor:
-        """`criterion` of both networks' logits, summed.
-
-        Raises:
-            ValueError: `outputs` has no logits of a second network.
-        """
-        first, second = twins(outputs)
-        return criterion(first, target) + criterion(second, target)
 
     def _adversarial(self, x: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
         """What the network of `logits` finds hardest around `x`, whose first images have `labels`."""

@@ -194,8 +194,3 @@ def auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:
             "auxiliary logits. Is it in eval mode?"
         )
     return auxiliary
-
-
-def twins(outputs: Outputs) -> tuple[Tensor, Tensor]:
-    """The model's own logits and those of a second network behind them. Raises as `auxiliary_logits`."""
-    return logits_of(outputs), auxiliary_logits(outputs)[0]
