@@ -30,6 +30,12 @@ TABLE_3: tuple[Run, ...] = (
     ("ict", True),
 )
 THRESHOLDS: tuple[Run, ...] = tuple((method, gap) for method in ("flexmatch", "freematch") for gap in (False, True))
+SYSTEMS: tuple[Run, ...] = tuple(
+    (method, gap)
+    for method in ("dan", "dtc", "dct", "uamt", "sassnet", "cps", "mcnet", "bcp")
+    for gap in (False, True)
+)
+"""Those of table 1 that are not among the methods of tables 2 and 3, in its order."""
 SHARES = (1, 5, 10)
 
 EPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -175,8 +181,13 @@ BLOCKS = (
     Block("table 1", "LA", "paper", (GAPMATCH, FIXMATCH, SUPERVISED), SHARES, (0,)),
     Block("table 2", "ACDC", "paper", TABLE_2, (5, 10), (0,)),
     Block("table 3", "ACDC", "paper", TABLE_3, (5, 10), (0,)),
+    Block("systems", "ACDC", "paper", SYSTEMS, (1,), (0,)),
     # reduced scale, on a CPU
-    Block(POWER, "ACDC", MEDIUM, (FIXMATCH, GAPMATCH), (1,), range(5), POWER_CHANGES, DRAWS),
+    *(
+        Block(POWER, "ACDC", MEDIUM, (FIXMATCH, GAPMATCH), (1,), range(5), [changes], DRAWS)
+        for changes in POWER_CHANGES
+    ),
+    Block("systems", "ACDC", "short", (*TABLE_1, *SYSTEMS), (1,), (0, 1)),
     # more reduced; first what the runs with GAP depend on
     *(Block("hyper-parameters", "ACDC", "study", (FIXMATCH,), (1,), (0, 1), sweep) for sweep in CONTROLS.values()),
     Block("hyper-parameters", "ACDC", "study", (GAPMATCH,), (1,), (0, 1), SWEEPS["eps and alpha"][: len(EPS)]),

@@ -21,6 +21,7 @@ TABLES: dict[str, tuple[Run, ...]] = {
     "Table 2": grid.TABLE_2,
     "Table 3": grid.TABLE_3,
     "FixMatch with thresholds that adapt": grid.THRESHOLDS,
+    "Systems of table 1": grid.SYSTEMS,
 }
 
 HEADER = ["Method", *(f"{share} %, {whose}" for share in SHARES for whose in ("ours", "ours, last", "paper"))]

@@ -11,8 +11,10 @@ from segmentation.methods import ENTRIES, TABLE
 GUESSES: dict[tuple[str, str, str], float] = {
     ("ACDC", "study", "cpu"): 0.1,
     ("ACDC", "study", "cuda"): 0.01,
-    ("ACDC", "medium", "cpu"): 0.08,
+    ("ACDC", "medium", "cpu"): 0.15,
     ("ACDC", "medium", "cuda"): 0.01,
+    ("ACDC", "short", "cpu"): 0.15,
+    ("ACDC", "short", "cuda"): 0.01,
     ("ACDC", "paper", "cpu"): 1.5,
     ("ACDC", "paper", "cuda"): 0.03,
     ("LA", "paper", "cpu"): 20.0,

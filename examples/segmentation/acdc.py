@@ -37,6 +37,16 @@ ACDC = SliceTask(
             "blur": 64 / 256,
             "tau": 0.8,  # at 0.95 some runs lose classes, with GAP and without (docs/acdc.md)
         },
+        # For many methods: each by its own weights, its averaged weights scored as in the other reduced presets.
+        "short": {
+            "size": (64, 64),
+            "iterations": 600,
+            "validate_every": 100,
+            "blur": 64 / 256,
+            "tau": 0.8,
+            "average_decay": 0.99,
+            "statistics_samples": 240,
+        },
         "phantom": {
             **REDUCED,
             "size": (64, 64),
