@@ -4,6 +4,7 @@
     python benchmarks/step_time.py --size 256             the sizes of --preset paper
     python benchmarks/step_time.py --data DIR --size 256  and scoring volumes of ACDC
     python benchmarks/step_time.py --threads 1            on a busy machine: in processor time
+    python benchmarks/step_time.py --only methods         every method of the examples, without GAP and with it
     python benchmarks/step_time.py --device cuda --size 256 --only captured profile --compile
 
 On CUDA `captured` has the step as a CUDA graph too, as the example runs it, and `profile` says where the time goes,
@@ -20,6 +21,7 @@ unlabelled samples:
 - CCT: a decoder is d = 0.64 of a forward pass, and there are three further ones. U for the targets; forward, labelled
   or not, (1 + 3 d) (L + U); backward 2 L, and 2 (1 + 2 d) U, since the own decoder gets no gradient there. For L = U
   that is (7 + 10 d) / 6 = 2.23.
+- The other methods: as the lab plans with them (`benchmarks/lab/plan.py`), in passes of L = U samples.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.lab import grid, plan
 from gap_torch.consistency import FixMatch
 from gap_torch.consistency.targets import in_mode
 from gap_torch.losses import at_least_float32, ce_dice_loss
@@ -44,8 +47,9 @@ from presentation.palette import BLUE
 from segmentation.acdc import ACDC
 from segmentation.data.files import read_list
 from segmentation.data.slices import Slices
+from segmentation.methods import TABLE
 from segmentation.networks.dropout import Dropout
-from segmentation.recipe import Recipe
+from segmentation.recipe import METHODS, SUPERVISED, Recipe, run_name
 from segmentation.scoring.dice import mean_dice
 from segmentation.scoring.evaluate import evaluate
 from segmentation.scoring.predict import eval_mode
@@ -56,7 +60,7 @@ from segmentation.training.logs import RunLog
 from segmentation.training.step import Trainer
 
 AMP = {"bfloat16": torch.bfloat16, "float32": None}
-SECTIONS = ("iteration", "table_4", "choices", "captured", "profile", "scoring")
+SECTIONS = ("iteration", "table_4", "methods", "choices", "captured", "profile", "scoring")
 LONGEST = 40
 """Kernels of a profile."""
 PARTS = ("data", "augmentation", "targets and losses", "wrapper", "base optimizer", "average", "logging")
@@ -100,6 +104,7 @@ def main() -> None:
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "iteration": lambda: {name: iteration(recipe, device, amp, arguments.rounds) for name, amp in AMP.items()},
         "table_4": lambda: table_4(recipe, device, arguments.rounds),
+        "methods": lambda: methods(recipe, device, arguments.rounds),
         "choices": lambda: choices(recipe, device, arguments.compile, arguments.rounds),
         "captured": lambda: captured(recipe, device, arguments.compile, arguments.rounds),
         "profile": lambda: profiled(recipe, device, arguments.compile),
@@ -309,6 +314,28 @@ def table_4(recipe: Recipe, device: torch.device, rounds: int) -> dict[str, Any]
             rows.append((f"{label}, {precision}", f"{ours[0]:.4f}", *ratios, *inference))
     columns = ("", "s / it", "/ UNet", "passes", "paper", "/ plain", "s / case", "/ UNet")
     common.show(f"Table 4, {recipe.size[0]} x {recipe.size[1]}", columns, rows)
+    return {"seconds": median, "columns": columns, "rows": rows, "taken": taken}
+
+
+def methods(recipe: Recipe, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Seconds of an iteration of every method in bfloat16, without GAP and with it, beside the UNet of table 4."""
+    labels_for_all = replace(recipe, labelled_batch=recipe.labelled_batch + recipe.unlabelled_batch)
+    runs = {"UNet": labels_for_all.for_run(SUPERVISED)}
+    semi_supervised = [method for method in METHODS if method != SUPERVISED]
+    for method in semi_supervised:
+        for gap in (False, True):
+            runs[run_name(method, gap)] = replace(recipe, method=method, gap=gap)
+    calls = {name: Steps(trainer(run, device, torch.bfloat16)) for name, run in runs.items()}
+    median = common.medians(taken := take_turns(calls, device, rounds))
+    rows = []
+    for method in semi_supervised:
+        plain, with_gap = (median[run_name(method, gap)] / median["UNet"] for gap in (False, True))
+        # in the lab's passes the UNet has two
+        passes = [plan.passes(grid.cell("ACDC", "study", (method, gap), 1, 0)) / 2 for gap in (False, True)]
+        values = plain, passes[0], with_gap, passes[1], with_gap / plain
+        rows.append((TABLE[method].label, *(f"{value:.2f}" for value in values)))
+    columns = ("", "/ UNet", "passes", "with GAP / UNet", "passes", "with GAP / without")
+    common.show(f"An iteration, {recipe.size[0]} x {recipe.size[1]}, bfloat16", columns, rows)
     return {"seconds": median, "columns": columns, "rows": rows, "taken": taken}
 
 
