@@ -61,6 +61,7 @@ from segmentation.training.step import Trainer
 
 AMP = {"bfloat16": torch.bfloat16, "float32": None}
 SECTIONS = ("iteration", "table_4", "methods", "choices", "captured", "profile", "scoring")
+SEMI_SUPERVISED = tuple(name for name in METHODS if name != SUPERVISED)
 LONGEST = 40
 """Kernels of a profile."""
 PARTS = ("data", "augmentation", "targets and losses", "wrapper", "base optimizer", "average", "logging")
@@ -104,7 +105,7 @@ def main() -> None:
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "iteration": lambda: {name: iteration(recipe, device, amp, arguments.rounds) for name, amp in AMP.items()},
         "table_4": lambda: table_4(recipe, device, arguments.rounds),
-        "methods": lambda: methods(recipe, device, arguments.rounds),
+        "methods": lambda: methods(recipe, device, arguments.methods, arguments.rounds),
         "choices": lambda: choices(recipe, device, arguments.compile, arguments.rounds),
         "captured": lambda: captured(recipe, device, arguments.compile, arguments.rounds),
         "profile": lambda: profiled(recipe, device, arguments.compile),
@@ -131,6 +132,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="try compiled passes too, and what compiling costs")
     parser.add_argument("--data", type=Path, help="ACDC in the h5 layout, to score its volumes")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some of the sections")
+    parser.add_argument(
+        "--methods", nargs="+", choices=SEMI_SUPERVISED, default=SEMI_SUPERVISED, help="of that section"
+    )
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--figures", type=Path, default=common.FIGURES)
     return parser.parse_args()
@@ -317,23 +321,22 @@ def table_4(recipe: Recipe, device: torch.device, rounds: int) -> dict[str, Any]
     return {"seconds": median, "columns": columns, "rows": rows, "taken": taken}
 
 
-def methods(recipe: Recipe, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Seconds of an iteration of every method in bfloat16, without GAP and with it, beside the UNet of table 4."""
+def methods(recipe: Recipe, device: torch.device, names: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Seconds of an iteration of each method in bfloat16, without GAP and with it, beside the UNet of table 4."""
     labels_for_all = replace(recipe, labelled_batch=recipe.labelled_batch + recipe.unlabelled_batch)
     runs = {"UNet": labels_for_all.for_run(SUPERVISED)}
-    semi_supervised = [method for method in METHODS if method != SUPERVISED]
-    for method in semi_supervised:
+    for name in names:
         for gap in (False, True):
-            runs[run_name(method, gap)] = replace(recipe, method=method, gap=gap)
+            runs[run_name(name, gap)] = replace(recipe, method=name, gap=gap)
     calls = {name: Steps(trainer(run, device, torch.bfloat16)) for name, run in runs.items()}
     median = common.medians(taken := take_turns(calls, device, rounds))
     rows = []
-    for method in semi_supervised:
-        plain, with_gap = (median[run_name(method, gap)] / median["UNet"] for gap in (False, True))
+    for name in names:
+        plain, with_gap = (median[run_name(name, gap)] / median["UNet"] for gap in (False, True))
         # in the lab's passes the UNet has two
-        passes = [plan.passes(grid.cell("ACDC", "study", (method, gap), 1, 0)) / 2 for gap in (False, True)]
+        passes = [plan.passes(grid.cell("ACDC", "study", (name, gap), 1, 0)) / 2 for gap in (False, True)]
         values = plain, passes[0], with_gap, passes[1], with_gap / plain
-        rows.append((TABLE[method].label, *(f"{value:.2f}" for value in values)))
+        rows.append((TABLE[name].label, *(f"{value:.2f}" for value in values)))
     columns = ("", "/ UNet", "passes", "with GAP / UNet", "passes", "with GAP / without")
     common.show(f"An iteration, {recipe.size[0]} x {recipe.size[1]}, bfloat16", columns, rows)
     return {"seconds": median, "columns": columns, "rows": rows, "taken": taken}
