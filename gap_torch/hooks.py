@@ -1,8 +1,8 @@
 """One hook on many parameters at once.
 
 `Tensor.register_hook` and the removal of what it returns take as long as a small tensor's norm, and hooks that stayed
-for good would be called in every ordinary pass (docs/performance.md). So they are put where torch looks for them, which
-is private to it (tested with 2.6, 2.14 and 2.15).
+for good would be called in every ordinary pass. So they are put where torch looks for them, which is private to it
+(tested with 2.6, 2.14 and 2.15).
 """
 
 from collections.abc import Callable

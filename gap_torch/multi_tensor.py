@@ -5,7 +5,7 @@ functions for one tensor after the other, as in `torch.optim`. None copies from 
 
 On the CPU threads are the price: torch's elementwise operations share out a tensor of more than 2^15 elements and
 leave smaller ones to the caller, which is right. What shares out every tensor (fused SGD) or works block by block, to
-find theta in the cache, is many times slower as soon as another process wants a core (docs/performance.md).
+find theta in the cache, is many times slower as soon as another process wants a core.
 """
 
 from operator import eq
