@@ -181,7 +181,7 @@ BLOCKS = (
     Block("table 1", "LA", "paper", (GAPMATCH, FIXMATCH, SUPERVISED), SHARES, (0,)),
     Block("table 2", "ACDC", "paper", TABLE_2, (5, 10), (0,)),
     Block("table 3", "ACDC", "paper", TABLE_3, (5, 10), (0,)),
-    Block("systems", "ACDC", "paper", SYSTEMS, (1,), (0,)),
+    Block("systems", "ACDC", "paper", SYSTEMS, SHARES, (0,)),
     # reduced scale, on a CPU
     *(
         Block(POWER, "ACDC", MEDIUM, (FIXMATCH, GAPMATCH), (1,), range(5), [changes], DRAWS)
