@@ -31,9 +31,7 @@ TABLE_3: tuple[Run, ...] = (
 )
 THRESHOLDS: tuple[Run, ...] = tuple((method, gap) for method in ("flexmatch", "freematch") for gap in (False, True))
 SYSTEMS: tuple[Run, ...] = tuple(
-    (method, gap)
-    for method in ("dan", "dtc", "dct", "uamt", "sassnet", "cps", "mcnet", "bcp")
-    for gap in (False, True)
+    (method, gap) for method in ("dan", "dtc", "dct", "uamt", "sassnet", "cps", "mcnet", "bcp") for gap in (False, True)
 )
 """Those of table 1 that are not among the methods of tables 2 and 3, in its order."""
 SHARES = (1, 5, 10)
