@@ -31,12 +31,6 @@ def test_a_threads_number_is_that_of_its_address() -> None:
     assert all(text.split()[-1] == number for text, number in links)
 
 
-def test_the_list_of_questions_is_complete() -> None:
-    listed = re.findall(r"\]\(#([\w-]+)\)", (ROOT / "docs" / "faq.md").read_text().split("\n## ")[0])
-    headings = [re.sub(r"[^\w -]", "", answer.splitlines()[0].lower()).replace(" ", "-") for answer in ANSWERS]
-    assert listed == headings
-
-
 def _problem() -> tuple[nn.Module, Callable[[nn.Module], Tensor], Callable[[nn.Module], Tensor]]:
     torch.manual_seed(0)
     u, x = torch.randn(2, 5, 3).double()

@@ -54,7 +54,8 @@ def work(cell: Cell) -> float:
     """
     recipe = cell.recipe
     phases = sum(phase.iterations * (1 + sum(ENTRIES[phase.method].passes)) for phase in recipe.stages[:-1])
-    return phases + recipe.warm_up + (recipe.iterations - recipe.warm_up) * passes(cell)
+    warm_up = recipe.own_warm_up
+    return phases + warm_up + (recipe.iterations - warm_up) * passes(cell)
 
 
 def estimate(cell: Cell, records: Mapping[Cell, Record], kind: str) -> Estimate:

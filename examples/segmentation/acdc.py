@@ -41,6 +41,7 @@ ACDC = SliceTask(
         "short": {
             "size": (64, 64),
             "iterations": 600,
+            "warm_up": 200,  # as in `study`
             "validate_every": 100,
             "blur": 64 / 256,
             "tau": 0.8,

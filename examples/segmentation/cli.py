@@ -110,7 +110,7 @@ def parse(task: Task, description: str, argv: Sequence[str] | None) -> argparse.
         type=int,
         help="take batch norm's statistics anew over so many before scoring; 0 for none",
     )
-    parser.add_argument("--warm-up", type=int, help="iterations on labelled images alone at the start")
+    parser.add_argument("--warm-up", type=int, help="iterations on labelled images alone at the start (not of BCP)")
     parser.add_argument(
         "--aligned",
         choices=CHOICES["aligned"],

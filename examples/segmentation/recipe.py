@@ -78,7 +78,7 @@ class Recipe:
     joint: bool | None = None
     pre_training: float | None = None
     warm_up: int = 0
-    """Iterations on labelled images alone, before the method joins."""
+    """Iterations on labelled images alone, before the method joins; `own_warm_up` are those that there are."""
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     """The method's own, by name; kept as sorted pairs, without those at their defaults (`methods.Entry.options`)."""
 
@@ -185,6 +185,11 @@ class Recipe:
         return replace(self, method=name, gap=False, iterations=iterations, warm_up=0, options=options)
 
     @property
+    def own_warm_up(self) -> int:
+        """That of this run: none where labelled images alone had a run of their own before."""
+        return 0 if self.phase else self.warm_up
+
+    @property
     def stages(self) -> tuple["Recipe", ...]:
         """This run behind those that it needs, each of which starts from the one before."""
         return (self,) if self.phase is None else (*self.phase.stages, self)
@@ -196,7 +201,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON and checkpoints, with all that is the method's own: that may change."""
-        return {**asdict(self), **asdict(self.own), "options": self.all_options}
+        own = {**asdict(self.own), "warm_up": self.own_warm_up, "options": self.all_options}
+        return {**asdict(self), **own}
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

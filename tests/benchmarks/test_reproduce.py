@@ -39,7 +39,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     from benchmarks import reproduce
     from benchmarks.lab import grid, page, plan, plots, power, published, records, runs, scores
 
-    for preset in ("study", "medium"):
+    for preset in ("study", "medium", "short"):
         monkeypatch.setitem(grid.TASKS["ACDC"].presets, preset, TINY)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -152,23 +152,34 @@ def test_a_change_that_means_nothing_to_a_method_is_no_change(lab: SimpleNamespa
 
 
 def test_pairs_are_complete_one_after_the_other(lab: SimpleNamespace) -> None:
-    """FixMatch, then both GapMatches of the same seed and draw; all draws, then the next seed."""
+    """FixMatch, then GapMatch of the same seed and draw; all draws, then the next seed; then the larger radius."""
     cells = lab.grid.cells(["power"])
-    assert [cell.name.removeprefix("acdc_1pct_medium_") for cell in cells[:4]] == [
+    assert [cell.name.removeprefix("acdc_1pct_medium_") for cell in cells[:3]] == [
         "fixmatch_weight0.5_seed0",
         "gapmatch_weight0.5_eps0.02_seed0",
-        "gapmatch_weight0.5_seed0",  # 0.1 is the default
         "fixmatch_weight0.5_draw1_seed0",
     ]
+    assert cells[50].name == "acdc_1pct_medium_gapmatch_weight0.5_seed0"  # 0.1 is the default
     repeats = [cell.repeat for cell in cells]
-    assert repeats[::3] == repeats[1::3] == repeats[2::3]
-    assert repeats[::3] == [(seed, draw) for seed in range(5) for draw in lab.grid.DRAWS]
+    assert repeats[:50:2] == repeats[1:50:2] == repeats[50:]
+    assert repeats[50:] == [(seed, draw) for seed in range(5) for draw in lab.grid.DRAWS]
     assert all(cell.tested for cell in cells)
 
 
+def test_the_eight_systems_are_run_with_gap_and_without_beside_the_anchors(lab: SimpleNamespace) -> None:
+    short = lab.grid.cells(["systems"], ["short"])
+    of_seed_0 = [(cell.method, cell.gap) for cell in short if cell.seed == 0]
+    assert of_seed_0 == [*lab.grid.TABLE_1, *lab.grid.SYSTEMS]
+    assert len({method for method, _ in lab.grid.SYSTEMS}) == 8
+    assert all(cell.tested and cell.recipe.weight is None for cell in short)  # each by its own weights
+    titles = [table.title for table in lab.page.comparisons({}, "ACDC", "short")]
+    assert [title.split(" on ")[0] for title in titles] == ["Table 1", "Systems of table 1"]
+
+
 def test_the_grid_holds_the_paper_s_tables_and_the_sweeps(lab: SimpleNamespace) -> None:
-    wanted = {("ACDC", method, share) for method in lab.published.PUBLISHED["ACDC"] for share in (1, 5, 10)}
-    for preset in ("paper", "study"):
+    published = lab.published.PUBLISHED["ACDC"]
+    for preset, left_out in (("paper", ()), ("study", lab.grid.SYSTEMS)):
+        wanted = {("ACDC", method, share) for method in published if method not in left_out for share in (1, 5, 10)}
         cells = lab.grid.cells(presets=[preset])
         assert wanted <= {(cell.data_set, (cell.method, cell.gap), cell.share) for cell in cells}
     swept = [cell for cell in lab.grid.cells(["hyper-parameters"]) if cell.seed == 0]
@@ -329,7 +340,7 @@ def test_pairs_are_tested_though_they_differ_from_their_preset(lab: SimpleNamesp
     assert (row[1], row[4]) == ("last", f"{gain:+.1f} [-]")
 
 
-@pytest.mark.parametrize(("device", "presets"), [("cpu", ["medium", "study"]), ("meta", ["paper"])])
+@pytest.mark.parametrize(("device", "presets"), [("cpu", ["medium", "short", "study"]), ("meta", ["paper"])])
 def test_a_gpu_takes_what_is_not_reduced(
     device: str, presets: list[str], lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,7 +109,7 @@ class Trainer:
 
     def step(self, iteration: int) -> dict[str, Tensor]:
         """One iteration (Algorithm 1, lines 3-13). Returns what to log, still on the device, until the next one."""
-        return self.run(self.inputs(iteration), iteration >= self.recipe.warm_up)
+        return self.run(self.inputs(iteration), iteration >= self.recipe.own_warm_up)
 
     def inputs(self, iteration: int) -> Inputs:
         """What the host decides: samples, crops, the learning rate and the weight, the seed of all else."""

@@ -1,5 +1,7 @@
 """What a recipe refuses, and that the presets are none of it."""
 
+from dataclasses import replace
+
 import pytest
 
 import acdc_gapmatch
@@ -51,6 +53,15 @@ def test_bad_values_are_refused_by_name(bad: dict) -> None:
 def test_a_warm_up_is_of_all_methods() -> None:
     Recipe(iterations=4, warm_up=3)
     assert Recipe(iterations=4, warm_up=3).for_run("supervised").warm_up == 3
+
+
+def test_a_run_that_starts_from_one_of_labelled_images_has_no_warm_up_of_its_own() -> None:
+    recipe = Recipe(iterations=6, warm_up=3)
+    assert (recipe.own_warm_up, recipe.to_dict()["warm_up"]) == (3, 3)
+    after = recipe.for_run("bcp")
+    assert (after.own_warm_up, after.to_dict()["warm_up"]) == (0, 0)
+    assert after.for_run("fixmatch").own_warm_up == 3
+    assert replace(after, pre_training=0).own_warm_up == 3
 
 
 def test_an_unknown_word_is_answered_with_the_known_ones() -> None:

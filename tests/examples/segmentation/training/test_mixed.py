@@ -78,7 +78,8 @@ def test_a_step_is_algorithm_1(run: str, joint: bool, dims: str, monkeypatch: py
         ({"joint": False}, "bcp", [2, 2, 4]),
         ({"joint": False}, "bcp+gap", [2, 2, 2, 2, 4]),
         ({"batch": 3}, "bcp", [2, 2]),
-        ({"warm_up": 1}, "bcp", [4]),
+        ({"warm_up": 1}, "bcp", [2, 2]),  # its pre-training is one
+        ({"warm_up": 1, "pre_training": 0}, "bcp", [4]),
     ],
 )
 def test_how_many_passes_there_are(changes: dict[str, Any], run: str, expected: list[int]) -> None:
