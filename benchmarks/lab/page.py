@@ -11,7 +11,7 @@ from benchmarks.lab import scores as lab_scores
 from benchmarks.lab.grid import FIXMATCH, FULL_SCALE, GAPMATCH, MEDIUM, SHARES, SWEEPS, TASKS, Cell, cell, title
 from benchmarks.lab.intervals import LEAST_PAIRS
 from benchmarks.lab.published import FULLY_SUPERVISED, PUBLISHED, Scores
-from benchmarks.lab.records import Record, Records
+from benchmarks.lab.records import Records
 from benchmarks.lab.scores import CHOSEN, LAST, Found, Iterate
 from benchmarks.lab.tables import Table, difference, empty_share, mean_and_deviation, number
 from segmentation.recipe import Recipe, Run
@@ -84,9 +84,11 @@ def write(records: Records, page: Path, figures: Path) -> None:
     pictures = [_picture(path, page, lab_plots.CAPTIONS[path.stem]) for path in lab_plots.draw(found, figures)]
     parts += ["## The grid in pictures\n", *pictures] if pictures else []
     for data_set, preset in dict.fromkeys((batch.data_set, batch.preset) for batch in grid.BLOCKS):
-        parts += [_heading(found, data_set, preset), *(table.told() for table in comparisons(found, data_set, preset))]
+        parts.append(_heading(found, data_set, preset))
+        if any((cell.data_set, cell.preset) == (data_set, preset) for cell in found):
+            parts += [table.told() for table in comparisons(found, data_set, preset)]
         parts += [power.TEXT, power.table(found).told()] if preset == MEDIUM else []
-    parts += [HYPER_PARAMETERS, *(table.told() for table in sweeps(found)), _every_run(found)]
+    parts += [HYPER_PARAMETERS, *(table.told() for table in sweeps(found))]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts), encoding="utf-8")
     stale = [cell.name for cell in cells if records.state(cell) == "stale"]
@@ -315,36 +317,6 @@ def _hardware(found: Found, declared: Sequence[Cell]) -> str:
         if (record := found.get(cell))
     }
     return ", on " + "; ".join(sorted(kinds)) if kinds else ""
-
-
-def _every_run(found: Found) -> str:
-    scores = ("Dice %", "ASD", "By class", "Empty")
-    header = ["Cell", *scores, *(f"{name}, last" for name in scores), "Validation %", "Iteration", "s/iteration"]
-    table = Table("Runs", header, [_run_row(cell, record) for cell, record in found.items()])
-    return f"""\
-## Every run
-
-<details markdown="1"><summary>{len(found)} runs</summary>
-
-{table.markdown()}
-</details>
-"""
-
-
-def _run_row(cell: Cell, record: Record) -> list[str]:
-    if record["state"] == "failed":
-        return [cell.name, f"failed: {record['reason']}", *[""] * 10]
-    validation = record["validation_dice"]
-    scores = ["not tested", *[""] * 7] if record["test"] is None else [*_test(record[CHOSEN]), *_test(record.get(LAST))]
-    validated = "" if validation is None else f"{validation:.1f}"
-    return [cell.name, *scores, validated, f"{record['chosen_iteration']:,}", f"{record['seconds_per_iteration']:.3g}"]
-
-
-def _test(test: Record | None) -> list[str]:
-    if test is None:
-        return ["-"] * 4
-    by_class = " ".join(f"{dice:.1f}" for dice in test["class_dice"])
-    return [f"{test['dice']:.1f}", f"{test['asd']:.2f}", by_class, f"{test['empty']} of {test['predictions']}"]
 
 
 def _picture(path: Path, page: Path, caption: str) -> str:

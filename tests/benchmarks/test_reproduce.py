@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -749,9 +750,6 @@ def test_the_last_iterate_stands_beside_the_chosen_one(lab: SimpleNamespace) -> 
     assert with_gap[1] == "45.0 ± 7.1\n2.00 ± 0.00† (n = 2 of 3)\n37.5 % empty"
     assert gain[0] == "+6.0 ± 0.0 [+6.0, +6.0]\n+0.00 ± 0.00 [+0.00, +0.00] (n = 3)"
     assert gain[1] == "+15.0 ± 7.1 [-]\n+0.00 ± 0.00 [-]† (n = 2 of 3)"
-    row = lab.page._run_row(cells[True, 2], found[cells[True, 2]])
-    assert row[1:9] == ["46.0", "2.00", "46.0 46.0 46.0", "0 of 120", "50.0", "2.00", "50.0 50.0 50.0", "90 of 120"]
-    assert lab.page._run_row(cells[True, 0], found[cells[True, 0]])[5:9] == ["-"] * 4
 
 
 def test_a_mean_counts_seeds_and_draws(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -841,4 +839,5 @@ def test_the_report_has_every_section_and_picture(lab: SimpleNamespace, tmp_path
         assert f"(../figures/{name}.png)" in text
     for wanted in ("## ACDC, full scale", "## ACDC, reduced scale", "Table 3 on ACDC, ours at reduced scale", "a CPU"):
         assert wanted in text
-    assert text.count("| acdc_") == len(run)
+    assert "0 of 102 cells have run" in text
+    assert not re.search("on ACDC$", text, re.MULTILINE)  # no table of a scale at which nothing has run
