@@ -12,19 +12,24 @@ from torch import Tensor
 class RNGState:
     """State of torch's default generators at one moment.
 
-    Take it with `RNGState.now()` just before the first pass and hand it to `GAPWrapper.perturbed(rng=...)`.
+    Take the state with `RNGState.now()` just before the first pass, and give it to `GAPWrapper.perturbed(rng=...)`.
     """
 
     cpu: Tensor
+    """State of the CPU's generator."""
     accelerators: dict[int, Tensor]
+    """Index of a CUDA device -> state of its generator."""
 
     @classmethod
     def now(cls, devices: Sequence[torch.device | str | int] | None = None) -> "RNGState":
         """The current state.
 
         Args:
-            devices: accelerators whose generators to take; None for the current one, if there is one. Reading
-                a CUDA generator's state does not wait for the GPU's work.
+            devices: CUDA devices whose generators to read; None for the current device, if there is one. Reading
+                a generator's state does not wait for the GPU's work.
+
+        Returns:
+            The state of the CPU's generator and of those of `devices`.
         """
         accelerators = {}
         if torch.cuda.is_available():
@@ -37,7 +42,7 @@ class RNGState:
 
 @contextmanager
 def replayed(state: RNGState) -> Iterator[None]:
-    """Within the context the default generators start from `state`; after it they are as before."""
+    """Within the context the default generators start from `state`; afterwards they are as before."""
     with torch.random.fork_rng(devices=list(state.accelerators)):
         torch.set_rng_state(state.cpu)
         for index, accelerator in state.accelerators.items():

@@ -14,10 +14,10 @@ class CPS(TwinMethod):
 
         loss = CE(f_1(u), argmax f_2(u)) + CE(f_2(u), argmax f_1(u))
 
-    Two networks that agree still have a loss: that of their own hard labels. As in SSL4MIS the images are the
-    unlabelled ones, without strong augmentation; the authors' code for photographs takes the labelled ones too, CutMix,
-    and a constant weight. There the labels are of the very pass that is trained. Here they are of one before it, at
-    theta, in the model's own mode: with dropout, other units are dropped.
+    Two networks that agree still have a loss, between each prediction and its own hard labels. As in SSL4MIS the images
+    are unlabelled, without strong augmentation; the authors' code for photographs takes labelled images too, CutMix,
+    and a constant weight. There the classes come from the pass that is trained. Here they come from a pass before it,
+    at theta, in the model's own mode: with dropout, other units are dropped.
 
     The model returns (logits of f_1, logits of f_2) in training mode, and f_1's alone in eval mode.
 

@@ -29,7 +29,7 @@ class EntropyMinimisation(Method):
         """-sum p log p / log K, mean over pixels: from 0 where the model is certain to 1 where all K are as likely.
 
         Raises:
-            ValueError: logits of one class, whose entropy is always 0.
+            ValueError: the logits are of one class, whose entropy is always 0.
         """
         logits = check_classes(logits_of(only(outputs)))
         log_p = at_least_float32(logits).log_softmax(dim=1)

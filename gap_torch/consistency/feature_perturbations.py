@@ -28,7 +28,7 @@ class FeaturePerturbation(nn.Module, ABC):
 
     @abstractmethod
     def factor(self, features: Tensor) -> Tensor:
-        """What to multiply with, of a shape that broadcasts to that of `features`."""
+        """The factor to multiply with, of a shape that broadcasts to the shape of `features`."""
 
     def rand(self, features: Tensor, *size: int) -> Tensor:
         """Random numbers (B, *size) from [0, 1): all that a perturbation draws, a row for each sample."""
@@ -37,6 +37,9 @@ class FeaturePerturbation(nn.Module, ABC):
 
 class FeatureNoise(FeaturePerturbation):
     """z -> z n + z, n uniform in [-bound, bound], drawn for every value.
+
+    Args:
+        bound: greatest size of n.
 
     Raises:
         ValueError: `bound` is negative or not finite.
@@ -53,11 +56,15 @@ class FeatureNoise(FeaturePerturbation):
 
 
 class FeatureDrop(FeaturePerturbation):
-    """Takes away where a sample is most active.
+    """Sets features to zero where a sample is most active.
 
     A position is dropped, in all channels, where the mean over the channels reaches gamma times the highest such mean
-    of the sample, gamma ~ U(low, high): what is within 10 to 30 % of the highest, at the default. U(0.7, 0.9) is the
-    authors' code's; the paper, as we recall it, has U(0.6, 0.9).
+    of the sample, gamma ~ U(low, high). At the default these are the positions within 10 to 30 % of the highest mean.
+    The authors' code has U(0.7, 0.9); the paper, as we recall it, has U(0.6, 0.9).
+
+    Args:
+        low: least gamma.
+        high: greatest gamma.
 
     Raises:
         ValueError: not 0 <= low <= high <= 1.
@@ -78,6 +85,9 @@ class FeatureDrop(FeaturePerturbation):
 
 class ChannelDropout(FeaturePerturbation):
     """Drops whole channels with probability `p` and scales the others by 1 / (1 - p): spatial dropout.
+
+    Args:
+        p: probability of dropping a channel.
 
     Raises:
         ValueError: `p` is outside [0, 1).

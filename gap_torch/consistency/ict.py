@@ -19,7 +19,7 @@ class ICT(MixUp):
     Args:
         teacher: f', the moving average of the model to train.
         weak: weak augmentation of images (B, C, *spatial), before the mix.
-        beta: of the Beta distribution.
+        beta: parameter of the Beta distribution.
         loss: called with logits and mixed probabilities, both (B, K, *spatial).
         mode: the teacher's mode (`targets.Mode`).
         generator: source of random numbers, on the images' device; None for the default one.
@@ -41,7 +41,7 @@ class ICT(MixUp):
         self.teacher = teacher
 
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
-        """Mixes of the weak views of the unlabelled images, and of the teacher's probabilities for those."""
+        """Mixes of the weak views of the unlabelled images, and of the teacher's probabilities for these views."""
         return super().prepare(self.teacher, batch)
 
     def update(self, model: nn.Module, batch: Batch) -> None:

@@ -12,8 +12,8 @@ from .thresholds import Threshold, as_threshold
 class PseudoLabel(Method):
     """The model's own confident classes on a view are the labels of that very view.
 
-    Lee labels every sample and lets the loss's weight grow over training instead: that is `tau=0`, and a `weight` that
-    grows with progress.
+    Lee's paper labels every sample, and the weight of the loss grows over training instead: that is `tau=0`, and a
+    `weight` that grows with progress.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Threshold(nn.Module, ABC):
-    """Called once an iteration with the probabilities that pseudo-labels are made of."""
+    """Says which pseudo-labels count. Called once an iteration, with the probabilities that they are made of."""
 
     @abstractmethod
     def forward(self, probabilities: Tensor) -> Tensor:
@@ -14,7 +14,10 @@ class Threshold(nn.Module, ABC):
 
 
 class FixedThreshold(Threshold):
-    """FixMatch's: confidence of at least `tau` (equation 5).
+    """FixMatch's threshold: a confidence of at least `tau` (equation 5).
+
+    Args:
+        tau: least confidence of a pseudo-label that counts.
 
     Raises:
         ValueError: `tau` is outside [0, 1].
@@ -31,7 +34,7 @@ class FixedThreshold(Threshold):
 
 
 def as_threshold(tau: float | Threshold) -> Threshold:
-    """`tau` as a threshold: a number is a fixed one."""
+    """`tau` as a threshold: a number becomes a `FixedThreshold`."""
     return tau if isinstance(tau, Threshold) else FixedThreshold(tau)
 
 

@@ -1,4 +1,4 @@
-"""What CPS and deep co-training of two networks share: a second network, which labels train as the first."""
+"""What CPS and deep co-training of two networks share: a second network, which learns from labels as the first does."""
 
 from abc import ABC
 
@@ -24,5 +24,5 @@ class TwinMethod(Method, ABC):
 
 
 def twins(outputs: Outputs) -> tuple[Tensor, Tensor]:
-    """The model's own logits and those of a second network behind them. Raises as `auxiliary_logits`."""
+    """The model's own logits and a second network's logits behind them. Raises as `auxiliary_logits`."""
     return logits_of(outputs), auxiliary_logits(outputs)[0]
