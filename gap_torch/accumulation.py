@@ -122,8 +122,7 @@ class Accumulation:
             hook.remove()
 
     def _check(self, found: list[list[Tensor | None]]) -> None:
-        """Raise RuntimeError unless `found`, the gradients of each sum's parameters, are what a backward pass
-        leaves."""
+        """Raise RuntimeError unless `found`, each sum's gradients, are what a backward pass leaves."""
         # sharded and compiled gradients pass no hooks
         apart = (g for total, g2 in zip(self.sums, found, strict=True) if not total.in_place for g in g2)
         if not (self.seen_backward or any(g is not None for g in apart)):

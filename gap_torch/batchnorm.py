@@ -22,6 +22,17 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: the module whose layers are held still.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch import frozen_running_stats
+        >>> layer = torch.nn.BatchNorm1d(1)
+        >>> with frozen_running_stats(layer):
+        ...     outputs = layer(torch.tensor([[1.0], [3.0]]))
+        >>> layer.running_mean
+        tensor([0.])
+        >>> outputs.mean().item()  # normalised by the batch all the same
+        0.0
     """
     layers = [layer for layer in model.modules() if layer.training and has_running_stats(layer)]
     flagged = [layer for layer in layers if _respects_flag(layer) and layer.track_running_stats]
@@ -58,8 +69,7 @@ def _statistics(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _respects_flag(layer: nn.Module) -> "TypeGuard[_BatchNorm]":
-    """Whether the layer takes batch statistics and leaves its buffers alone in training mode without
-    `track_running_stats`.
+    """Whether, without `track_running_stats`, the layer in training mode leaves its buffers alone.
 
     InstanceNorm does not look at this flag, and a class with a `forward` of its own need not.
     """

@@ -36,6 +36,15 @@ def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) ->
         ValueError: `logits` are of one class; `target` or `mask` has another dtype or shape; on the CPU also, an index
             is out of range. On CUDA and under torch.compile indices are not checked, because the host would have to
             wait: there the result of a wrong index is undefined.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import cross_entropy
+        >>> logits, target = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+        >>> cross_entropy(logits, target)  # ln 2
+        tensor(0.6931)
+        >>> cross_entropy(logits, target, mask=torch.zeros(1, 4, 4, dtype=torch.bool))  # no pixel counts
+        tensor(0.)
     """
     _check(logits, target, mask)
     return _cross_entropy(logits, target, mask)
@@ -63,6 +72,16 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
 
     Raises:
         ValueError: as for `cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import dice_loss
+        >>> target = torch.tensor([[0, 0, 1, 1]])
+        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # (1, 2, 4), sure and right
+        >>> dice_loss(logits, target) < 1e-4
+        tensor(True)
+        >>> dice_loss(-logits, target) > 0.999  # sure and wrong
+        tensor(True)
     """
     _check(logits, target, mask)
     return _dice_loss(logits, target, mask, smooth)
@@ -81,6 +100,14 @@ def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> 
 
     Raises:
         ValueError: as for `cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import ce_dice_loss, cross_entropy, dice_loss
+        >>> logits, target, confident = torch.rand(2, 3, 8, 8), torch.randint(3, (2, 8, 8)), torch.rand(2, 8, 8) > 0.5
+        >>> loss = ce_dice_loss(logits, target, confident)
+        >>> torch.allclose(loss, (cross_entropy(logits, target, confident) + dice_loss(logits, target, confident)) / 2)
+        True
     """
     _check(logits, target, mask)
     return (_cross_entropy(logits, target, mask) + _dice_loss(logits, target, mask, SMOOTH)) / 2
@@ -101,6 +128,12 @@ def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
 
     Raises:
         ValueError: `logits` are of one class; `probabilities` have another shape, or no floating dtype.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import soft_cross_entropy
+        >>> soft_cross_entropy(torch.zeros(1, 2, 4), torch.full((1, 2, 4), 0.5))  # ln 2, the target's entropy
+        tensor(0.6931)
     """
     _check_soft(logits, probabilities)
     return -(probabilities * at_least_float32(logits).log_softmax(dim=1)).sum(dim=1).mean()
@@ -121,6 +154,13 @@ def mean_squared(logits: Tensor, probabilities: Tensor) -> Tensor:
 
     Raises:
         ValueError: as for `soft_cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import mean_squared
+        >>> logits = torch.rand(2, 3, 8, 8)
+        >>> mean_squared(logits, logits.softmax(dim=1))
+        tensor(0.)
     """
     _check_soft(logits, probabilities)
     return (at_least_float32(logits).softmax(dim=1) - probabilities).square().mean()
@@ -141,6 +181,13 @@ def soft_dice_loss(logits: Tensor, probabilities: Tensor, smooth: float = SMOOTH
 
     Raises:
         ValueError: as for `soft_cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import soft_dice_loss
+        >>> logits = torch.rand(2, 3, 8, 8)
+        >>> soft_dice_loss(logits, logits.softmax(dim=1)) < 1e-4
+        tensor(True)
     """
     _check_soft(logits, probabilities)
     p, q = at_least_float32(logits).softmax(dim=1), at_least_float32(probabilities)
@@ -162,6 +209,12 @@ def check_classes(logits: Tensor) -> Tensor:
     Raises:
         ValueError: K is 1, as in a network that was made for a sigmoid: a softmax over one class is 1 everywhere, and
             no loss here would train anything.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import check_classes
+        >>> check_classes(torch.zeros(1, 2, 8, 8)).shape
+        torch.Size([1, 2, 8, 8])
     """
     if logits.ndim < 2 or logits.shape[1] < 2:
         raise ValueError(
@@ -172,7 +225,14 @@ def check_classes(logits: Tensor) -> Tensor:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """`logits` in float32; float64 stays float64."""
+    """`logits` in float32; float64 stays float64.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import at_least_float32
+        >>> at_least_float32(torch.zeros(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -10,8 +10,7 @@ from .tensors import of_one_kind
 
 
 class Memory:
-    """A tensor like each of some parameters; it is kept from step to step for as long as the parameter stays as it
-    is."""
+    """A tensor like each of some parameters, kept from step to step while the parameter stays as it is."""
 
     def __init__(self) -> None:
         self.copies: dict[Tensor, Tensor] = {}

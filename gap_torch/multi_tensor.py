@@ -136,8 +136,7 @@ def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor) -> 
 
 
 def _fusable(params: list[Tensor], grads: list[Tensor]) -> bool:
-    """Whether the fused kernel can take `params` and `grads`: it walks memory, and reads its learning rate as
-    float32."""
+    """Whether the fused kernel can take all tensors: it walks memory, and reads its learning rate as float32."""
     return (
         not torch.compiler.is_compiling()  # which fuses by itself
         and params[0].device.type == FUSED_DEVICE

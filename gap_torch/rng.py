@@ -13,6 +13,16 @@ class RNGState:
     """State of torch's default generators at one moment.
 
     Take the state with `RNGState.now()` just before the first pass, and give it to `GAPWrapper.perturbed(rng=...)`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch import GAPWrapper, RNGState
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(), torch.nn.Linear(8, 1))
+        >>> optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> inputs, state = torch.ones(4, 2), RNGState.now()
+        >>> model(inputs).square().mean().backward()
+        >>> with optimizer.perturbed(model, rng=state):  # with the dropout masks of the first pass
+        ...     model(inputs).square().mean().backward()
     """
 
     cpu: Tensor

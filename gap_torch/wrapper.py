@@ -91,6 +91,19 @@ class GAPWrapper(Optimizer):
         TypeError: `base_optimizer` is a class, no optimizer, a GAPWrapper, an LBFGS, or somebody else's proxy of an
             optimizer (what Accelerate's `prepare` returns).
         ValueError: `eps` or `alpha` is negative or not finite, or `interval` is less than 1.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch import GAPWrapper
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), lr=0.1), eps=0.05)
+        >>> unlabelled, labelled = torch.rand(4, 2), torch.rand(4, 2)
+        >>> model(unlabelled).square().mean().backward()  # g1
+        >>> with optimizer.perturbed(model):
+        ...     model(unlabelled).square().mean().backward()  # g2, at theta*
+        >>> model(labelled).square().mean().backward()  # g_l
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
     """
 
     def __init__(
@@ -122,14 +135,15 @@ class GAPWrapper(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """||g1|| of the last `first_step` (0-dim, on the device; in a GradScaler's units if one is used). If
-        `adaptive`, || |theta| g1 ||."""
+        """||g1|| of the last `first_step`, 0-dim, on the device.
+
+        In a GradScaler's units if one is used. If `adaptive`, || |theta| g1 ||.
+        """
         return self._perturbation.grad_norm
 
     @property
     def due(self) -> bool:
-        """Whether the present update is to have a perturbed pass: every `interval`-th update has one, the first
-        included."""
+        """Whether the present update is to have a perturbed pass: the first, and every `interval`-th after it."""
         return self._knobs.updates % self.interval == 0
 
     @torch.no_grad()
@@ -309,8 +323,11 @@ class GAPWrapper(Optimizer):
 
     @property
     def eps(self) -> Eps:
-        """Default radius of a group, or its schedule. To change it, write to `param_groups[i]["gap_eps"]`, which a
-        schedule overwrites in groups that have no radius of their own."""
+        """Default radius of a group, or its schedule.
+
+        To change it, write to `param_groups[i]["gap_eps"]`. A schedule overwrites this in groups that had no radius of
+        their own.
+        """
         return self._knobs.eps
 
     @property
@@ -405,8 +422,11 @@ class GAPWrapper(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler may leave unscaling and skipping to `step`. It finds no `grad_scaler` in the wrapper's
-        signature; where the base optimizer's has one, the scaler is to do both itself."""
+        """Whether a GradScaler may leave unscaling, and skipping a step, to `step`.
+
+        It looks for `grad_scaler` in the signature of `step`, and the wrapper's has none: where the base optimizer's
+        has it, the scaler is to do both itself.
+        """
         base = self.base_optimizer
         takes_scaler = "grad_scaler" in inspect.signature(base.step).parameters
         return getattr(base, "_step_supports_amp_scaling", False) and not takes_scaler

@@ -40,7 +40,7 @@ def on_features(update: Update) -> set[str]:
 
 
 def of_part(part: str, forwards: list[Forward]) -> list[Forward]:
-    """Those of `forwards` that are calls of `part`; all of `forwards`, if it was not called."""
+    """The calls of `part` among `forwards`; all of `forwards`, if it was not called."""
     return [forward for forward in forwards if forward.part == part] or forwards
 
 

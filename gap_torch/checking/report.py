@@ -9,7 +9,14 @@ import torch.distributed as dist
 
 
 class Finding(NamedTuple):
-    """Something that is wrong, or worth knowing (a note)."""
+    """Something that is wrong, or worth knowing (a note).
+
+    Examples:
+        >>> from gap_torch.checking import Finding
+        >>> finding = Finding("leftover", "train.py:12", ".grad held gradients.", "call zero_grad() after step().")
+        >>> finding.kind, finding.where
+        ('leftover', 'train.py:12')
+    """
 
     kind: str
     """Name of its kind: "other batch", "leftover", ... (the table of docs/check.md)."""
@@ -30,6 +37,14 @@ class Report:
     """What is right, what is wrong, where, and what to do about it.
 
     `print(report)` shows it; `report.ok` is for tests.
+
+    Examples:
+        >>> from gap_torch.checking import Report
+        >>> report = Report()  # as `gap_torch.check` makes it, before it has seen an update
+        >>> report.ok
+        False
+        >>> print(report)
+        gap_torch.check: no update was watched to its end, so nothing is known.
     """
 
     updates: int = 0

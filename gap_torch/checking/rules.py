@@ -229,7 +229,6 @@ BY_HAND = (g2_is_used, own_graphs)
 
 
 def _of_forward(kind: str, forward: Forward, what: str, fix: str, where: str = "") -> Finding:
-    """A finding at the last backward of `forward`, which is more often a line of the loop itself; else at the model's
-    call."""
+    """A finding at the last backward of `forward`, more often a line of the loop itself; else at its call."""
     where = where or [forward.where, *(flow.where for flow in forward.flows.values())][-1]
     return Finding(kind, where, what + (f" (Forward pass: {forward.where}.)" if where != forward.where else ""), fix)

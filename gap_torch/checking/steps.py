@@ -23,8 +23,7 @@ class StepWatch:
         self.loop = loop
 
     def hang_up(self, patches: Patches) -> None:
-        """Patch all calls but the step of the base optimizer, whose class may be anybody's: `before_step` is a hook for
-        it."""
+        """Patch all but the step of the base optimizer, whose class is anybody's: `before_step` is its hook."""
         patches.replace(GAPWrapper, "first_step", self._first_step)
         patches.replace(GAPWrapper, "second_step", self._second_step)
         patches.replace(GAPWrapper, "set_aside", self._set_aside)

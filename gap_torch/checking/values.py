@@ -115,8 +115,7 @@ def loss_of(tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> float
 
 
 def with_gradient(gradient: Tensor) -> tuple[list[bool], list[bool]]:
-    """For each row, whether it has numbers other than zero, and whether these are clear beside the largest of the
-    batch.
+    """For each row, whether it has numbers other than zero, and any that are clear beside the batch's largest.
 
     Small numbers may be rounded to zero in another pass: in float32 below 1e-3, in bfloat16 below 1/2.
     """

@@ -29,6 +29,13 @@ class Discriminator(nn.Module):
 
     Raises:
         ValueError: `dimensions` is neither 2 nor 3; when called, a side is below 16.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Discriminator
+        >>> discriminator = Discriminator(map_channels=3)
+        >>> discriminator(torch.rand(2, 3, 16, 16), torch.rand(2, 1, 16, 16)).shape  # maps and images to logits
+        torch.Size([2, 2])
     """
 
     def __init__(self, map_channels: int, image_channels: int = 1, dimensions: int = 2) -> None:
@@ -78,6 +85,15 @@ class Adversary(nn.Module):
         discriminator: maps (B, ...) and images (B, ...) to logits (B, 2), as `Discriminator`.
         lr: learning rate of Adam, constant.
         betas: decay rates of Adam's averages. There is no weight decay.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Adversary, Discriminator
+        >>> adversary = Adversary(Discriminator(map_channels=3))
+        >>> maps, images = torch.rand(4, 3, 16, 16).softmax(dim=1), torch.rand(4, 1, 16, 16)
+        >>> adversary.step(maps, images, labelled=2)  # the discriminator learns
+        >>> adversary.loss(maps, images).shape  # what the network that made the maps learns from
+        torch.Size([])
     """
 
     mean: Tensor

@@ -35,6 +35,13 @@ def alignment(outputs: Outputs, before: Outputs) -> Tensor:
     Raises:
         ValueError: `outputs` and `before` differ in the number of logits, or in their shape.
         TypeError: `outputs` or `before` is neither a tensor nor a tuple or list of tensors.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import alignment
+        >>> before = torch.rand(2, 3, 8, 8)  # logits at theta
+        >>> alignment(before, before) < 1e-6  # the logits at theta* are the same
+        tensor(True)
     """
     pairs = _pairs(outputs, before)
     return torch.stack([kl_divergence(a, p).mean() for a, p in pairs]).mean()
@@ -57,6 +64,13 @@ def hard_alignment(
     Raises:
         ValueError: as for `alignment`, and where `tau` is outside [0, 1].
         TypeError: as for `alignment`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import hard_alignment
+        >>> before = torch.rand(2, 3, 8, 8)  # logits at theta, nowhere confident
+        >>> hard_alignment(before, before, tau=0.95)
+        tensor(0.)
     """
     threshold = as_threshold(tau)
     pairs = _pairs(outputs, before)

@@ -43,6 +43,17 @@ class BCP(Method):
 
     Raises:
         ValueError: `mode` is unknown; from `prepare`, a batch without labelled images.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import BCP, Batch, Teacher
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> teacher = Teacher(model, decay=0.99, warm_up=False)
+        >>> method = BCP(teacher, weak=lambda images: images.flip(-1), clean=lambda classes: classes)
+        >>> images, labels, unlabelled = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8)), torch.rand(2, 1, 8, 8)
+        >>> views = method.prepare(model, Batch(unlabelled, images, labels))
+        >>> method.loss(model, views).backward()
+        >>> method.labelled_loss(None, model(views.labelled), labels, views).backward()
     """
 
     def __init__(
@@ -107,6 +118,14 @@ class BCPPreTraining(Method):
     Args:
         by_region: whether box and surroundings count the same, as for ACDC, or every pixel does, as for LA.
         dice: as for `BCP`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, BCPPreTraining
+        >>> model, method = torch.nn.Conv2d(1, 3, kernel_size=1), BCPPreTraining()
+        >>> images, labels, unlabelled = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8)), torch.rand(2, 1, 8, 8)
+        >>> views = method.prepare(model, Batch(unlabelled, images, labels))
+        >>> method.labelled_loss(None, model(views.labelled), labels, views).backward()
     """
 
     def __init__(self, by_region: bool = True, dice: MaskedLoss | None = None) -> None:
@@ -209,6 +228,14 @@ def linear_dice_loss(logits: Tensor, target: Any, region: Tensor) -> Tensor:
 
     Raises:
         ValueError: logits of one class.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import linear_dice_loss
+        >>> target = torch.tensor([[0, 0, 1, 1]])
+        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # (1, 2, 4), sure and right
+        >>> linear_dice_loss(logits, target, region=torch.ones_like(target, dtype=torch.bool)) < 1e-4
+        tensor(True)
     """
     p, t = _within(logits, target, region)
     over = tuple(range(2, logits.ndim))
@@ -224,8 +251,7 @@ def _within(logits: Tensor, target: Tensor, region: Tensor) -> tuple[Tensor, Ten
 
 
 def _halves(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Two halves of one size, together `count` rows or one more: the rows of `tensor`, repeated where there are
-    fewer."""
+    """Two halves of one size, together of `count` rows or one more: those of `tensor`, repeated if too few."""
     half = -(-count // 2)
     rows = torch.arange(2 * half, device=tensor.device) % len(tensor)
     return tensor[rows].split(half)

@@ -31,6 +31,18 @@ class CCT(Method):
 
     Raises:
         ValueError: `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, CCT
+        >>> class TwoDecoders(torch.nn.Sequential):  # in training mode (logits, auxiliary logits)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoDecoders(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = CCT(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation, loss: SoftLoss = mean_squared, mode: Mode = "eval") -> None:
@@ -61,6 +73,18 @@ class MedicalCCT(CCT):
     Args:
         weak: weak augmentation of images (B, C, *spatial).
         loss: as for `CCT`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, MedicalCCT
+        >>> class TwoDecoders(torch.nn.Sequential):  # in training mode (logits, auxiliary logits)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoDecoders(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = MedicalCCT(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation, loss: SoftLoss = mean_squared) -> None:

@@ -26,6 +26,18 @@ class CPS(TwinMethod):
 
     Raises:
         ValueError: from `prepare` and `compare`, a model without a second network's logits, or logits of one class.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, CPS
+        >>> class Twins(torch.nn.Sequential):  # in training mode (logits of f_1, logits of f_2)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = Twins(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = CPS(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation) -> None:

@@ -22,6 +22,12 @@ class CutMix:
 
     Raises:
         ValueError: `p` or `share` is outside [0, 1], or `aspect` is below 1 or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import CutMix
+        >>> images, pseudo_label = torch.rand(4, 1, 8, 8), torch.randint(3, (4, 8, 8))
+        >>> images, pseudo_label = CutMix(p=1.0)(images, pseudo_label)  # the same boxes in both
     """
 
     def __init__(

@@ -31,6 +31,14 @@ class CutMixSeg(PseudoLabel):
 
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, CutMixSeg
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = CutMixSeg(weak=lambda images: images.flip(-1), tau=0.4)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(
@@ -77,6 +85,15 @@ class CutMixMeanTeacher(Method):
 
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, CutMixMeanTeacher, Teacher
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = CutMixMeanTeacher(Teacher(model), weak=lambda images: images.flip(-1), tau=0.4)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(torch.rand(2, 1, 8, 8)))  # after the optimizer step
     """
 
     def __init__(

@@ -21,6 +21,15 @@ class DAN(Method):
     Args:
         adversary: holds the discriminator, which takes maps of K channels.
         weak: weak augmentation of images (B, C, *spatial).
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import DAN, Adversary, Batch, Discriminator
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = DAN(Adversary(Discriminator(map_channels=3)), weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 16, 16)))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16)))  # the discriminator learns
     """
 
     def __init__(self, adversary: Adversary, weak: Augmentation) -> None:

@@ -24,6 +24,14 @@ class DCT(Method):
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, DCT
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = DCT(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation) -> None:

@@ -14,8 +14,7 @@ from .twins import TwinMethod, twins
 
 
 class ViewsDCT(TwinMethod):
-    """Deep co-training as in the paper: two networks that are to agree, each to resist the other's adversarial
-    examples.
+    """Deep co-training as in the paper: two networks agree, and resist each other's adversarial examples.
 
     With p_1 and p_2 the predictions of two networks of different initial weights, H the entropy, u unlabelled images,
     x labelled and unlabelled ones, y their labels, or the network's own classes where there are none:
@@ -41,6 +40,18 @@ class ViewsDCT(TwinMethod):
     Raises:
         ValueError: `radius`, `cot` or `dif` is negative or not finite; from `prepare` and `compare`, a model without a
             second network's logits, or logits of one class.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, ViewsDCT
+        >>> class Twins(torch.nn.Sequential):  # in training mode (logits of f_1, logits of f_2)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = Twins(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = ViewsDCT(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation, radius: float = 0.02, cot: float = 10.0, dif: float = 0.5) -> None:

@@ -22,6 +22,16 @@ class DistanceMethod(Method, ABC):
 
     Raises:
         ValueError: `distance_weight` is negative or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import DTC, DistanceMethod, signed_distances
+        >>> method, target = DTC(torch.nn.Identity()), torch.tensor([[0, 0, 1, 1]])
+        >>> isinstance(method, DistanceMethod)
+        True
+        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # sure and right, as are the distances
+        >>> method.labelled_loss(None, (logits, signed_distances(target, 2)), target) < 1e-4
+        tensor(True)
     """
 
     def __init__(self, weak: Augmentation, distance_weight: float = 0.3) -> None:

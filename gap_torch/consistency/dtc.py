@@ -30,6 +30,18 @@ class DTC(DistanceMethod):
     Raises:
         ValueError: `k` isn't above 0 and finite, or `distance_weight` is negative or not finite; from `compare`,
             outputs without signed distances.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, DTC
+        >>> class TwoHeads(torch.nn.Sequential):  # in training mode (logits, signed distances)
+        ...     def forward(self, images):
+        ...         logits, z = super().forward(images).split([2, 1], dim=1)
+        ...         return (logits, z.tanh()) if self.training else logits
+        >>> model = TwoHeads(torch.nn.Conv2d(1, 2 + 1, kernel_size=1))
+        >>> method = DTC(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation, k: float = 1500.0, distance_weight: float = 0.3) -> None:

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 
 class FeaturePerturbation(nn.Module, ABC):
-    """Features times a random factor, to which no gradient goes."""
+    """Features times a random factor, to which no gradient goes.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import FeaturePerturbation
+        >>> class RandomSize(FeaturePerturbation):
+        ...     def factor(self, features):
+        ...         return 1 + self.rand(features, *[1] * (features.ndim - 1))
+        >>> RandomSize()(torch.ones(2, 4, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+    """
 
     def forward(self, features: Tensor) -> Tensor:
         """`features` (B, C, *spatial), perturbed in training mode; of the same shape and dtype."""
@@ -43,6 +53,13 @@ class FeatureNoise(FeaturePerturbation):
 
     Raises:
         ValueError: `bound` is negative or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import FeatureNoise
+        >>> noisy = FeatureNoise(bound=0.3)(torch.ones(2, 4, 8, 8))
+        >>> 0.69 < noisy.min() and noisy.max() < 1.31
+        tensor(True)
     """
 
     def __init__(self, bound: float = 0.3) -> None:
@@ -68,6 +85,12 @@ class FeatureDrop(FeaturePerturbation):
 
     Raises:
         ValueError: not 0 <= low <= high <= 1.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import FeatureDrop
+        >>> FeatureDrop()(torch.tensor([[[1.0, 2.0, 10.0]]]))  # (B, C, *spatial)
+        tensor([[[1., 2., 0.]]])
     """
 
     def __init__(self, low: float = 0.7, high: float = 0.9) -> None:
@@ -91,6 +114,13 @@ class ChannelDropout(FeaturePerturbation):
 
     Raises:
         ValueError: `p` is outside [0, 1).
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import ChannelDropout
+        >>> features = torch.ones(2, 4, 8, 8)
+        >>> torch.equal(ChannelDropout(p=0.5).eval()(features), features)  # in training mode half are zeros
+        True
     """
 
     def __init__(self, p: float = 0.5) -> None:

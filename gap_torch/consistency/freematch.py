@@ -26,6 +26,14 @@ class SelfAdaptiveThreshold(Threshold):
     Raises:
         ValueError: `num_classes` is below 2, `momentum` outside [0, 1); when called, probabilities of another number of
             classes.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import SelfAdaptiveThreshold
+        >>> threshold = SelfAdaptiveThreshold(num_classes=2, momentum=0.9)  # FixMatch(..., tau=threshold) is FreeMatch
+        >>> mask = threshold(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))
+        >>> threshold.thresholds()  # from 1 / K on
+        tensor([0.5250, 0.4750])
     """
 
     overall: Tensor

@@ -26,6 +26,15 @@ class ICT(MixUp):
 
     Raises:
         ValueError: `beta` is outside [1e-6, 1e6], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, ICT, Teacher
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = ICT(Teacher(model), weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(torch.rand(2, 1, 8, 8)))  # after the optimizer step
     """
 
     def __init__(

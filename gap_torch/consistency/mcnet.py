@@ -18,8 +18,7 @@ from .method import (
 
 
 class MCNet(Method):
-    """Decoders of one encoder, which differ in how they upsample; each is to agree with the others' sharpened
-    predictions.
+    """Decoders of one encoder, which upsample differently, are to agree with each other's sharpened predictions.
 
     With p_i the prediction of decoder i (two of them in MC-Net, three in MC-Net+) and s the sharpening (`sharpen`):
 
@@ -39,6 +38,18 @@ class MCNet(Method):
 
     Raises:
         ValueError: `temperature` isn't above 0; from `compare`, a model of one decoder, or logits of one class.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, MCNet
+        >>> class TwoDecoders(torch.nn.Sequential):  # in training mode (logits, the other decoder's logits)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoDecoders(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = MCNet(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation, temperature: float = 0.1) -> None:

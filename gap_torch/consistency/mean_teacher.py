@@ -26,6 +26,15 @@ class MeanTeacher(Method):
 
     Raises:
         ValueError: `noise` is negative or not finite, or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, MeanTeacher, Teacher
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = MeanTeacher(Teacher(model), weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(torch.rand(2, 1, 8, 8)))  # after the optimizer step
     """
 
     def __init__(

@@ -18,8 +18,14 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Batch:
-    """The images that one iteration gives to a method. Most methods need the unlabelled ones alone:
-    `Batch(unlabelled)`."""
+    """The images of one iteration. Most methods need the unlabelled images alone: `Batch(unlabelled)`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch
+        >>> images, labels, unlabelled = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8)), torch.rand(4, 1, 8, 8)
+        >>> batch = Batch(unlabelled, images, labels, progress=0.1)
+    """
 
     unlabelled: Tensor
     """Unlabelled images (B, C, *spatial), not augmented."""
@@ -33,7 +39,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Views:
-    """What `prepare` fixes at theta, for any number of passes."""
+    """What `prepare` fixes at theta, for any number of passes.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Views
+        >>> strong, probabilities = torch.rand(2, 1, 8, 8), torch.rand(2, 3, 8, 8).softmax(dim=1)
+        >>> confidence, pseudo_label = probabilities.max(dim=1)
+        >>> views = Views((strong,), target=pseudo_label, mask=confidence > 0.4)
+    """
 
     inputs: tuple[Tensor, ...]
     """Images (B, C, *spatial) that the model predicts on, one training pass each; empty where a method has nothing but
@@ -64,6 +78,19 @@ class Method(nn.Module, ABC):
 
     It is a module, so that a method's state (a teacher, thresholds) is in its `state_dict` and follows `to`. The run's
     optimizer trains none of this state: trained parameters belong to the model.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, Method, Views, logits_of
+        >>> class Agree(Method):  # the predictions on an image and on its mirror image are to agree
+        ...     @torch.no_grad()
+        ...     def prepare(self, model, batch):
+        ...         return Views((batch.unlabelled,), target=model(batch.unlabelled.flip(-1)).flip(-1))
+        ...     def compare(self, outputs, views):
+        ...         return (logits_of(outputs[0]) - views.target).square().mean()
+        >>> model, method = torch.nn.Conv2d(1, 3, kernel_size=3), Agree()
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     @abstractmethod
@@ -72,8 +99,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
-        """The loss of the model's outputs for each of `views.inputs`, 0-dim. It changes no state: GAP calls it
-        twice."""
+        """The loss, 0-dim, of the model's outputs for each of `views.inputs`. No state changes: GAP calls it twice."""
 
     def loss(self, model: nn.Module, views: Views) -> Tensor:
         """The consistency loss of `model` on `views`, 0-dim: at theta for g1, at theta* for g2."""
@@ -98,12 +124,10 @@ class Method(nn.Module, ABC):
         return criterion(logits_of(outputs), target)
 
     def update(self, model: nn.Module, batch: Batch) -> None:
-        """To be called after each optimizer step: here a teacher follows `model`, and an adversary takes its own
-        step."""
+        """To be called after each optimizer step: a teacher follows `model` here, an adversary takes its own step."""
 
     def logged(self) -> dict[str, Tensor]:
-        """Numbers of the method's own for a log, after `update`: name -> 0-dim tensor on the device; empty by
-        default."""
+        """What to log of the method, after `update`: name -> 0-dim tensor on the device; by default nothing."""
         return {}
 
 
@@ -179,6 +203,13 @@ def logits_of(outputs: Outputs) -> Tensor:
 
     Raises:
         TypeError: `outputs` is neither a tensor nor a tuple or list of tensors.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import logits_of
+        >>> logits, auxiliary = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+        >>> logits_of((logits, auxiliary)) is logits_of(logits) is logits
+        True
     """
     return all_logits(outputs)[0]
 
@@ -194,6 +225,13 @@ def auxiliary_logits(outputs: Outputs) -> tuple[Tensor, ...]:
     Raises:
         ValueError: `outputs` has no auxiliary logits.
         TypeError: `outputs` is neither a tensor nor a tuple or list of tensors.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import auxiliary_logits
+        >>> logits, auxiliary = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+        >>> auxiliary_logits((logits, auxiliary))[0] is auxiliary
+        True
     """
     auxiliary = all_logits(outputs)[1:]
     if not auxiliary:

@@ -25,6 +25,14 @@ class MixUp(Method):
 
     Raises:
         ValueError: `beta` is outside [1e-6, 1e6], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, MixUp
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = MixUp(weak=lambda images: images.flip(-1), beta=0.2)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(

@@ -23,6 +23,16 @@ class PseudoLabel(Method):
 
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, PseudoLabel
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = PseudoLabel(weak=lambda images: images.flip(-1), tau=0.4)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
+        >>> views.target.shape, views.mask.dtype
+        (torch.Size([2, 8, 8]), torch.bool)
     """
 
     def __init__(

@@ -26,6 +26,19 @@ class SASSNet(DistanceMethod):
 
     Raises:
         ValueError: `distance_weight` is negative or not finite; from `compare`, outputs without signed distances.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Adversary, Batch, Discriminator, SASSNet
+        >>> class TwoHeads(torch.nn.Sequential):  # in training mode (logits, signed distances)
+        ...     def forward(self, images):
+        ...         logits, z = super().forward(images).split([2, 1], dim=1)
+        ...         return (logits, z.tanh()) if self.training else logits
+        >>> model = TwoHeads(torch.nn.Conv2d(1, 2 + 1, kernel_size=1))
+        >>> method = SASSNet(Adversary(Discriminator(map_channels=1)), weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 16, 16)))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16)))  # the discriminator learns
     """
 
     def __init__(self, adversary: Adversary, weak: Augmentation, distance_weight: float = 0.3) -> None:

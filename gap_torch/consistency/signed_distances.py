@@ -24,6 +24,12 @@ def signed_distances(labels: Tensor, num_classes: int) -> Tensor:
 
     Returns:
         (B, K - 1, *spatial) in [-1, 1], of the default dtype.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import signed_distances
+        >>> signed_distances(torch.tensor([[0, 0, 1, 1, 1]]), num_classes=2)
+        tensor([[[ 1.0000,  0.5000,  0.0000, -0.6667, -1.0000]]])
     """
     classes = torch.arange(1, num_classes, device=labels.device).view(-1, *[1] * (labels.ndim - 1))
     inside = labels.unsqueeze(1) == classes

@@ -29,6 +29,15 @@ class Teacher(nn.Module):
 
     Raises:
         ValueError: `decay` is outside [0, 1), or `model` has floating parameters of fewer than 32 bits.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Teacher
+        >>> student = torch.nn.Linear(1, 1)
+        >>> teacher = Teacher(student, decay=0.99)
+        >>> teacher.update(student)  # after each step of the student's optimizer
+        >>> teacher(torch.ones(4, 1)).requires_grad
+        False
     """
 
     updates: Tensor

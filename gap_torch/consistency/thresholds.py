@@ -6,7 +6,18 @@ from torch import Tensor, nn
 
 
 class Threshold(nn.Module, ABC):
-    """Says which pseudo-labels count. Called once an iteration, with the probabilities that they are made of."""
+    """Says which pseudo-labels count. Called once an iteration, with the probabilities that they are made of.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Threshold
+        >>> class AboveMean(Threshold):
+        ...     def forward(self, probabilities):
+        ...         confidence = probabilities.amax(dim=1)
+        ...         return confidence >= confidence.mean()
+        >>> AboveMean()(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))  # (B, K, *spatial) to (B, *spatial)
+        tensor([[ True, False]])
+    """
 
     @abstractmethod
     def forward(self, probabilities: Tensor) -> Tensor:
@@ -21,6 +32,12 @@ class FixedThreshold(Threshold):
 
     Raises:
         ValueError: `tau` is outside [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import FixedThreshold
+        >>> FixedThreshold(0.8)(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))  # (B, K, *spatial) to (B, *spatial)
+        tensor([[ True, False]])
     """
 
     def __init__(self, tau: float = 0.95) -> None:

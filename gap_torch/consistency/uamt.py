@@ -13,8 +13,7 @@ from .teacher import Teacher
 
 
 class UAMT(Method):
-    """The student's prediction is to be that of its moving average, the teacher, on a noisy image, where the teacher is
-    sure.
+    """The student is to predict what a teacher, its moving average, predicts on a noisy image where it is sure.
 
     p_s is the student's prediction on the weak view, p_t the teacher's on this view with noise. p is the mean of the
     teacher's predictions in T more noisy passes, which differ by dropout too; t is the progress of the run:
@@ -41,6 +40,15 @@ class UAMT(Method):
     Raises:
         ValueError: `noise` is negative or not finite, `pairs` isn't an int of 1 or more, `bound` isn't above 0, or
             `mode` is unknown; from `compare`, logits of one class.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, Teacher, UAMT
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = UAMT(Teacher(model), weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(torch.rand(2, 1, 8, 8)))  # after the optimizer step
     """
 
     def __init__(

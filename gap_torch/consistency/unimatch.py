@@ -42,6 +42,19 @@ class UniMatch(PseudoLabel):
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown; from `prepare`, an odd number of images; from
             `compare`, no logits of perturbed features.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, UniMatch
+        >>> class TwoOutputs(torch.nn.Sequential):  # in training mode (logits, logits of perturbed features)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoOutputs(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> weak, strong = lambda images: images.flip(-1), lambda images: images * 0.8
+        >>> method = UniMatch(weak, strong, tau=0.4)
+        >>> views = method.prepare(model, Batch(torch.rand(4, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(

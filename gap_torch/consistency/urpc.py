@@ -10,8 +10,7 @@ from .method import Augmentation, Batch, Method, Outputs, Views, only, unlabelle
 
 
 class URPC(Method):
-    """The predictions of all levels of the decoder are to agree with their mean; the more they diverge, the less they
-    count.
+    """The predictions of all levels of the decoder are to agree with their mean, less where they diverge more.
 
     p_s is the prediction at scale s of S, the model's own included, p_c = (sum_s p_s) / S, and v goes over the pixels:
 
@@ -27,6 +26,18 @@ class URPC(Method):
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, URPC
+        >>> class TwoScales(torch.nn.Sequential):  # in training mode (logits, another level's logits)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoScales(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = URPC(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation) -> None:
@@ -68,6 +79,18 @@ class MedicalURPC(URPC):
         loss = (1 / S) sum_s [ mean_v w_s ||p_s - p_c||^2 / K / (mean_v w_s + 1e-8)  +  mean_v D_s ]
 
     In that code there is also dropout and noise before the heads of the network.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, MedicalURPC
+        >>> class TwoScales(torch.nn.Sequential):  # in training mode (logits, another level's logits)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoScales(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = MedicalURPC(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:

@@ -38,6 +38,14 @@ class VAT(Method):
     Raises:
         ValueError: `radius` is negative, `xi` isn't above 0, or either is not finite; `iterations` isn't an int of 1 or
             more, `tau` is outside [0, 1], or `mode` is unknown; from `compare`, `views` without a target.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, VAT
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = VAT(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(
@@ -118,6 +126,14 @@ class DiceVAT(VAT):
 
     Raises:
         ValueError: as for `VAT`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, DiceVAT
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = DiceVAT(weak=lambda images: images.flip(-1), radius=0.5)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(
