@@ -43,7 +43,7 @@ def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) ->
         >>> logits, target = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
         >>> cross_entropy(logits, target)  # ln 2
         tensor(0.6931)
-        >>> cross_entropy(logits, target, mask=torch.zeros(1, 4, 4, dtype=torch.bool))  # no pixel counts
+        >>> cross_entropy(logits, target, mask=target == 1)  # no pixel counts
         tensor(0.)
     """
     _check(logits, target, mask)
@@ -77,7 +77,7 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
         >>> import torch
         >>> from gap_torch.losses import dice_loss
         >>> target = torch.tensor([[0, 0, 1, 1]])
-        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # (1, 2, 4), sure and right
+        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # sure and right
         >>> dice_loss(logits, target) < 1e-4
         tensor(True)
         >>> dice_loss(-logits, target) > 0.999  # sure and wrong
@@ -104,9 +104,10 @@ def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> 
     Examples:
         >>> import torch
         >>> from gap_torch.losses import ce_dice_loss, cross_entropy, dice_loss
-        >>> logits, target, confident = torch.rand(2, 3, 8, 8), torch.randint(3, (2, 8, 8)), torch.rand(2, 8, 8) > 0.5
-        >>> loss = ce_dice_loss(logits, target, confident)
-        >>> torch.allclose(loss, (cross_entropy(logits, target, confident) + dice_loss(logits, target, confident)) / 2)
+        >>> logits, target = torch.rand(2, 3, 8, 8), torch.randint(3, (2, 8, 8))
+        >>> mask = torch.rand(2, 8, 8) > 0.5
+        >>> both = cross_entropy(logits, target, mask), dice_loss(logits, target, mask)
+        >>> torch.allclose(ce_dice_loss(logits, target, mask), sum(both) / 2)
         True
     """
     _check(logits, target, mask)
@@ -132,7 +133,7 @@ def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
     Examples:
         >>> import torch
         >>> from gap_torch.losses import soft_cross_entropy
-        >>> soft_cross_entropy(torch.zeros(1, 2, 4), torch.full((1, 2, 4), 0.5))  # ln 2, the target's entropy
+        >>> soft_cross_entropy(torch.zeros(1, 2, 4), torch.full((1, 2, 4), 0.5))  # ln 2
         tensor(0.6931)
     """
     _check_soft(logits, probabilities)

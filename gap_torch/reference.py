@@ -37,7 +37,7 @@ def algorithm_1(
         >>> import torch
         >>> from gap_torch.reference import algorithm_1
         >>> theta = torch.tensor(1.0, requires_grad=True)
-        >>> algorithm_1([theta], lambda: theta**2, eps=0.5)  # g1 = 2 at theta, g2 = 3 at theta* = 1.5
+        >>> algorithm_1([theta], lambda: theta**2, eps=0.5)  # g1 = 2, theta* = 1.5, g2 = 3
         [tensor(5.)]
     """
     radii = [eps] * len(theta) if isinstance(eps, (int, float)) else list(eps)

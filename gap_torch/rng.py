@@ -17,7 +17,7 @@ class RNGState:
     Examples:
         >>> import torch
         >>> from gap_torch import GAPWrapper, RNGState
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(), torch.nn.Linear(8, 1))
+        >>> model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 1))
         >>> optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
         >>> inputs, state = torch.ones(4, 2), RNGState.now()
         >>> model(inputs).square().mean().backward()

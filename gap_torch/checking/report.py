@@ -13,7 +13,7 @@ class Finding(NamedTuple):
 
     Examples:
         >>> from gap_torch.checking import Finding
-        >>> finding = Finding("leftover", "train.py:12", ".grad held gradients.", "call zero_grad() after step().")
+        >>> finding = Finding("leftover", "train.py:12", ".grad was not empty.", "call zero_grad()")
         >>> finding.kind, finding.where
         ('leftover', 'train.py:12')
     """

@@ -34,7 +34,7 @@ class Discriminator(nn.Module):
         >>> import torch
         >>> from gap_torch.consistency import Discriminator
         >>> discriminator = Discriminator(map_channels=3)
-        >>> discriminator(torch.rand(2, 3, 16, 16), torch.rand(2, 1, 16, 16)).shape  # maps and images to logits
+        >>> discriminator(torch.rand(2, 3, 16, 16), torch.rand(2, 1, 16, 16)).shape
         torch.Size([2, 2])
     """
 

@@ -49,9 +49,10 @@ class BCP(Method):
         >>> from gap_torch.consistency import BCP, Batch, Teacher
         >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
         >>> teacher = Teacher(model, decay=0.99, warm_up=False)
-        >>> method = BCP(teacher, weak=lambda images: images.flip(-1), clean=lambda classes: classes)
-        >>> images, labels, unlabelled = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8)), torch.rand(2, 1, 8, 8)
-        >>> views = method.prepare(model, Batch(unlabelled, images, labels))
+        >>> weak, clean = lambda images: images.flip(-1), lambda classes: classes
+        >>> method = BCP(teacher, weak, clean)
+        >>> images, labels = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8), images, labels))
         >>> method.loss(model, views).backward()
         >>> method.labelled_loss(None, model(views.labelled), labels, views).backward()
     """
@@ -123,8 +124,8 @@ class BCPPreTraining(Method):
         >>> import torch
         >>> from gap_torch.consistency import Batch, BCPPreTraining
         >>> model, method = torch.nn.Conv2d(1, 3, kernel_size=1), BCPPreTraining()
-        >>> images, labels, unlabelled = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8)), torch.rand(2, 1, 8, 8)
-        >>> views = method.prepare(model, Batch(unlabelled, images, labels))
+        >>> images, labels = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8), images, labels))
         >>> method.labelled_loss(None, model(views.labelled), labels, views).backward()
     """
 
@@ -233,8 +234,9 @@ def linear_dice_loss(logits: Tensor, target: Any, region: Tensor) -> Tensor:
         >>> import torch
         >>> from gap_torch.consistency import linear_dice_loss
         >>> target = torch.tensor([[0, 0, 1, 1]])
-        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # (1, 2, 4), sure and right
-        >>> linear_dice_loss(logits, target, region=torch.ones_like(target, dtype=torch.bool)) < 1e-4
+        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # sure and right
+        >>> everywhere = torch.ones_like(target, dtype=torch.bool)
+        >>> linear_dice_loss(logits, target, everywhere) < 1e-4
         tensor(True)
     """
     p, t = _within(logits, target, region)

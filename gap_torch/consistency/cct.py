@@ -35,7 +35,7 @@ class CCT(Method):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import Batch, CCT
-        >>> class TwoDecoders(torch.nn.Sequential):  # in training mode (logits, auxiliary logits)
+        >>> class TwoDecoders(torch.nn.Sequential):  # (logits, auxiliary logits)
         ...     def forward(self, images):
         ...         first, second = super().forward(images).chunk(2, dim=1)
         ...         return (first, second) if self.training else first
@@ -77,7 +77,7 @@ class MedicalCCT(CCT):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import Batch, MedicalCCT
-        >>> class TwoDecoders(torch.nn.Sequential):  # in training mode (logits, auxiliary logits)
+        >>> class TwoDecoders(torch.nn.Sequential):  # (logits, auxiliary logits)
         ...     def forward(self, images):
         ...         first, second = super().forward(images).chunk(2, dim=1)
         ...         return (first, second) if self.training else first

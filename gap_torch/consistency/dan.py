@@ -26,10 +26,12 @@ class DAN(Method):
         >>> import torch
         >>> from gap_torch.consistency import DAN, Adversary, Batch, Discriminator
         >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
-        >>> method = DAN(Adversary(Discriminator(map_channels=3)), weak=lambda images: images.flip(-1))
-        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 16, 16)))
+        >>> adversary = Adversary(Discriminator(map_channels=3))
+        >>> method = DAN(adversary, weak=lambda images: images.flip(-1))
+        >>> labelled, unlabelled = torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16)
+        >>> views = method.prepare(model, Batch(unlabelled))
         >>> method.loss(model, views).backward()
-        >>> method.update(model, Batch(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16)))  # the discriminator learns
+        >>> method.update(model, Batch(unlabelled, labelled))  # the discriminator learns
     """
 
     def __init__(self, adversary: Adversary, weak: Augmentation) -> None:

@@ -44,7 +44,7 @@ class ViewsDCT(TwinMethod):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import Batch, ViewsDCT
-        >>> class Twins(torch.nn.Sequential):  # in training mode (logits of f_1, logits of f_2)
+        >>> class Twins(torch.nn.Sequential):  # (logits of f_1, logits of f_2)
         ...     def forward(self, images):
         ...         first, second = super().forward(images).chunk(2, dim=1)
         ...         return (first, second) if self.training else first

@@ -29,7 +29,7 @@ class DistanceMethod(Method, ABC):
         >>> method, target = DTC(torch.nn.Identity()), torch.tensor([[0, 0, 1, 1]])
         >>> isinstance(method, DistanceMethod)
         True
-        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # sure and right, as are the distances
+        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # sure and right
         >>> method.labelled_loss(None, (logits, signed_distances(target, 2)), target) < 1e-4
         tensor(True)
     """

@@ -34,7 +34,7 @@ class DTC(DistanceMethod):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import Batch, DTC
-        >>> class TwoHeads(torch.nn.Sequential):  # in training mode (logits, signed distances)
+        >>> class TwoHeads(torch.nn.Sequential):  # (logits, signed distances)
         ...     def forward(self, images):
         ...         logits, z = super().forward(images).split([2, 1], dim=1)
         ...         return (logits, z.tanh()) if self.training else logits

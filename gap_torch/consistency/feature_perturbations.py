@@ -118,8 +118,10 @@ class ChannelDropout(FeaturePerturbation):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import ChannelDropout
-        >>> features = torch.ones(2, 4, 8, 8)
-        >>> torch.equal(ChannelDropout(p=0.5).eval()(features), features)  # in training mode half are zeros
+        >>> features = torch.ones(8, 16, 8, 8)
+        >>> ChannelDropout(p=0.5)(features).unique()  # whole channels
+        tensor([0., 2.])
+        >>> torch.equal(ChannelDropout(p=0.5).eval()(features), features)
         True
     """
 

@@ -33,7 +33,7 @@ class CurriculumThreshold(Threshold):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import CurriculumThreshold
-        >>> threshold = CurriculumThreshold(num_classes=2, tau=0.8)  # FixMatch(..., tau=threshold) is FlexMatch
+        >>> threshold = CurriculumThreshold(num_classes=2, tau=0.8)
         >>> mask = threshold(torch.tensor([[[0.9, 0.4], [0.1, 0.6]]]))
         >>> threshold.thresholds()  # class 0 is confident, class 1 not yet
         tensor([0.8000, 0.0000])

@@ -30,7 +30,7 @@ class SelfAdaptiveThreshold(Threshold):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import SelfAdaptiveThreshold
-        >>> threshold = SelfAdaptiveThreshold(num_classes=2, momentum=0.9)  # FixMatch(..., tau=threshold) is FreeMatch
+        >>> threshold = SelfAdaptiveThreshold(num_classes=2, momentum=0.9)
         >>> mask = threshold(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))
         >>> threshold.thresholds()  # from 1 / K on
         tensor([0.5250, 0.4750])

@@ -42,7 +42,7 @@ class MCNet(Method):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import Batch, MCNet
-        >>> class TwoDecoders(torch.nn.Sequential):  # in training mode (logits, the other decoder's logits)
+        >>> class TwoDecoders(torch.nn.Sequential):  # (logits, the other decoder's logits)
         ...     def forward(self, images):
         ...         first, second = super().forward(images).chunk(2, dim=1)
         ...         return (first, second) if self.training else first

@@ -23,8 +23,8 @@ class Batch:
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import Batch
-        >>> images, labels, unlabelled = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8)), torch.rand(4, 1, 8, 8)
-        >>> batch = Batch(unlabelled, images, labels, progress=0.1)
+        >>> images, labels = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8))
+        >>> batch = Batch(torch.rand(4, 1, 8, 8), images, labels, progress=0.1)
     """
 
     unlabelled: Tensor
@@ -85,7 +85,8 @@ class Method(nn.Module, ABC):
         >>> class Agree(Method):  # the predictions on an image and on its mirror image are to agree
         ...     @torch.no_grad()
         ...     def prepare(self, model, batch):
-        ...         return Views((batch.unlabelled,), target=model(batch.unlabelled.flip(-1)).flip(-1))
+        ...         images = batch.unlabelled
+        ...         return Views((images,), target=model(images.flip(-1)).flip(-1))
         ...     def compare(self, outputs, views):
         ...         return (logits_of(outputs[0]) - views.target).square().mean()
         >>> model, method = torch.nn.Conv2d(1, 3, kernel_size=3), Agree()

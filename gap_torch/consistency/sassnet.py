@@ -30,15 +30,17 @@ class SASSNet(DistanceMethod):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import Adversary, Batch, Discriminator, SASSNet
-        >>> class TwoHeads(torch.nn.Sequential):  # in training mode (logits, signed distances)
+        >>> class TwoHeads(torch.nn.Sequential):  # (logits, signed distances)
         ...     def forward(self, images):
         ...         logits, z = super().forward(images).split([2, 1], dim=1)
         ...         return (logits, z.tanh()) if self.training else logits
         >>> model = TwoHeads(torch.nn.Conv2d(1, 2 + 1, kernel_size=1))
-        >>> method = SASSNet(Adversary(Discriminator(map_channels=1)), weak=lambda images: images.flip(-1))
-        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 16, 16)))
+        >>> adversary = Adversary(Discriminator(map_channels=1))
+        >>> method = SASSNet(adversary, weak=lambda images: images.flip(-1))
+        >>> labelled, unlabelled = torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16)
+        >>> views = method.prepare(model, Batch(unlabelled))
         >>> method.loss(model, views).backward()
-        >>> method.update(model, Batch(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16)))  # the discriminator learns
+        >>> method.update(model, Batch(unlabelled, labelled))  # the discriminator learns
     """
 
     def __init__(self, adversary: Adversary, weak: Augmentation, distance_weight: float = 0.3) -> None:

@@ -15,7 +15,7 @@ class Threshold(nn.Module, ABC):
         ...     def forward(self, probabilities):
         ...         confidence = probabilities.amax(dim=1)
         ...         return confidence >= confidence.mean()
-        >>> AboveMean()(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))  # (B, K, *spatial) to (B, *spatial)
+        >>> AboveMean()(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))  # of (1, 2, 2)
         tensor([[ True, False]])
     """
 
@@ -36,7 +36,7 @@ class FixedThreshold(Threshold):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import FixedThreshold
-        >>> FixedThreshold(0.8)(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))  # (B, K, *spatial) to (B, *spatial)
+        >>> FixedThreshold(0.8)(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))  # of (1, 2, 2)
         tensor([[ True, False]])
     """
 

@@ -19,7 +19,7 @@ class TwinMethod(Method, ABC):
         >>> logits, target = torch.zeros(1, 2, 4), torch.zeros(1, 4, dtype=torch.int64)
         >>> isinstance(method, TwinMethod)
         True
-        >>> method.labelled_loss(cross_entropy, (logits, logits), target)  # 2 ln 2, of both networks
+        >>> method.labelled_loss(cross_entropy, (logits, logits), target)  # 2 ln 2
         tensor(1.3863)
     """
 

@@ -46,7 +46,7 @@ class UniMatch(PseudoLabel):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import Batch, UniMatch
-        >>> class TwoOutputs(torch.nn.Sequential):  # in training mode (logits, logits of perturbed features)
+        >>> class TwoOutputs(torch.nn.Sequential):  # (logits, those of perturbed features)
         ...     def forward(self, images):
         ...         first, second = super().forward(images).chunk(2, dim=1)
         ...         return (first, second) if self.training else first

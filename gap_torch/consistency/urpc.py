@@ -30,7 +30,7 @@ class URPC(Method):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import Batch, URPC
-        >>> class TwoScales(torch.nn.Sequential):  # in training mode (logits, another level's logits)
+        >>> class TwoScales(torch.nn.Sequential):  # (logits, another level's logits)
         ...     def forward(self, images):
         ...         first, second = super().forward(images).chunk(2, dim=1)
         ...         return (first, second) if self.training else first
@@ -83,7 +83,7 @@ class MedicalURPC(URPC):
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import Batch, MedicalURPC
-        >>> class TwoScales(torch.nn.Sequential):  # in training mode (logits, another level's logits)
+        >>> class TwoScales(torch.nn.Sequential):  # (logits, another level's logits)
         ...     def forward(self, images):
         ...         first, second = super().forward(images).chunk(2, dim=1)
         ...         return (first, second) if self.training else first

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "gap_torch").rglob("*.py"))
 SECTIONS = ["Args", "Returns", "Raises", "Examples"]
 """In this order, and under these names, by which mkdocstrings knows them."""
+WIDTH = 88
+"""Of a line of an example, without its prompt."""
 OTHER_NAMES = {"Arg", "Parameters", "Return", "Yields", "Raise", "Example", "Note", "Notes"}
 PRONOUN = re.compile(r"\W*(Theirs?|Those|These|Its?|That of|Of|The same)\b|.*\b[Tt]heirs\b", re.DOTALL)
 """No docstring begins with one."""
@@ -43,6 +45,8 @@ def test_the_examples_run(name: str) -> None:
     own, *of_methods = doctest.DocTestFinder(exclude_empty=False).find(SHOWN[name], name, globs={})
     assert own.name == name
     assert own.examples, f"{name}: its docstring has no Examples with lines of >>>"
+    lines = [line for test in (own, *of_methods) for each in test.examples for line in each.source.splitlines()]
+    assert max(map(len, lines)) <= WIDTH, f"{name}: on the page a line of more than {WIDTH} characters scrolls"
     told: list[str] = []
     for test in (own, *of_methods):
         doctest.DocTestRunner().run(test, out=told.append)
