@@ -19,7 +19,7 @@ class Finding(NamedTuple):
     """
 
     kind: str
-    """Name of its kind: "other batch", "leftover", ... (the table of docs/check.md)."""
+    """Name of the kind: "other batch", "leftover", ... (the table of docs/check.md)."""
     where: str
     """The line of the user's code, as "file:line"."""
     what: str

@@ -128,7 +128,8 @@ class Adversary(nn.Module):
             return self.discriminator(maps.to(dtype), images.to(dtype))
 
     def loss(self, maps: Tensor, images: Tensor) -> Tensor:
-        """Cross-entropy of the verdicts with "labelled", mean over the samples, 0-dim."""
+        """Cross-entropy between verdicts and the class "labelled", mean over samples, 0-dim: small where it is
+        fooled."""
         verdicts = self(maps, images)
         return F.cross_entropy(verdicts, torch.full_like(verdicts[:, 0], LABELLED, dtype=torch.int64))
 

@@ -3,10 +3,10 @@
 The GapMatch paper wants the predictions "aligned before and after perturbation" when GAP joins another method. That can
 be read in three ways, which differ in the loss at theta*:
 
-1. the method's own loss once more, with the targets of theta: `method.loss(model, views)`; 2. the perturbed prediction
-against the unperturbed one, whatever the method's own loss is: `alignment`; 3. the perturbed prediction against the
-confident classes of the unperturbed one, by the paper's R, with alpha alone as its weight: `hard_alignment`. The
-method's own loss gives the direction, however small its weight is.
+1. the method's own loss once more, with the targets of theta: `method.loss(model, views)`;
+2. the perturbed prediction against the unperturbed one, whatever the method's own loss is: `alignment`;
+3. the perturbed prediction against the confident classes of the unperturbed one, by the paper's R, with alpha alone as
+   its weight: `hard_alignment`. The method's own loss gives the direction, however small its weight is.
 
 For FixMatch they nearly agree, since its targets are predictions at theta (equations 8-9): one-hot and on the weak view
 in the first reading, on the strong view in the other two.

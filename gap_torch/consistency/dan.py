@@ -44,7 +44,7 @@ class DAN(Method):
         return Views((self.weak(unlabelled_of(batch)),))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
-        """Cross-entropy of the discriminator's verdicts on the predictions with "labelled"."""
+        """Cross-entropy between the discriminator's verdicts on the predictions and the class "labelled"."""
         logits = check_classes(logits_of(only(outputs)))
         return self.adversary.loss(at_least_float32(logits).softmax(dim=1), views.inputs[0])
 

@@ -53,7 +53,7 @@ class SASSNet(DistanceMethod):
         return Views((self.weak(unlabelled_of(batch)),))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
-        """Cross-entropy of the discriminator's verdicts on the distances with "labelled"."""
+        """Cross-entropy between the discriminator's verdicts on the distances and the class "labelled"."""
         _, z = logits_and_distances(only(outputs))
         return self.adversary.loss(z, views.inputs[0])
 

@@ -13,8 +13,8 @@ class Teacher(nn.Module):
     """A copy of `model` whose parameters are a moving average of the model's; its buffers are copies of the latest.
 
     theta' <- a theta' + (1 - a) theta with a = min(decay, 1 - 1 / (updates + 1)), so that the random initial weights
-    leave early. Without `warm_up` a = decay, for a model whose first weights are worth keeping. It is never trained:
-    its parameters require no gradient and are in no optimizer.
+    leave early. Without `warm_up` a = decay, for a model whose first weights are worth keeping. The teacher is never
+    trained: its parameters require no gradient and are in no optimizer.
 
     Parameters must be float32 or float64: in 16 bits most of a step of 1 - a = 0.01 is rounded away, and the average
     stands still. Autocast leaves them float32.
