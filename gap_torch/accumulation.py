@@ -30,15 +30,15 @@ class Group(NamedTuple):
     eps: float | Tensor
     alpha: float
     params: list[Tensor]
-    """With a gradient."""
+    """Parameters with a gradient."""
     g1: list[Tensor]
-    """Theirs."""
+    """Gradients of `params`."""
     others: list[Tensor]
-    """Parameters without one."""
+    """Parameters without a gradient."""
 
     @classmethod
     def snapshot(cls, group: dict[str, Any]) -> "Group":
-        """Of one of an optimizer's `param_groups`."""
+        """Snapshot of a group of an optimizer's `param_groups`."""
         every = list(dict.fromkeys(group["params"]))
         gradients = [p.grad if p.requires_grad else None for p in every]
         g1 = [g1 for g1 in gradients if g1 is not None]
@@ -50,7 +50,7 @@ class Group(NamedTuple):
 
     @property
     def moves(self) -> bool:
-        """Whether its parameters are perturbed; the value of a tensor is the device's business."""
+        """Whether the group's parameters are perturbed. (A tensor's value is not read: it may be on the device.)"""
         return isinstance(self.eps, Tensor) or self.eps > 0
 
 
@@ -61,16 +61,16 @@ class _Sum:
     group: Group
     g1: list[Tensor]
     in_place: bool
-    """Whether `.grad` holds g1 / alpha and takes in g2. Else it starts from None."""
+    """Whether `.grad` holds g1 / alpha and takes in g2. Else `.grad` starts from None."""
     versions: list[int] = field(default_factory=list)
-    """Of `g1`, if in place."""
+    """Versions of the tensors in `g1`, if in place."""
 
 
 class Accumulation:
     """Where g1 is while the perturbed pass computes g2.
 
     Args:
-        groups: all parameters.
+        groups: the groups of all parameters.
         kernels: `multi_tensor` or `single_tensor`.
         separate: keep all of g1 apart, so that `.grad` is g2 alone until `combine`.
     """
@@ -122,7 +122,7 @@ class Accumulation:
             hook.remove()
 
     def _check(self, found: list[list[Tensor | None]]) -> None:
-        """Whether `found`, the gradients of each sum's parameters, are what a backward pass leaves."""
+        """Raise RuntimeError unless `found`, each sum's gradients, are what a backward pass leaves."""
         # sharded and compiled gradients pass no hooks
         apart = (g for total, g2 in zip(self.sums, found, strict=True) if not total.in_place for g in g2)
         if not (self.seen_backward or any(g is not None for g in apart)):
@@ -169,7 +169,7 @@ def _set_gradients(params: list[Tensor], gradients: list[Any]) -> None:
 
 
 def _own(gradients: list[Tensor], compiling: bool) -> list[Tensor]:
-    """Copies of those that are somebody else's memory: DDP writes the next gradient into the same bucket."""
+    """`gradients`, with copies of views of other memory: DDP writes the next gradient into the same bucket."""
     if compiling:  # where tensors can't be asked
         return [g.clone() for g in gradients] if _distributed() else gradients
     if not any(map(Tensor._is_view, gradients)):

@@ -1,7 +1,7 @@
 """Running statistics of batch normalisation stay still while the model is perturbed.
 
-At theta* the activations are not those of the model that will be evaluated, so their means and variances must
-not enter the running ones. The batch statistics themselves are still used to normalise the perturbed pass.
+At theta* the activations differ from those of the model that will be evaluated, so their means and variances must not
+enter the running statistics. The batch statistics themselves are still used to normalise the perturbed pass.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     """Within the context, no forward pass of `model` changes its running means, variances and batch counts.
 
-    Holds for every layer in training mode that has such statistics (`has_running_stats`), whatever its class: torch's
-    own, TorchScript's, an exported graph's, a user's. Layers in evaluation mode behave as ever. Other state that a
-    training pass updates takes in a pass of the context as any other: spectral norm's u and v, the ranges of
-    quantisation observers.
+    This holds for every layer in training mode that has such statistics (`has_running_stats`), whatever its class:
+    torch's own, TorchScript's, an exported graph's, a user's. Layers in evaluation mode behave as before. Other state
+    that a training pass updates is not held still: spectral norm's u and v, the ranges of quantisation observers.
 
     Args:
-        model: the module whose sub-modules are held; others are not touched.
+        model: the module whose layers are held still.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch import frozen_running_stats
+        >>> layer = torch.nn.BatchNorm1d(1)
+        >>> with frozen_running_stats(layer):
+        ...     outputs = layer(torch.tensor([[1.0], [3.0]]))
+        >>> layer.running_mean
+        tensor([0.])
+        >>> outputs.mean().item()  # normalised by the batch all the same
+        0.0
     """
     layers = [layer for layer in model.modules() if layer.training and has_running_stats(layer)]
     flagged = [layer for layer in layers if _respects_flag(layer) and layer.track_running_stats]
@@ -53,15 +63,15 @@ def is_running_stat(name: str) -> bool:
 
 
 def _statistics(layer: nn.Module) -> dict[str, Tensor]:
-    """Its running statistics, and the batches they have counted."""
+    """The layer's running statistics, and its count of batches."""
     own = {name: b for name, b in layer._buffers.items() if is_running_stat(name) or name == "num_batches_tracked"}
     return {name: buffer for name, buffer in own.items() if buffer is not None}
 
 
 def _respects_flag(layer: nn.Module) -> "TypeGuard[_BatchNorm]":
-    """Whether it normalises by the batch and leaves its buffers alone in training mode if `track_running_stats` is off.
+    """Whether, without `track_running_stats`, the layer in training mode leaves its buffers alone.
 
-    InstanceNorm does not look at the flag, nor need a class with a forward of its own.
+    InstanceNorm does not look at this flag, and a class with a `forward` of its own need not.
     """
     return isinstance(layer, _BatchNorm) and type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Hooks:
-    """`hook` is called with every gradient of `params`, all of which require one, before it is accumulated."""
+    """`hook` is called with every gradient of `params`, which all require a gradient, before it is accumulated."""
 
     def __init__(self, params: list[Tensor], hook: Callable[[Tensor], None]) -> None:
         places: list[dict[Any, Any] | None] = [p._backward_hooks for p in params]
@@ -21,7 +21,7 @@ class Hooks:
             place[self] = hook
 
     def remove(self) -> None:
-        """As of a handle that torch returns."""
+        """Take the hook off all parameters."""
         for place in self.places:
             place.pop(self, None)
 

@@ -23,10 +23,10 @@ class Knobs:
         base: the optimizer whose groups they are written into.
         eps: radius, 0-dim tensor, or function from the number of updates so far to the radius.
         alpha: weight of g2.
-        interval: GAP every so many updates.
+        interval: GAP runs in every `interval`-th update.
 
     Raises:
-        ValueError: one of them is out of range.
+        ValueError: `eps`, `alpha` or `interval` is out of range.
     """
 
     def __init__(self, base: Optimizer, eps: Eps, alpha: float, interval: int) -> None:
@@ -42,7 +42,7 @@ class Knobs:
         """Give every group an eps, an alpha and, where they matter, the number of updates.
 
         Raises:
-            ValueError: a group's own is out of range.
+            ValueError: a group's own eps or alpha is out of range.
         """
         for index, group in enumerate(self.base.param_groups):
             if callable(self.eps):
@@ -68,7 +68,7 @@ class Knobs:
 
     @property
     def updates(self) -> int:
-        """How many there have been, if they are counted."""
+        """Number of updates so far, where updates are counted."""
         return self.base.param_groups[0].get("gap_updates", 0)
 
     def count_update(self) -> None:
@@ -79,7 +79,7 @@ class Knobs:
                 group["gap_updates"] = count
 
     def loaded(self, before: list[dict[str, Any]]) -> None:
-        """Complete the groups after `load_state_dict` has replaced them; `before` are those that it has replaced."""
+        """Complete the groups after `load_state_dict` has put new ones in the place of `before`."""
         for group, old in zip(self.base.param_groups, before, strict=True):
             for key in KEYS[:2]:
                 if isinstance(old[key], Tensor):  # the user, or a CUDA graph, holds this very tensor
@@ -94,7 +94,7 @@ class Knobs:
 
 
 def check_eps(name: str, eps: Any) -> Any:
-    """`eps`, if it is in range; the value of a tensor is the device's business."""
+    """`eps`, if it is in range. The value of a tensor is not read: it may be on the device."""
     if isinstance(eps, Tensor):
         if eps.ndim or eps.is_complex():
             raise ValueError(f"{name} must be one real number, got a tensor {tuple(eps.shape)} of {eps.dtype}.")

@@ -1,6 +1,6 @@
 """Cross-entropy plus Dice: the paper's H (equation 1) and, with a mask of confident pixels, its R (equation 7).
 
-And losses whose target is probabilities, for the methods that learn from soft predictions.
+Further losses have probabilities as their target, for methods that learn from soft predictions.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Logits and target to a 0-dim loss."""
 MaskedLoss = Callable[[Tensor, Any, Any], Tensor]
-"""The same with a mask, or None, as third argument."""
+"""Logits, target, and a mask or None, to a 0-dim loss."""
 SoftLoss = Callable[[Tensor, Any], Tensor]
 """Logits and target probabilities to a 0-dim loss."""
 SMOOTH = 1e-5  # of the Dice loss
@@ -22,7 +22,7 @@ SMOOTH = 1e-5  # of the Dice loss
 def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Cross-entropy, summed over the pixels of `mask` and divided by the number of all pixels.
 
-    Dividing by all of them (FixMatch, equation 4) lets a batch with few confident pixels weigh little.
+    Dividing by all pixels (FixMatch, equation 4) lets a batch with few confident pixels weigh little.
 
     Args:
         logits: (B, C, *spatial), any floating dtype; computed in float32 at least.
@@ -33,9 +33,18 @@ def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) ->
         0-dim tensor.
 
     Raises:
-        ValueError: logits of one class; another dtype or shape; on the CPU also an index out of range. On CUDA and
-            under torch.compile indices are not looked at, for the host would have to wait: what comes of wrong ones
-            there is undefined.
+        ValueError: `logits` are of one class; `target` or `mask` has another dtype or shape; on the CPU also, an index
+            is out of range. On CUDA and under torch.compile indices are not checked, because the host would have to
+            wait: there the result of a wrong index is undefined.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import cross_entropy
+        >>> logits, target = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+        >>> cross_entropy(logits, target)  # ln 2
+        tensor(0.6931)
+        >>> cross_entropy(logits, target, mask=target == 1)  # no pixel counts
+        tensor(0.)
     """
     _check(logits, target, mask)
     return _cross_entropy(logits, target, mask)
@@ -47,11 +56,32 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
     1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth), the sums over batch and space (Milletari et al.,
     "V-Net", 2016). An empty mask gives 0.
 
-    With a mask, a class that no pixel under it has counts 0: that confident pixels lack it says nothing of the others.
-    Without this the loss of such a class, P / (P + smooth) with P = sum(p^2), is flat until P comes near `smooth` and
-    there falls to 0, which can drive a class that pseudo-labels have yet to find out of all predictions (docs/acdc.md).
+    With a mask, a class that no pixel under the mask has counts 0: where confident pixels lack a class, nothing is
+    known about the other pixels. Without this rule the loss of such a class, P / (P + smooth) with P = sum(p^2), is
+    flat until P comes near `smooth`, and falls to 0 there, which can drive a class that pseudo-labels have yet to find
+    out of all predictions (docs/acdc.md).
 
-    Args, result and errors as for `cross_entropy`.
+    Args:
+        logits: as for `cross_entropy`.
+        target: as for `cross_entropy`.
+        mask: as for `cross_entropy`.
+        smooth: added to numerator and denominator of each class.
+
+    Returns:
+        0-dim tensor.
+
+    Raises:
+        ValueError: as for `cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import dice_loss
+        >>> target = torch.tensor([[0, 0, 1, 1]])
+        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # sure and right
+        >>> dice_loss(logits, target) < 1e-4
+        tensor(True)
+        >>> dice_loss(-logits, target) > 0.999  # sure and wrong
+        tensor(True)
     """
     _check(logits, target, mask)
     return _dice_loss(logits, target, mask, smooth)
@@ -60,7 +90,25 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
 def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of cross-entropy and Dice loss, as the field weighs them.
 
-    Args, result and errors as for `cross_entropy`.
+    Args:
+        logits: as for `cross_entropy`.
+        target: as for `cross_entropy`.
+        mask: as for `cross_entropy`.
+
+    Returns:
+        0-dim tensor.
+
+    Raises:
+        ValueError: as for `cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import ce_dice_loss, cross_entropy, dice_loss
+        >>> logits, target = torch.rand(2, 3, 8, 8), torch.randint(3, (2, 8, 8))
+        >>> mask = torch.rand(2, 8, 8) > 0.5
+        >>> both = cross_entropy(logits, target, mask), dice_loss(logits, target, mask)
+        >>> torch.allclose(ce_dice_loss(logits, target, mask), sum(both) / 2)
+        True
     """
     _check(logits, target, mask)
     return (_cross_entropy(logits, target, mask) + _dice_loss(logits, target, mask, SMOOTH)) / 2
@@ -69,7 +117,8 @@ def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> 
 def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
     """Cross-entropy with soft targets: the sum over classes of -p log softmax(logits), mean over pixels.
 
-    Least, at the entropy of the target, where the two agree; its gradient is the Kullback-Leibler divergence's.
+    It is least where prediction and target agree, and is the target's entropy there. Its gradient is that of the
+    Kullback-Leibler divergence.
 
     Args:
         logits: (B, K, *spatial), any floating dtype; computed in float32 at least.
@@ -79,7 +128,13 @@ def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
         0-dim tensor.
 
     Raises:
-        ValueError: logits of one class; the target is of another shape, or not of floating dtype.
+        ValueError: `logits` are of one class; `probabilities` have another shape, or no floating dtype.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import soft_cross_entropy
+        >>> soft_cross_entropy(torch.zeros(1, 2, 4), torch.full((1, 2, 4), 0.5))  # ln 2
+        tensor(0.6931)
     """
     _check_soft(logits, probabilities)
     return -(probabilities * at_least_float32(logits).log_softmax(dim=1)).sum(dim=1).mean()
@@ -88,20 +143,52 @@ def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
 def mean_squared(logits: Tensor, probabilities: Tensor) -> Tensor:
     """Squared difference of softmax(logits) and the target, mean over pixels and classes.
 
-    Over classes too, as in the field's code for Mean Teacher and ICT: with a sum, weights would depend on K.
+    The mean goes over classes too, as in the field's code for Mean Teacher and ICT: with a sum over classes, weights
+    would depend on K.
 
-    Args, result and errors as for `soft_cross_entropy`.
+    Args:
+        logits: as for `soft_cross_entropy`.
+        probabilities: as for `soft_cross_entropy`.
+
+    Returns:
+        0-dim tensor.
+
+    Raises:
+        ValueError: as for `soft_cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import mean_squared
+        >>> logits = torch.rand(2, 3, 8, 8)
+        >>> mean_squared(logits, logits.softmax(dim=1))
+        tensor(0.)
     """
     _check_soft(logits, probabilities)
     return (at_least_float32(logits).softmax(dim=1) - probabilities).square().mean()
 
 
 def soft_dice_loss(logits: Tensor, probabilities: Tensor, smooth: float = SMOOTH) -> Tensor:
-    """Soft Dice loss (`dice_loss`) with soft targets, mean over the classes: each counts the same, however small it is.
+    """Soft Dice loss (`dice_loss`) with soft targets, mean over the classes: small classes count as much as large ones.
 
-    0 where the two agree.
+    It is 0 where prediction and target agree.
 
-    Args, result and errors as for `soft_cross_entropy`.
+    Args:
+        logits: as for `soft_cross_entropy`.
+        probabilities: as for `soft_cross_entropy`.
+        smooth: added to numerator and denominator of each class.
+
+    Returns:
+        0-dim tensor.
+
+    Raises:
+        ValueError: as for `soft_cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import soft_dice_loss
+        >>> logits = torch.rand(2, 3, 8, 8)
+        >>> soft_dice_loss(logits, logits.softmax(dim=1)) < 1e-4
+        tensor(True)
     """
     _check_soft(logits, probabilities)
     p, q = at_least_float32(logits).softmax(dim=1), at_least_float32(probabilities)
@@ -112,11 +199,23 @@ def soft_dice_loss(logits: Tensor, probabilities: Tensor, smooth: float = SMOOTH
 
 
 def check_classes(logits: Tensor) -> Tensor:
-    """`logits` (B, K, *spatial), if softmax has something to tell apart.
+    """Check that there are classes for softmax to tell apart.
+
+    Args:
+        logits: (B, K, *spatial).
+
+    Returns:
+        `logits`.
 
     Raises:
-        ValueError: K is 1, as of a network that was made for a sigmoid: its softmax is 1 everywhere, so that no loss
-            here would train anything.
+        ValueError: K is 1, as in a network that was made for a sigmoid: a softmax over one class is 1 everywhere, and
+            no loss here would train anything.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import check_classes
+        >>> check_classes(torch.zeros(1, 2, 8, 8)).shape
+        torch.Size([1, 2, 8, 8])
     """
     if logits.ndim < 2 or logits.shape[1] < 2:
         raise ValueError(
@@ -127,7 +226,14 @@ def check_classes(logits: Tensor) -> Tensor:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """`logits` in float32, or in float64 if they are."""
+    """`logits` in float32; float64 stays float64.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import at_least_float32
+        >>> at_least_float32(torch.zeros(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -10,23 +10,23 @@ from .tensors import of_one_kind
 
 
 class Memory:
-    """A tensor like each of some parameters, the same one in every step for as long as the parameter stays as it is."""
+    """A tensor like each of some parameters, kept from step to step while the parameter stays as it is."""
 
     def __init__(self) -> None:
         self.copies: dict[Tensor, Tensor] = {}
-        """Parameter -> its copy; also of those that have no gradient just now."""
+        """Parameter -> its copy; parameters that have no gradient just now are there too."""
         self.params: list[Tensor] = []
-        """Those of the last step. The other lists are about them."""
+        """Parameters of the last step. `looks` and `theta` are about them."""
         self.looks: list[Any] = []
         self.theta: list[Tensor] = []
         self.uniform = False
-        """Whether all are of one device and dtype."""
+        """Whether all parameters are of one device and dtype."""
 
     def like(self, params: list[Tensor], shards: list[Tensor], most: int) -> list[Tensor]:
         """A tensor like each of `shards`.
 
         Args:
-            params: what they are for.
+            params: the parameters that the tensors are for.
             shards: this process's parts of `params`.
             most: how many parameters the optimizer has.
         """

@@ -136,7 +136,7 @@ def _perturb_fused(params: list[Tensor], grads: list[Tensor], scale: Tensor) -> 
 
 
 def _fusable(params: list[Tensor], grads: list[Tensor]) -> bool:
-    """Whether the fused kernel can take all of these: it walks memory, and reads its learning rate as float32."""
+    """Whether the fused kernel can take all tensors: it walks memory, and reads its learning rate as float32."""
     return (
         not torch.compiler.is_compiling()  # which fuses by itself
         and params[0].device.type == FUSED_DEVICE
@@ -149,7 +149,7 @@ def _fusable(params: list[Tensor], grads: list[Tensor]) -> bool:
 
 
 def _in_order_of(param: Tensor, grad: Tensor) -> Tensor:
-    """`grad`, real, with `param`'s strides where the two differ only along dimensions of size 1.
+    """`grad`, real, with `param`'s strides where their strides differ only along dimensions of size 1.
 
     Convolutions under channels_last give such gradients, whose memory is in the same order all the same.
     """
@@ -171,7 +171,7 @@ def _tensor_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _chunk_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Norms of `tensors`, and of the chunks of large ones."""
+    """Norms of `tensors`, and of the chunks of large tensors."""
     if max(map(Tensor.numel, tensors)) <= CHUNK:
         return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
     small, norms = [], []

@@ -22,14 +22,15 @@ class Perturbation:
 
     def __init__(self) -> None:
         self.memory = Memory()
-        """For theta."""
+        """Memory for theta."""
         self.moved: list[tuple[list[Tensor], list[Tensor]]] = []
-        """Parameters that are to be put back, and the copies of their theta; those of a kind together."""
+        """Parameters that are to be put back, and the copies of their theta: a pair of lists for each device and
+        dtype."""
         self.accumulation: Accumulation | None = None
-        """Of g1 and g2, while perturbed."""
+        """Accumulation of g1 and g2, while the parameters are perturbed."""
         self.grad_norm: Tensor | None = None
         self.kernels: ModuleType = multi_tensor
-        """Or `single_tensor`, chosen once a step."""
+        """`multi_tensor` or `single_tensor`, chosen once a step."""
         self.rounding_checked = False
 
     def begin(self, groups: list[Group], *, foreach: bool, adaptive: bool, separate: bool) -> None:
@@ -52,7 +53,7 @@ class Perturbation:
         self.moved, self.accumulation = [], None
 
     def _directions(self, groups: list[Group], adaptive: bool) -> list[list[Tensor]]:
-        """What each group's parameters move along, by eps / `grad_norm` of it."""
+        """Directions in which each group's parameters move, by eps / `grad_norm` of them."""
         directions = [group.g1 for group in groups]
         if adaptive:
             directions = [_times_size(group.params, along) for group, along in zip(groups, directions, strict=True)]
@@ -77,11 +78,14 @@ class Perturbation:
                 self.kernels.perturb(here, along_here, self.grad_norm, group.eps)
 
     def _parts(self, *lists: list[Tensor]) -> list[tuple[list[Tensor], ...]]:
-        """Parts of one device and dtype, of shards and what belongs to them."""
+        """`lists`, cut into parts of one device and dtype."""
         return [lists] if self.memory.uniform else by_kind(*lists)
 
     def _check_rounding(self, groups: list[Group], directions: list[list[Tensor]]) -> bool:
-        """Whether that need not be done again. The host waits, if there are half-precision parameters."""
+        """Warn of a perturbation that is rounded away. Returns whether this check need not be done again.
+
+        The host waits, if there are half-precision parameters.
+        """
         assert self.grad_norm is not None
         half = []
         for group, along in zip(groups, directions, strict=True):

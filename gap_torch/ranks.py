@@ -1,4 +1,4 @@
-"""The ranks of a process group compare notes, so that a mistake of one is an error on all and not a hang."""
+"""The ranks of a process group compare notes, so that a mistake of one rank is an error on all ranks and not a hang."""
 
 import zlib
 from collections.abc import Callable, Iterable
@@ -12,15 +12,15 @@ from .knobs import KEYS
 def check_together(
     group: "dist.ProcessGroup", check: Callable[[], object], param_groups: Iterable[dict[str, Any]]
 ) -> None:
-    """Run `check` on every rank of `group`, and compare what they are to optimize. One small gather.
+    """Run `check` on every rank of `group`, and compare what the ranks are to optimize. One small gather.
 
     Args:
-        group: all of its ranks call this.
+        group: process group whose ranks all call this function.
         check: raises where something is wrong.
-        param_groups: of which number, shapes and dtypes of the parameters and GAP's knobs are compared.
+        param_groups: the optimizer's; number, shapes and dtypes of the parameters and GAP's knobs are compared.
 
     Raises:
-        RuntimeError: on every rank, where `check` failed on any or the groups differ; and where a rank does not
+        RuntimeError: on every rank, where `check` failed on any rank or the groups differ; and where a rank does not
             come within the group's time-out.
         Exception: what `check` raised here.
     """
@@ -56,7 +56,7 @@ def _gather(group: "dist.ProcessGroup", note: Any) -> list[Any]:
 
 
 def _fingerprint(param_groups: Iterable[dict[str, Any]]) -> str:
-    """The same text for the same knobs, and the same shapes and dtypes in the same order."""
+    """A text that is equal where knobs are equal, and shapes and dtypes of the parameters, in order, are too."""
     groups = list(param_groups)
     looks = [(tuple(p.shape), str(p.dtype)) for group in groups for p in group["params"]]
     knobs = [[group[key] for key in KEYS if isinstance(group.get(key), (int, float))] for group in groups]

@@ -32,6 +32,13 @@ def algorithm_1(
 
     Returns:
         One gradient for each parameter, None where no loss reaches it.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.reference import algorithm_1
+        >>> theta = torch.tensor(1.0, requires_grad=True)
+        >>> algorithm_1([theta], lambda: theta**2, eps=0.5)  # g1 = 2, theta* = 1.5, g2 = 3
+        [tensor(5.)]
     """
     radii = [eps] * len(theta) if isinstance(eps, (int, float)) else list(eps)
     weights = [alpha] * len(theta) if isinstance(alpha, (int, float)) else list(alpha)

@@ -12,19 +12,34 @@ from torch import Tensor
 class RNGState:
     """State of torch's default generators at one moment.
 
-    Take it with `RNGState.now()` just before the first pass and hand it to `GAPWrapper.perturbed(rng=...)`.
+    Take the state with `RNGState.now()` just before the first pass, and give it to `GAPWrapper.perturbed(rng=...)`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch import GAPWrapper, RNGState
+        >>> model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 1))
+        >>> optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> inputs, state = torch.ones(4, 2), RNGState.now()
+        >>> model(inputs).square().mean().backward()
+        >>> with optimizer.perturbed(model, rng=state):  # with the dropout masks of the first pass
+        ...     model(inputs).square().mean().backward()
     """
 
     cpu: Tensor
+    """State of the CPU's generator."""
     accelerators: dict[int, Tensor]
+    """Index of a CUDA device -> state of its generator."""
 
     @classmethod
     def now(cls, devices: Sequence[torch.device | str | int] | None = None) -> "RNGState":
         """The current state.
 
         Args:
-            devices: accelerators whose generators to take; None for the current one, if there is one. Reading
-                a CUDA generator's state does not wait for the GPU's work.
+            devices: CUDA devices whose generators to read; None for the current device, if there is one. Reading
+                a generator's state does not wait for the GPU's work.
+
+        Returns:
+            The state of the CPU's generator and of those of `devices`.
         """
         accelerators = {}
         if torch.cuda.is_available():
@@ -37,7 +52,7 @@ class RNGState:
 
 @contextmanager
 def replayed(state: RNGState) -> Iterator[None]:
-    """Within the context the default generators start from `state`; after it they are as before."""
+    """Within the context the default generators start from `state`; afterwards they are as before."""
     with torch.random.fork_rng(devices=list(state.accelerators)):
         torch.set_rng_state(state.cpu)
         for index, accelerator in state.accelerators.items():

@@ -27,8 +27,8 @@ def warn_if_rounded_away(
     Args:
         eps: radius, one for each parameter.
         theta_star: the parameters after the perturbation, in half precision.
-        theta: the same before.
-        directions: what they were moved along: g1.
+        theta: the parameters before the perturbation, in half precision.
+        directions: what the parameters were moved along: g1.
         norm: ||g1||, finite and not zero.
     """
     wanted = math.hypot(*(float(e) / norm * _norm(g) for e, g in zip(eps, directions, strict=True)))

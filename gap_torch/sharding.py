@@ -1,6 +1,6 @@
 """Parameters that are spread over processes: FSDP2 (`fully_shard`) and tensor parallelism, both made of DTensors.
 
-Moving the weights and putting them back is local to each shard. Only ||g1|| needs the others.
+Moving the weights and putting them back is local to each shard. Only ||g1|| needs the other processes.
 """
 
 from collections import defaultdict
@@ -40,7 +40,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def all_local(tensors: list[Tensor]) -> list[Tensor]:
-    """`local` of each."""
+    """`local` of each tensor."""
     return [local(t) for t in tensors] if any_sharded(tensors) else tensors
 
 
@@ -52,12 +52,12 @@ def laid_out_as(param: Tensor, gradient: Tensor) -> Tensor:
 
 
 def all_laid_out_as(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    """`laid_out_as` of each."""
+    """`laid_out_as` of each gradient."""
     return [*map(laid_out_as, params, gradients)] if any_sharded(gradients) else gradients
 
 
 def joint_norm(tensors: Sequence[Tensor], norm: Callable[[list[Tensor]], Tensor]) -> Tensor:
-    """L2 norm over all `tensors`, all shards of each included, the same in every process that holds one.
+    """L2 norm over all `tensors`, all shards of each included, equal in every process that holds a shard.
 
     One all-reduce of a number for each way in which tensors are sharded: one in all under FSDP2.
 

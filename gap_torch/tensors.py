@@ -12,12 +12,12 @@ LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 def of_one_kind(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are of one device and dtype."""
+    """Whether all tensors are of one device and dtype."""
     return len({t.dtype for t in tensors}) == len({t.device for t in tensors}) == 1
 
 
 def by_kind(*lists: list[Tensor]) -> list[tuple[list[Tensor], ...]]:
-    """Lists of equal length, cut into parts whose tensors share device and dtype in the first of them."""
+    """Lists of equal length, cut into parts whose tensors share device and dtype in the first list."""
     if of_one_kind(lists[0]):
         return [lists]
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
@@ -32,7 +32,7 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def unconjugated(tensor: Tensor) -> Tensor:
-    """The same, to be read only, of a tensor that may be conjugated."""
+    """`as_real` of a tensor that may be conjugated, to be read only."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -65,7 +65,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def flattened(*tensors: Tensor) -> list[Tensor]:
-    """Their elements in one order, without a copy where they fill a block of memory each in the same order."""
+    """The elements of `tensors` in one order, without a copy where each fills a block of memory in the same order."""
     first = tensors[0]
     if is_dense(first) and all(same_order(first, other) for other in tensors[1:]):
         return [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
@@ -84,7 +84,7 @@ def norm_of_norms(norms: list[Tensor], device: torch.device) -> Tensor:
 
 
 def norm_dtype(device: torch.device) -> torch.dtype:
-    """What norms are added up in."""
+    """The dtype in which norms are added up."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -108,7 +108,7 @@ def usable_scale(eps: float | Tensor, norm: Tensor, device: torch.device, dtype:
 
 
 def ones_for(params: Sequence[Tensor]) -> list[Tensor]:
-    """A 0-dim one on the CPU for each of `params`, which are of one dtype.
+    """A 0-dim tensor of value 1 on the CPU for each of `params`, which are of one dtype.
 
     theta + scale * g * 1: addcmul computes that in float32 for half precision, where add rounds `scale` first.
     """

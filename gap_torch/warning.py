@@ -1,4 +1,4 @@
-"""Warnings name the line of the user's code that is at work, not one of ours."""
+"""Warnings name the line of the user's code that is at work, not a line of this library."""
 
 import contextlib
 import os

@@ -64,14 +64,14 @@ class _OnBase:
 class GAPWrapper(Optimizer):
     """A `torch.optim.Optimizer` that adds GAP's perturbed gradient to those of a base optimizer.
 
-    It shares `param_groups`, `state`, `defaults` and the step hooks with the base, so that schedulers,
-    `GradScaler` and checkpoints meet what they would meet there. Groups may override the two knobs under
-    the keys `"gap_eps"` and `"gap_alpha"` (plain `eps` and `alpha` are taken by Adam and RMSprop), and those
-    may be changed between steps, as a learning rate may.
+    It shares `param_groups`, `state`, `defaults` and the step hooks with the base, so that schedulers, `GradScaler` and
+    checkpoints work on the wrapper as on the base. Groups may override the two knobs under the keys `"gap_eps"` and
+    `"gap_alpha"` (plain `eps` and `alpha` are taken by Adam and RMSprop). Both values may be changed between steps, as
+    a learning rate may.
 
     Between `first_step` and `second_step` the gradients of the perturbed pass accumulate into `.grad` on top of g1, so
-    the extra memory is one copy of the parameters, kept from step to step. `zero_grad` is not needed there; the
-    wrapper's own does nothing, `model.zero_grad()` is noticed and does no harm, and a zeroing in place
+    the extra memory is one copy of the parameters, kept from step to step. There `zero_grad` is not needed: the
+    wrapper's `zero_grad` does nothing, `model.zero_grad()` is noticed and does no harm, and a zeroing in place
     (`set_to_none=False`) is an error.
 
     Args:
@@ -83,14 +83,27 @@ class GAPWrapper(Optimizer):
         foreach: multi-tensor operations (default) or, if False, one tensor after the other.
         adaptive: ASAM's radius, in units of each weight's own size (Kwon et al., ICML 2021): theta moves by
             eps * |theta|^2 g1 / || |theta| g1 ||, element by element.
-        interval: GAP every so many updates; `due` tells whether this one is.
-        process_group: ranks that call every `first_step` together. If given, they compare notes there first, so that
-            a mistake of one is an error on all of them rather than a hang. Not part of a pickle.
+        interval: GAP runs in every `interval`-th update; `due` tells whether it runs in the present one.
+        process_group: ranks that call every `first_step` together. If given, the ranks compare notes there first, so
+            that a mistake of one rank is an error on all ranks and not a hang. Not part of a pickle.
 
     Raises:
         TypeError: `base_optimizer` is a class, no optimizer, a GAPWrapper, an LBFGS, or somebody else's proxy of an
             optimizer (what Accelerate's `prepare` returns).
         ValueError: `eps` or `alpha` is negative or not finite, or `interval` is less than 1.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch import GAPWrapper
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), lr=0.1), eps=0.05)
+        >>> unlabelled, labelled = torch.rand(4, 2), torch.rand(4, 2)
+        >>> model(unlabelled).square().mean().backward()  # g1
+        >>> with optimizer.perturbed(model):
+        ...     model(unlabelled).square().mean().backward()  # g2, at theta*
+        >>> model(labelled).square().mean().backward()  # g_l
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
     """
 
     def __init__(
@@ -122,13 +135,15 @@ class GAPWrapper(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """||g1|| of the last `first_step` (0-dim, on the device; in a GradScaler's units if one is used). If
-        `adaptive`, || |theta| g1 ||."""
+        """||g1|| of the last `first_step`, 0-dim, on the device.
+
+        In a GradScaler's units if one is used. If `adaptive`, || |theta| g1 ||.
+        """
         return self._perturbation.grad_norm
 
     @property
     def due(self) -> bool:
-        """Whether this update is to have a perturbed pass: every `interval`-th, the first included."""
+        """Whether the present update is to have a perturbed pass: the first, and every `interval`-th after it."""
         return self._knobs.updates % self.interval == 0
 
     @torch.no_grad()
@@ -139,12 +154,13 @@ class GAPWrapper(Optimizer):
         out.
 
         Args:
-            separate: keep g1 apart until `second_step`, so that `.grad` is g2 alone once it is there, to be clipped
-                or looked at. Costs one copy of the gradients.
+            separate: keep g1 apart until `second_step`, so that the perturbed pass leaves g2 alone in `.grad`, to be
+                clipped or looked at. This costs one copy of the gradients.
 
         Raises:
-            RuntimeError: called twice, or not `due`; no parameter has a gradient, or a gradient is sparse or a graph
-                of its own; with a `process_group`, any of that on any of its ranks, or other parameters there.
+            RuntimeError: called twice, or not `due`; no parameter has a gradient, or a gradient is sparse or a graph of
+                its own; with a `process_group`, any of these errors on one of its ranks, or ranks with different
+                parameters.
         """
         if self.process_group is not None:
             ranks.check_together(self.process_group, self._checked_groups, self.param_groups)
@@ -195,6 +211,9 @@ class GAPWrapper(Optimizer):
             rng: random state taken just before the pass of g1, so that the perturbed pass draws the same
                 dropout masks. By default it draws its own, as any other pass does.
             separate: as for `first_step`.
+
+        Raises:
+            RuntimeError: as for `first_step` and `second_step`.
         """
         outer = self._perturbation.accumulation
         try:
@@ -220,13 +239,24 @@ class GAPWrapper(Optimizer):
         """Gradients computed inside stay out of g1; `second_step` adds them to the sum.
 
         For code whose labelled and unlabelled losses share one forward pass: the labelled backward has to
-        come before the parameters move. Costs one copy of the gradients until `second_step`.
+        come before the parameters move. This costs one copy of the gradients until `second_step`.
 
-            with optimizer.set_aside():
-                labelled_loss.backward(retain_graph=True)
-            unlabelled_loss.backward()
-            with optimizer.perturbed(model):
-                ...
+        Raises:
+            RuntimeError: the parameters are perturbed.
+
+        Examples:
+            >>> import torch
+            >>> from gap_torch import GAPWrapper
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = GAPWrapper(torch.optim.SGD(model.parameters(), lr=0.1), eps=0.05)
+            >>> inputs = torch.ones(4, 2)
+            >>> labelled, unlabelled = model(inputs).square().split([1, 3])
+            >>> with optimizer.set_aside():
+            ...     labelled.mean().backward(retain_graph=True)  # g_l
+            >>> unlabelled.mean().backward()  # g1, without g_l
+            >>> with optimizer.perturbed(model):
+            ...     model(inputs[1:]).square().mean().backward()  # g2
+            >>> optimizer.step()  # g1 + g2 + g_l
         """
         self._forbid_while_perturbed("set_aside()")
         params = list(self._params())
@@ -248,9 +278,12 @@ class GAPWrapper(Optimizer):
         """The base optimizer's update with whatever is in `.grad` (line 13).
 
         Args:
-            closure: as for the base.
-            *args: further arguments of the base's own `step`.
-            **kwargs: the same.
+            closure: as for the base optimizer's `step`.
+            *args: further arguments of the base optimizer's `step`.
+            **kwargs: further keyword arguments of the base optimizer's `step`.
+
+        Returns:
+            What the base optimizer's `step` returns.
 
         Raises:
             RuntimeError: the parameters are perturbed, or a set-aside gradient has not come back.
@@ -272,10 +305,10 @@ class GAPWrapper(Optimizer):
         return result
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """As the base optimizer's, and what was set aside goes too. While perturbed it does nothing.
+        """Clear the gradients, those that were set aside too. While the parameters are perturbed it does nothing.
 
         Args:
-            set_to_none: as for the base; None for the base's own default, also of a base that takes no argument.
+            set_to_none: as for the base optimizer; None for its default, also where it takes no argument.
         """
         if not self._perturbed:
             self._aside.clear()
@@ -290,8 +323,11 @@ class GAPWrapper(Optimizer):
 
     @property
     def eps(self) -> Eps:
-        """Default radius of a group, or its schedule. To change it, write to `param_groups[i]["gap_eps"]`, which a
-        schedule overwrites in groups without one of their own."""
+        """Default radius of a group, or its schedule.
+
+        To change it, write to `param_groups[i]["gap_eps"]`. A schedule overwrites this in groups that had no radius of
+        their own.
+        """
         return self._knobs.eps
 
     @property
@@ -301,7 +337,7 @@ class GAPWrapper(Optimizer):
 
     @property
     def interval(self) -> int:
-        """GAP every so many updates."""
+        """GAP runs in every `interval`-th update."""
         return self._knobs.interval
 
     @property
@@ -329,7 +365,15 @@ class GAPWrapper(Optimizer):
         return self.base_optimizer.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the base optimizer's; `gap_eps` and `gap_alpha` default to the wrapper's."""
+        """Add a group to the base optimizer; its `gap_eps` and `gap_alpha` default to the wrapper's `eps` and `alpha`.
+
+        Args:
+            param_group: as for the base optimizer.
+
+        Raises:
+            RuntimeError: the parameters are perturbed.
+            ValueError: `gap_eps` or `gap_alpha` is negative or not finite.
+        """
         self._forbid_while_perturbed("add_param_group()")
         if "gap_eps" in param_group:
             check_eps("gap_eps", param_group["gap_eps"])
@@ -338,13 +382,25 @@ class GAPWrapper(Optimizer):
         self._knobs.fill_in()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state; its groups carry `gap_eps` and `gap_alpha`, and `gap_updates` where a schedule or
-        an interval counts them. A bare base can load it."""
+        """The base optimizer's state, which a bare base optimizer can load too.
+
+        Its groups carry `gap_eps` and `gap_alpha`, and `gap_updates` where a schedule or an interval counts updates.
+
+        Raises:
+            RuntimeError: the parameters are perturbed.
+        """
         self._forbid_while_perturbed("state_dict()")
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, or a bare base optimizer's: then the groups keep their own knobs."""
+        """Load a state of a wrapper, or of a bare base optimizer: then the groups keep their eps and alpha.
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            RuntimeError: the parameters are perturbed.
+        """
         self._forbid_while_perturbed("load_state_dict()")
         before = [dict(group) for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
@@ -366,8 +422,11 @@ class GAPWrapper(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What a GradScaler asks. It looks for `grad_scaler` in the signature of `step`: of a base that has it there it
-        is to think that it must unscale, and skip a step, itself."""
+        """Whether a GradScaler may leave unscaling, and skipping a step, to `step`.
+
+        It looks for `grad_scaler` in the signature of `step`, and the wrapper's has none: where the base optimizer's
+        has it, the scaler is to do both itself.
+        """
         base = self.base_optimizer
         takes_scaler = "grad_scaler" in inspect.signature(base.step).parameters
         return getattr(base, "_step_supports_amp_scaling", False) and not takes_scaler

@@ -22,7 +22,7 @@ class BackwardWatch:
         self.loop = loop
 
     def hang_up(self, patches: Patches) -> None:
-        """`Tensor.backward` calls `torch.autograd.backward`."""
+        """Patch `torch.autograd.backward`, which `Tensor.backward` calls."""
         patches.replace(torch.autograd, "backward", self._backward)
 
     def _backward(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:

@@ -15,18 +15,19 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.own: dict[str, Tensor] = {}
-        """As they were at theta. While they are held still, some layers have others in their place."""
+        """The buffers as they were at theta. While statistics are held still, some layers have other tensors in their
+        place."""
 
     def look(self) -> None:
-        """To be called at theta."""
+        """Note the buffers; to be called at theta."""
         self.own = {name: b for name, b in self.model.named_buffers() if not is_lazy(b) and not b.is_meta and b.numel()}
 
     def statistics(self) -> bool:
-        """Whether there are running statistics among them."""
+        """Whether there are running statistics among the buffers."""
         return any(map(is_running_stat, self.own))
 
     def moved_since(self) -> Callable[[], list[str]]:
-        """A function that tells which of them have moved between this call and its own."""
+        """A function that tells which buffers have moved between this call and its own."""
         copies = {name: values.copy_of(buffer) for name, buffer in self.own.items()}
         now = dict(self.model.named_buffers())
         free = {name for name, buffer in self.own.items() if now.get(name) is buffer}

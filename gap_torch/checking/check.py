@@ -27,34 +27,44 @@ STALE = ("modified by an inplace operation", "backward through the graph a secon
 def check(optimizer: Optimizer, model: nn.Module, *, updates: int = 1, show: Show | None = print_once) -> "Check":
     """Watch the next update of your own training code, verify Algorithm 1 in it, and print a report.
 
-    As a statement, where the training code can't be reached (Lightning's `configure_optimizers`):
+    As a block (below) the check reports at the end of the block at the latest. As a plain statement,
+    `gap_torch.check(optimizer, model)`, for training code that can't be reached (Lightning's `configure_optimizers`),
+    it reports when the second update begins.
 
-        gap_torch.check(optimizer, model)  # reports as the second update begins
-
-    As a block, which reports at its end at the latest:
-
-        with gap_torch.check(optimizer, model) as report:
-            training_step()
-        assert report.ok
-
-    An update slows down while it is watched, and the host takes some copies of the parameters; after that nothing
-    of the check is left. One check runs at a time: another one ends it.
+    An update slows down while it is watched, and the host takes some copies of the parameters; afterwards nothing of
+    the check is left. One check runs at a time: a second check ends the first.
 
     Args:
-        optimizer: the GAPWrapper, or what Accelerate or Lightning made of it. With any other optimizer the report says
-            that it is not wrapped, unless it is the one inside a wrapper that the loop uses.
-        model: what the loop calls, or a module around it.
-        updates: how many updates to watch. Those without GAP (`interval`) do not count.
+        optimizer: the GAPWrapper, or what Accelerate or Lightning made of it. Of any other optimizer the report says
+            that it is not wrapped, unless it is the base of a wrapper that the loop uses.
+        model: the module that the loop calls, or a module that contains it.
+        updates: how many updates to watch. Updates without GAP (`interval`) do not count.
         show: called with the report when it is complete; None for nothing. By default it is printed, on rank 0 and
             wherever something is wrong.
 
     Returns:
-        A `Check`, whose `report` fills up.
+        A `Check`, whose `report` is filled while the loop runs.
 
     Raises:
         TypeError: `optimizer` is no optimizer.
         ValueError: no parameter of `model` is in `optimizer`; `updates` is less than 1.
         RuntimeError: the parameters are perturbed.
+
+    Examples:
+        >>> import torch
+        >>> import gap_torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = gap_torch.GAPWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> unlabelled, labelled = torch.rand(4, 2), torch.rand(4, 2)
+        >>> with gap_torch.check(optimizer, model, show=None) as report:
+        ...     model(unlabelled).square().mean().backward()
+        ...     with optimizer.perturbed(model):
+        ...         model(unlabelled).square().mean().backward()
+        ...     model(labelled).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> report.ok  # print(report) shows what was found
+        True
     """
     return Check(_unwrapped(optimizer), model, updates, show)
 

@@ -28,7 +28,7 @@ class ForwardWatch:
         self.within_forward = False
 
     def hang_up(self, patches: Patches) -> None:
-        """No forward hooks, which would go along into deep copies and pickles of the model."""
+        """Patch the call of a module. Forward hooks would go along into deep copies and pickles of the model."""
         patches.replace(nn.Module, "__call__", self._forward)
 
     def _forward(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,7 @@ class ForwardWatch:
 
 
 def _memory(inputs: Any) -> set[StorageWeakRef]:
-    """Of the tensors among `inputs`. (As a weak reference, for a number might come to name other memory.)"""
+    """Memory of the tensors among `inputs`. (As weak references, for a number might come to name other memory.)"""
     try:
         return {StorageWeakRef(t.untyped_storage()) for t in fingerprints.tensors_in(inputs)}
     except RuntimeError:  # tensors without memory of their own, as in torch.func's transforms

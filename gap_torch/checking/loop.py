@@ -16,11 +16,11 @@ from .update import Pass, Update
 
 
 class Loop:
-    """What is watched.
+    """The training loop that is watched.
 
     Args:
         optimizer: a GAPWrapper, or another optimizer, in whose updates no perturbed pass will be found.
-        model: where forward passes are watched, of the whole or of any part with parameters.
+        model: the model; forward passes of the whole and of any part with parameters are watched.
         done: called with each update after its step, or when another begins without one.
         begun: called when another update has begun: after its first backward, or its first_step() at the latest.
     """
@@ -39,23 +39,23 @@ class Loop:
         self.thread = get_ident()
         self.within_aside = False
         self.backward: Backward | None = None
-        """The call that is under way."""
+        """The backward call that is under way."""
         self.begin_update()
 
     @property
     def params(self) -> list[Tensor]:
-        """All that the optimizer holds (which may have been replaced since the beginning, as by `load_state_dict`)."""
+        """All parameters that the optimizer holds (`load_state_dict`, for one, may have replaced them)."""
         held = [p for group in self.base.param_groups for p in group["params"]]
         return [p for p in held if p.is_floating_point() or p.is_complex()]
 
     # ------------------------------------------------------------------ where an update begins and ends
 
     def begin_update(self) -> None:
-        """Forget all that belongs to the last one."""
+        """Forget all that belongs to the last update."""
         self.update, self.marks = Update(), Marks(self.wrapper.grad_norm if self.wrapper else None)
 
     def finish_update(self) -> None:
-        """Hand the record of this one on."""
+        """Hand on the record of the update that is over."""
         update = self.update
         self.begin_update()
         self.done(update)
@@ -82,7 +82,7 @@ class Loop:
 
     @property
     def adds_to(self) -> Pass:
-        """What a backward call would add to."""
+        """The pass whose gradient a backward call would add to."""
         if self.within_aside:
             return "aside"
         if self.perturbed:
@@ -99,5 +99,5 @@ class Loop:
         return bool(self.marks.theta) and not self.perturbed and values.moved(self.marks.theta)
 
     def elsewhere(self) -> bool:
-        """In another thread, or within a backward call."""
+        """Whether the code runs in another thread, or within a backward call."""
         return get_ident() != self.thread or torch._C._current_graph_task_id() != -1

@@ -11,29 +11,29 @@ from .values import Copies
 
 @dataclass
 class Gradients:
-    """What is known of the gradients in `.grad`. Made anew when they are gone."""
+    """What is known of the gradients in `.grad`. Made anew when these gradients are gone."""
 
     filled: bool = False
-    """Whether they hold anything but zeros, by the last look."""
+    """Whether the gradients held anything but zeros at the last look."""
     unscaled_at: str = ""
-    """A GradScaler's unscale_()."""
+    """Line of a GradScaler's unscale_()."""
     scaled_again: bool = False
     """Whether a loss has been scaled since."""
 
 
 @dataclass
 class Marks:
-    """Of one update. Made anew when another begins, and the copies of the last are free."""
+    """Notes on one update. They are made anew when another update begins, which frees the copies."""
 
     grad_norm: Tensor | None
-    """The wrapper's, the last that is accounted for."""
+    """The wrapper's ||g1||, the last that is accounted for."""
     gradients: Gradients = field(default_factory=Gradients)
     zeroed_at: str = ""
-    """The last zero_grad() since the last backward."""
+    """Line of the last zero_grad() since the last backward."""
     separate: bool = False
     """Whether first_step() was told to keep g1 apart."""
     outputs: dict[StorageWeakRef, Forward] = field(default_factory=dict)
-    """What the forward passes have made, by its memory."""
+    """Memory of an output -> the forward pass that made it."""
     theta: Copies = field(default_factory=dict)
     theta_star: Copies = field(default_factory=dict)
     last: Copies = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Marks:
     before_g_l: Copies = field(default_factory=dict)
     """`.grad` as second_step() left it, with what was set aside."""
     aside: Copies = field(default_factory=dict)
-    """What was set aside."""
+    """Gradients that were set aside."""
 
 
 @dataclass
@@ -52,4 +52,4 @@ class Backward:
 
     where: str
     touched: list[tuple[Forward, Flow]] = field(default_factory=list)
-    """The forward passes that it has come to."""
+    """The forward passes that the call has come to."""

@@ -10,7 +10,7 @@ from .update import Update
 
 
 def notes(update: Update) -> Iterator[Finding]:
-    """All that apply to `update`."""
+    """All notes that apply to `update`."""
     if update.hidden:
         what = "first_step() ran where it can't be watched, as in a compiled step, so nothing is known of this update."
         yield Finding("not told", update.where("step"), what, "Check it without torch.compile.")

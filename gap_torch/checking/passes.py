@@ -16,7 +16,7 @@ def counted_in(forwards: list[Forward], adds_to: Pass) -> set[int]:
 
 
 def silent_samples(update: Update) -> set[int]:
-    """Samples that went through the model together with those of g2, and got no gradient in any pass."""
+    """Samples that went through the model together with samples of g2, and got no gradient in any pass."""
     if not counted_in(update.forwards, "g2"):
         return set()
     silent = seen_in(update.went_through("g2"))
@@ -24,7 +24,7 @@ def silent_samples(update: Update) -> set[int]:
 
 
 def on_data(update: Update, adds_to: Pass) -> list[Forward]:
-    """The forward passes of a pass, but for those of parts that got features."""
+    """The forward passes of a pass, without forward passes of parts that got features."""
     parts = on_features(update)
     return [forward for forward in update.went_through(adds_to) if forward.part not in parts]
 
@@ -32,7 +32,7 @@ def on_data(update: Update, adds_to: Pass) -> list[Forward]:
 def on_features(update: Update) -> set[str]:
     """Parts of the model that saw none of their inputs in both passes, where another did: features of it, detached.
 
-    Of detached features nothing tells where they come from. At theta* they are others.
+    Nothing tells where detached features come from. At theta* the model makes other features.
     """
     first, second = _by_part(update.went_through("g1")), _by_part(update.went_through("g2"))
     common = {part: first[part] & second[part] for part in first.keys() & second.keys()}
@@ -40,7 +40,7 @@ def on_features(update: Update) -> set[str]:
 
 
 def of_part(part: str, forwards: list[Forward]) -> list[Forward]:
-    """Of the same module; of all, if it was not called."""
+    """The calls of `part` among `forwards`; all of `forwards`, if it was not called."""
     return [forward for forward in forwards if forward.part == part] or forwards
 
 

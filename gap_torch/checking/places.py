@@ -25,7 +25,7 @@ def here() -> str:
 
 
 def raised(trace: TracebackType | None) -> str:
-    """The same for an exception's traceback."""
+    """The innermost line of an exception's traceback that is the user's, as "file:line"."""
     lines = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(trace)]
     return _users(reversed(lines))
 

@@ -9,10 +9,17 @@ import torch.distributed as dist
 
 
 class Finding(NamedTuple):
-    """Something that is wrong, or worth knowing (a note)."""
+    """Something that is wrong, or worth knowing (a note).
+
+    Examples:
+        >>> from gap_torch.checking import Finding
+        >>> finding = Finding("leftover", "train.py:12", ".grad was not empty.", "call zero_grad()")
+        >>> finding.kind, finding.where
+        ('leftover', 'train.py:12')
+    """
 
     kind: str
-    """In a few words, always the same: "other batch", "leftover", ... (the table of docs/check.md)."""
+    """Name of the kind: "other batch", "leftover", ... (the table of docs/check.md)."""
     where: str
     """The line of the user's code, as "file:line"."""
     what: str
@@ -30,24 +37,32 @@ class Report:
     """What is right, what is wrong, where, and what to do about it.
 
     `print(report)` shows it; `report.ok` is for tests.
+
+    Examples:
+        >>> from gap_torch.checking import Report
+        >>> report = Report()  # as `gap_torch.check` makes it, before it has seen an update
+        >>> report.ok
+        False
+        >>> print(report)
+        gap_torch.check: no update was watched to its end, so nothing is known.
     """
 
     updates: int = 0
-    """How many were watched to their end, without those in which nothing moved."""
+    """Number of updates that were watched to their end; updates in which nothing moved do not count."""
     problems: list[Finding] = field(default_factory=list)
-    """What is wrong."""
+    """Findings about what is wrong."""
     notes: list[Finding] = field(default_factory=list)
-    """What is worth knowing and not wrong, or could not be told."""
+    """Findings about what is not wrong but worth knowing, or could not be told."""
     right: list[str] = field(default_factory=list)
     """What has been verified, a sentence each."""
     timeline: list[tuple[str, str]] = field(default_factory=list)
     """What was called in the last update that was watched, and where ("file:line")."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Of the passes of "g1", "g2" and "g_l" in the last update: the sums of what backward was called on, as far as that
-    can be told. In a GradScaler's units if one is used."""
+    """Losses of the passes "g1", "g2" and "g_l" in the last update: for each the sum of what `backward` was called on,
+    as far as that can be told. In a GradScaler's units if one is used."""
     norms: dict[str, float] = field(default_factory=dict)
     """L2 norms of the gradients g1, g2 and g_l (with what was set aside) in the last update, each over all parameters,
-    in float64. In a GradScaler's units if one is used; none where parameters are spread over processes."""
+    in float64. In a GradScaler's units if one is used; empty where parameters are spread over processes."""
     stopped: str = ""
     """The exception of the user's own code, or whatever else has ended the check before its time."""
 
@@ -57,7 +72,7 @@ class Report:
         return self.updates > 0 and not self.problems
 
     def add(self, problems: Iterable[Finding], notes: Iterable[Finding] = (), right: Iterable[str] = ()) -> None:
-        """Take these up, each once."""
+        """Add findings and lines, each once."""
         self.problems = list(dict.fromkeys([*self.problems, *problems]))
         self.notes = list(dict.fromkeys([*self.notes, *notes]))
         self.right = list(dict.fromkeys([*self.right, *right]))
@@ -101,12 +116,12 @@ class Report:
 
 
 def print_once(report: Report) -> None:
-    """Print `report`, but not what rank 0 says as well."""
+    """Print `report` on rank 0, and on any other rank where something is wrong."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if not several or dist.get_rank() == 0 or not report.ok:
         print((f"rank {dist.get_rank()}: " if several else "") + str(report))
 
 
 def shown(names: list[str]) -> str:
-    """The first few of them."""
+    """The first two of `names`, and how many more there are."""
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -23,7 +23,7 @@ LABELLED_ELSEWHERE = "run the labelled backward after second_step(), or first un
 
 
 def verdicts(update: Update, has_wrapper: bool) -> Iterator[Verdict]:
-    """Of all rules that apply to `update`, which has come to its end."""
+    """Verdicts of all rules that apply to `update`, which has come to its end."""
     if not has_wrapper:
         yield _no_wrapper(update)
         yield from (rule(update) for rule in BY_HAND)
@@ -108,7 +108,7 @@ def restored(update: Update) -> Verdict:
 
 
 def same_samples(update: Update) -> Verdict:
-    """What contributes to one of g1 and g2 is part of the pass of the other, and contributes there as well."""
+    """A sample that contributes to g1 or g2 is part of the other's pass, and contributes there as well."""
     first, second = on_data(update, "g1"), on_data(update, "g2")
     if not seen_in(first) or not seen_in(second):
         return None
@@ -177,7 +177,7 @@ def g2_is_used(update: Update) -> Verdict:
 
 
 def fixed_targets(update: Update) -> Verdict:
-    """No forward pass at theta* that looks like one for targets."""
+    """No forward pass at theta* looks like a pass for targets."""
     moved = update.at_theta_star()
     if not any(f.reached for f in moved):
         return None
@@ -212,7 +212,7 @@ def same_mode(update: Update) -> Verdict:
 
 
 def running_statistics(update: Update) -> Verdict:
-    """Batch norm's stay as they are in the perturbed pass."""
+    """Batch norm's running statistics stay as they are in the perturbed pass."""
     for forward in update.at_theta_star():
         if names := [name for name in forward.moved if is_running_stat(name)]:
             what = f"the perturbed pass moves running statistics of batch norm ({shown(names)})."
@@ -229,6 +229,6 @@ BY_HAND = (g2_is_used, own_graphs)
 
 
 def _of_forward(kind: str, forward: Forward, what: str, fix: str, where: str = "") -> Finding:
-    """At its last backward, which is more often a line of the loop itself; else where the model was called."""
+    """A finding at the last backward of `forward`, more often a line of the loop itself; else at its call."""
     where = where or [forward.where, *(flow.where for flow in forward.flows.values())][-1]
     return Finding(kind, where, what + (f" (Forward pass: {forward.where}.)" if where != forward.where else ""), fix)

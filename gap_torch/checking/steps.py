@@ -23,7 +23,7 @@ class StepWatch:
         self.loop = loop
 
     def hang_up(self, patches: Patches) -> None:
-        """For all but the step of the base optimizer, whose class is anybody's: `before_step` is a hook for it."""
+        """Patch all but the step of the base optimizer, whose class is anybody's: `before_step` is its hook."""
         patches.replace(GAPWrapper, "first_step", self._first_step)
         patches.replace(GAPWrapper, "second_step", self._second_step)
         patches.replace(GAPWrapper, "set_aside", self._set_aside)
@@ -72,7 +72,7 @@ class StepWatch:
         marks.gradients.filled = values.any_gradient(loop.params)
 
     def _measure_g2(self, wrapper: GAPWrapper) -> None:
-        """Before .grad becomes the sum."""
+        """Measure g2, before `.grad` becomes the sum."""
         update, marks = self.loop.update, self.loop.marks
         if values.sharded(self.loop.params):
             return
@@ -93,7 +93,7 @@ class StepWatch:
                 loop.within_aside = before
 
     def before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The hook. A closure makes the gradients within the step."""
+        """Hook before the base optimizer's step. A closure makes the gradients within the step."""
         if torch.compiler.is_compiling() or self.loop.perturbed:  # which the wrapper refuses
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)

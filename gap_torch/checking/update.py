@@ -16,16 +16,17 @@ class Flow:
     """What the backward calls of a pass brought to the outputs of a forward pass."""
 
     where: str
-    """The first of them."""
+    """Line of the first backward call."""
     samples: set[int] = field(default_factory=set)
-    """Those that got a gradient other than zero."""
+    """Samples that got a gradient other than zero."""
     clearly: set[int] = field(default_factory=set)
-    """Those of them whose gradient is not small beside others."""
+    """Samples whose gradient is not small beside the gradients of others."""
     by_hand: dict[bool, str] = field(default_factory=dict)
-    """Whether the parameters had been moved by something else than `first_step` -> the first of them that saw that."""
+    """Whether the parameters had been moved by something else than `first_step` -> line of the first call that saw
+    that."""
 
     def take_up(self, later: "Flow", by_hand: bool) -> None:
-        """Add what another backward call brought, `by_hand` being what it saw."""
+        """Add what a later backward call brought, which saw `by_hand`."""
         self.samples |= later.samples
         self.clearly |= later.clearly
         self.by_hand.setdefault(by_hand, later.where)
@@ -39,29 +40,29 @@ class Forward:
     part: str
     """The name of the module in the model; empty for the model itself."""
     at: Pass
-    """What a backward call would have added to by then."""
+    """The pass whose gradient a backward call would have added to by then."""
     by_hand: bool
     """Whether the parameters had been moved by something else than `first_step`."""
     with_grad: bool
     """Whether autograd was on."""
     samples: list[int]
-    """A fingerprint of each; none where they can't be told."""
+    """A fingerprint of each sample; empty where samples can't be told."""
     adversarial: bool
-    """Whether its input is one that wants a gradient, as in the search of an adversarial example."""
+    """Whether an input wants a gradient itself, as in the search of an adversarial example."""
     training: frozenset[str] = frozenset()
     """The names of the modules that were in training mode."""
     batch_norm: bool = False
-    """Whether something in it normalised by the batch."""
+    """Whether some layer normalised by the batch."""
     flows: dict[Pass, Flow] = field(default_factory=dict)
-    """By the pass that they were part of."""
+    """Flows of gradients, by the pass that they were part of."""
     tracked: bool = False
-    """Whether it returned tensors that a gradient can reach."""
+    """Whether the call returned tensors that a gradient can reach."""
     reached: bool = False
-    """Whether any backward did, that of torch.autograd.grad included."""
+    """Whether any gradient has reached them, by torch.autograd.grad too."""
     fed: bool = False
     """Whether another forward pass took its output as input, detached perhaps."""
     moved: list[str] = field(default_factory=list)
-    """Buffers that it has moved at theta*."""
+    """Buffers that the call has moved at theta*."""
 
     @property
     def for_nothing(self) -> bool:
@@ -81,7 +82,7 @@ class Forward:
 
 @dataclass
 class Update:
-    """From the gradients of one update to its step."""
+    """Record of one update, from its first gradients to its step."""
 
     forwards: list[Forward] = field(default_factory=list)
     timeline: list[tuple[str, str]] = field(default_factory=list)
@@ -89,7 +90,7 @@ class Update:
     seen: list[Finding] = field(default_factory=list)
     """What was wrong at sight."""
     due: bool = True
-    """Whether it is to have a perturbed pass (`interval`)."""
+    """Whether the update is to have a perturbed pass (`interval`)."""
     hidden: bool = False
     """Whether first_step() ran where it can't be seen, as in a compiled step."""
     dropped: str = ""
@@ -106,25 +107,25 @@ class Update:
     grad_norm: float = 0.0
     """The wrapper's ||g1||."""
     losses: dict[Pass, float | None] = field(default_factory=dict)
-    """What the backward calls of a pass were called on, summed up; None where one was no number."""
+    """Pass -> the sum of what its backward calls were called on; None where one of these was no number."""
     norms: dict[str, float] = field(default_factory=dict)
-    """Of g1, g2 and g_l (with what was set aside); none of sharded parameters."""
+    """L2 norms of g1, g2 and g_l (with what was set aside); empty for sharded parameters."""
 
     def call(self, name: str, where: str) -> None:
         """Add a line to the timeline."""
         self.timeline.append((name, where))
 
     def where(self, name: str) -> str:
-        """The line of the last such call; empty if there was none."""
+        """Line of the last call of that name; empty if there was none."""
         return next((line for call, line in reversed(self.timeline) if call == name), "")
 
     def add_loss(self, adds_to: Pass, loss: float | None) -> None:
-        """Of a backward call."""
+        """Add the loss of a backward call."""
         so_far = self.losses.get(adds_to, 0.0)
         self.losses[adds_to] = None if loss is None or so_far is None else so_far + loss
 
     def told_losses(self) -> dict[str, float]:
-        """Of the passes of g1, g2 and g_l, whatever is known."""
+        """Losses of the passes of g1, g2 and g_l, as far as they are known."""
         if not self.where("first_step"):
             return {}
         parts: dict[str, list[Pass]] = {"g1": ["g1"], "g2": ["g2"], "g_l": ["aside", "g_l"]}

@@ -17,7 +17,7 @@ class Move(NamedTuple):
 
     distance: float
     wanted: float
-    """What it should be."""
+    """What `distance` should be."""
     exact: bool
     """Whether each number is where it should be, up to rounding."""
 
@@ -69,8 +69,8 @@ def measure(theta: Copies, theta_star: Copies, g1: Copies, eps: dict[Tensor, flo
 
     Args:
         theta: the parameters before.
-        theta_star: after.
-        g1: the gradients of those that have one.
+        theta_star: the parameters after.
+        g1: the gradients, of parameters that have one.
         eps: radius of each parameter's group.
         adaptive: as for the wrapper.
     """
@@ -92,7 +92,7 @@ def measure(theta: Copies, theta_star: Copies, g1: Copies, eps: dict[Tensor, flo
 
 
 def norm_of(copies: Copies, less: Copies | None = None, more: Copies | None = None) -> float:
-    """L2 norm of `copies` - `less` + `more`, in float64; where one has no entry, it is zero."""
+    """L2 norm of `copies` - `less` + `more`, in float64; a missing entry counts as zero."""
     total = 0.0
     for p, copy in copies.items():
         combined = _double(copy)
@@ -105,7 +105,7 @@ def norm_of(copies: Copies, less: Copies | None = None, more: Copies | None = No
 
 
 def loss_of(tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> float | None:
-    """What torch.autograd.backward was called on, with these arguments, as a number; None if it is none."""
+    """What torch.autograd.backward was called on, with these arguments, as a number; None if it is no number."""
     roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     weights = [grad_tensors] if grad_tensors is None or isinstance(grad_tensors, Tensor) else list(grad_tensors)
     numbers = all(isinstance(t, Tensor) and not is_sharded(t) and t.numel() == 1 for t in roots)
@@ -115,9 +115,9 @@ def loss_of(tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> float
 
 
 def with_gradient(gradient: Tensor) -> tuple[list[bool], list[bool]]:
-    """Of each row, whether it has numbers other than zero, and whether these are clear beside the largest of the batch.
+    """For each row, whether it has numbers other than zero, and any that are clear beside the batch's largest.
 
-    Small ones may be rounded to zero in another pass: in float32 below 1e-3, in bfloat16 below 1/2.
+    Small numbers may be rounded to zero in another pass: in float32 below 1e-3, in bfloat16 below 1/2.
     """
     sizes = gradient.detach().reshape(len(gradient), -1).abs().amax(1).tolist()
     clear = max(1e-3, 64 * torch.finfo(gradient.dtype).eps) * max(sizes)
@@ -125,7 +125,7 @@ def with_gradient(gradient: Tensor) -> tuple[list[bool], list[bool]]:
 
 
 def sharded(params: list[Tensor]) -> bool:
-    """Whether any is a DTensor."""
+    """Whether any of `params` is a DTensor."""
     return any(is_sharded(p) for p in params)
 
 

@@ -25,12 +25,12 @@ class Watch:
 
     @property
     def wrapper(self) -> GAPWrapper | None:
-        """Of the loop, if it has one."""
+        """The loop's GAPWrapper, if it has one."""
         return self.loop.wrapper
 
     @property
     def update(self) -> Update:
-        """The record of the one that is under way."""
+        """The record of the update that is under way."""
         return self.loop.update
 
     def start(self) -> None:
@@ -41,7 +41,7 @@ class Watch:
             watch.hang_up(self.patches)
 
     def stop(self) -> None:
-        """Take them off again: nothing of the check is left."""
+        """Take hook and patches off again: nothing of the check is left."""
         self.patches.undo()
         self.hook.remove()
         self.loop.begin_update()

@@ -1,8 +1,8 @@
 """Consistency methods, each one `prepare` and one `loss`.
 
 `prepare(model, batch)` runs once, at theta and without gradient: it makes the views and fixes their targets.
-`loss(model, views)`, which is `compare` of what the model makes of them, may then be called any number of times on the
-same views, at theta and at theta*.
+`loss(model, views)`, which is `compare` of the model's outputs for these views, may then be called any number of times,
+at theta and at theta*.
 """
 
 from .adversary import Adversary, Discriminator

@@ -11,24 +11,31 @@ from ..tensors import norm_dtype
 
 LEAST_SIDE = 16  # it halves the image four times
 LABELLED = 1
-"""The discriminator's class of maps that look like those of labelled images; 0 is the other."""
+"""The discriminator's class for maps that look like maps of labelled images; class 0 is for all other maps."""
 
 
 class Discriminator(nn.Module):
-    """Judges a map (a prediction, signed distances) by the image that it is of: two logits, unlabelled or labelled.
+    """Tells maps of labelled images from maps of unlabelled ones, by map (a prediction, signed distances) and image.
 
-    Convolutions of kernel 4 and stride 2 without normalisation: map and image each through one of their own, whose
-    outputs are added, then three more, and an average over space: of 2 x 2 parts in the plane, of all in space. In
-    space the sum goes through LeakyReLU and dropout as well. At 256 x 256 the public code averages two windows of 7 of
-    16 rows and columns; here every row counts, at any size.
+    It has convolutions of kernel 4 and stride 2 without normalisation: one for the map and one for the image, whose
+    outputs are added, then three more, and an average over space: over each of 2 x 2 parts in 2D, over the whole volume
+    in 3D. In 3D the sum goes through LeakyReLU and dropout as well. At 256 x 256 the public code averages two windows
+    of 7 of 16 rows and columns; here every row counts, at any size.
 
     Args:
-        map_channels: of the map.
-        image_channels: of the image.
-        dimensions: 2 or 3.
+        map_channels: channels of the map.
+        image_channels: channels of the image.
+        dimensions: dimensions of space, 2 or 3.
 
     Raises:
-        ValueError: another number of dimensions; when called, a side below 16.
+        ValueError: `dimensions` is neither 2 nor 3; when called, a side is below 16.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Discriminator
+        >>> discriminator = Discriminator(map_channels=3)
+        >>> discriminator(torch.rand(2, 3, 16, 16), torch.rand(2, 1, 16, 16)).shape
+        torch.Size([2, 2])
     """
 
     def __init__(self, map_channels: int, image_channels: int = 1, dimensions: int = 2) -> None:
@@ -68,26 +75,36 @@ def _activated(dimensions: int) -> tuple[nn.Module, ...]:
 
 
 class Adversary(nn.Module):
-    """A discriminator that a method plays against, and its own Adam, which the run's optimizer knows nothing of.
+    """A discriminator that a method trains against, with an Adam of its own. The run's optimizer does not hold it.
 
-    When it judges it is frozen and in eval mode; it learns in `step` alone. Weights, Adam's averages and the last
-    accuracy are in its `state_dict`. Autocast is off within, and a `GradScaler` not needed.
+    In `forward` and `loss` the discriminator is frozen and in eval mode; it learns in `step` alone. Weights, Adam's
+    averages and the last accuracy are in the `state_dict`. Autocast is switched off inside, and no `GradScaler` is
+    needed.
 
     Args:
         discriminator: maps (B, ...) and images (B, ...) to logits (B, 2), as `Discriminator`.
-        lr: of Adam, constant.
-        betas: of Adam. No weight decay.
+        lr: learning rate of Adam, constant.
+        betas: decay rates of Adam's averages. There is no weight decay.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Adversary, Discriminator
+        >>> adversary = Adversary(Discriminator(map_channels=3))
+        >>> maps, images = torch.rand(4, 3, 16, 16).softmax(dim=1), torch.rand(4, 1, 16, 16)
+        >>> adversary.step(maps, images, labelled=2)  # the discriminator learns
+        >>> adversary.loss(maps, images).shape  # what the network that made the maps learns from
+        torch.Size([])
     """
 
     mean: Tensor
-    """Adam's average of the gradients, of all parameters one behind the other."""
+    """Adam's average of the gradients, of all parameters in one vector."""
     square: Tensor
-    """That of their squares."""
+    """Adam's average of the squared gradients."""
     steps: Tensor
-    """How many there were; on the device, so that a captured CUDA graph counts them too."""
+    """Number of steps; on the device, so that a captured CUDA graph counts its steps too."""
     accuracy: Tensor
-    """Share of right verdicts in the last step, the mean of those on labelled and on unlabelled images: 0.5 is a guess.
-    With the discriminator's dropout, and before it has learnt from them."""
+    """Share of right verdicts in the last step: the mean of the shares on labelled and on unlabelled images, 0.5 for a
+    guess. It is taken with dropout, before the discriminator learns from these images."""
 
     def __init__(self, discriminator: nn.Module, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         super().__init__()
@@ -101,7 +118,7 @@ class Adversary(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Adversary":
-        """Stays in eval mode: it learns within `step` alone."""
+        """Do nothing: outside of `step` the discriminator stays in eval mode."""
         return super().train(False)
 
     def forward(self, maps: Tensor, images: Tensor) -> Tensor:
@@ -111,20 +128,21 @@ class Adversary(nn.Module):
             return self.discriminator(maps.to(dtype), images.to(dtype))
 
     def loss(self, maps: Tensor, images: Tensor) -> Tensor:
-        """Cross-entropy of its verdicts with "labelled", mean over the samples, 0-dim: small where it is fooled."""
+        """Cross-entropy between verdicts and the class "labelled", mean over samples, 0-dim: small where it is
+        fooled."""
         verdicts = self(maps, images)
         return F.cross_entropy(verdicts, torch.full_like(verdicts[:, 0], LABELLED, dtype=torch.int64))
 
     def step(self, maps: Tensor, images: Tensor, labelled: int) -> None:
-        """One step of the discriminator: of the samples the first `labelled` are labelled ones, the others not.
+        """One step of the discriminator, on samples of which the first `labelled` are labelled.
 
         Args:
             maps: (B, C, *spatial), what the model makes of `images`; no gradient goes there.
             images: (B, C', *spatial).
-            labelled: how many.
+            labelled: number of labelled samples.
 
         Raises:
-            ValueError: all of them are labelled, or none.
+            ValueError: all samples are labelled, or none.
         """
         if not 0 < labelled < len(maps):
             raise ValueError(

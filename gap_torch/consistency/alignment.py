@@ -3,7 +3,7 @@
 The GapMatch paper wants the predictions "aligned before and after perturbation" when GAP joins another method. That can
 be read in three ways, which differ in the loss at theta*:
 
-1. the method's own loss once more, its targets still those of theta: `method.loss(model, views)`;
+1. the method's own loss once more, with the targets of theta: `method.loss(model, views)`;
 2. the perturbed prediction against the unperturbed one, whatever the method's own loss is: `alignment`;
 3. the perturbed prediction against the confident classes of the unperturbed one, by the paper's R, with alpha alone as
    its weight: `hard_alignment`. The method's own loss gives the direction, however small its weight is.
@@ -25,15 +25,23 @@ def alignment(outputs: Outputs, before: Outputs) -> Tensor:
     """Mean over the pixels of KL(softmax(before) || softmax(outputs)): zero, with zero gradient, where both agree.
 
     Args:
-        outputs: logits (B, K, *spatial) of the perturbed model; with auxiliary ones, a tuple, whose mean is taken.
-        before: the same at theta, for the same inputs. No gradient reaches it.
+        outputs: logits (B, K, *spatial) of the perturbed model; or a tuple with auxiliary logits, over which the mean
+            is taken.
+        before: logits of the unperturbed model for the same inputs, in the same form. No gradient reaches them.
 
     Returns:
         0-dim tensor.
 
     Raises:
-        ValueError: one of the two has more logits than the other, or logits of another shape.
-        TypeError: one of them is neither a tensor nor a tuple or list of them.
+        ValueError: `outputs` and `before` differ in the number of logits, or in their shape.
+        TypeError: `outputs` or `before` is neither a tensor nor a tuple or list of tensors.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import alignment
+        >>> before = torch.rand(2, 3, 8, 8)  # logits at theta
+        >>> alignment(before, before) < 1e-6  # the logits at theta* are the same
+        tensor(True)
     """
     pairs = _pairs(outputs, before)
     return torch.stack([kl_divergence(a, p).mean() for a, p in pairs]).mean()
@@ -46,11 +54,23 @@ def hard_alignment(
 
     Args:
         outputs: as for `alignment`.
-        before: the same.
+        before: as for `alignment`.
         tau: least confidence of a class that counts (equation 5), or a threshold that adapts.
         loss: R, called with logits (B, K, *spatial), classes and mask (B, *spatial).
 
-    Returns and errors as for `alignment`; ValueError also where `tau` is outside [0, 1].
+    Returns:
+        0-dim tensor.
+
+    Raises:
+        ValueError: as for `alignment`, and where `tau` is outside [0, 1].
+        TypeError: as for `alignment`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import hard_alignment
+        >>> before = torch.rand(2, 3, 8, 8)  # logits at theta, nowhere confident
+        >>> hard_alignment(before, before, tau=0.95)
+        tensor(0.)
     """
     threshold = as_threshold(tau)
     pairs = _pairs(outputs, before)

@@ -1,4 +1,4 @@
-"""Bidirectional copy-paste, BCP (Bai et al., CVPR 2023), and what it trains beforehand."""
+"""Bidirectional copy-paste, BCP (Bai et al., CVPR 2023), and its pre-training."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,32 +16,45 @@ from .teacher import Teacher
 class BCP(Method):
     """A labelled box in an unlabelled image and the reverse, learnt from labels and from a teacher's classes.
 
-    Of labelled halves (a, b) and unlabelled ones (u, v), and one box of two thirds of each side for all of them, the
-    mixtures are u with the box of a, and b with the box of v. With U the pixels of a mixture whose target is the
-    teacher's class, cleaned, and L the others, whose target is a label:
+    The labelled images come in halves (a, b), the unlabelled images in halves (u, v). One box, of two thirds of each
+    side, is used for all images: the mixtures are u with the box of a, and b with the box of v. U are the pixels of a
+    mixture whose target is the teacher's class, cleaned; L are the other pixels, whose target is a label:
 
         l(S)           =  sum_S CE / |S|  +  Dice over S
         loss           =  [l(U) of the first mixture + l(U) of the second] / 2
         labelled loss  =  [l(L) of the first mixture + l(L) of the second] / 2
 
-    The authors' code adds half of the first to the second, from two passes, a mixture each: `Views.mixed` lets a loop
-    do so. GAP goes along this seam: what pseudo-labels ask for is the consistency loss, what labels ask for is not.
-    Where a batch is odd, or there are more of one kind, samples come twice.
+    The authors' code adds half of `loss` to the labelled loss, from two passes, one for each mixture: `Views.mixed`
+    lets a loop do so. For GAP the part with pseudo-labels is the consistency loss; the part with labels is the labelled
+    loss. Where a batch is odd, or has more images of one kind, some images are taken twice.
 
-    The weights that it starts from, its teacher's too, are those of a run of `BCPPreTraining`. The teacher is
-    `Teacher(model, 0.99, warm_up=False)`.
+    Model and teacher start from the weights of a run of `BCPPreTraining`. The teacher is `Teacher(model, 0.99,
+    warm_up=False)`.
 
     Args:
-        teacher: what makes the pseudo-labels; `update` lets it follow the model.
-        weak: weak augmentation of unlabelled images (B, C, *spatial); the labelled ones have theirs already.
-        clean: the teacher's classes (B, *spatial), int64, to those that count: the authors keep of each class of a
-            sample the largest piece, where voxels that share a corner belong together, and make the rest background.
-        dice: called with logits (B, K, *spatial), target and region (B, *spatial); the code's for ACDC, or
-            `linear_dice_loss`, its own for LA.
+        teacher: makes the pseudo-labels; `update` lets it follow the model.
+        weak: weak augmentation of unlabelled images (B, C, *spatial). Labelled images come augmented already.
+        clean: function from the teacher's classes (B, *spatial), int64, to the pseudo-labels, of the same shape. The
+            authors keep the largest connected piece of each class in a sample, where voxels that share a corner are
+            connected, and make all else background.
+        dice: called with logits (B, K, *spatial), target and region (B, *spatial). None for the Dice that the authors'
+            code has for ACDC; for LA it has `linear_dice_loss`.
         mode: the teacher's mode (`targets.Mode`).
 
     Raises:
         ValueError: `mode` is unknown; from `prepare`, a batch without labelled images.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import BCP, Batch, Teacher
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> teacher = Teacher(model, decay=0.99, warm_up=False)
+        >>> weak, clean = lambda images: images.flip(-1), lambda classes: classes
+        >>> method = BCP(teacher, weak, clean)
+        >>> images, labels = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8), images, labels))
+        >>> method.loss(model, views).backward()
+        >>> method.labelled_loss(None, model(views.labelled), labels, views).backward()
     """
 
     def __init__(
@@ -59,7 +72,7 @@ class BCP(Method):
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
-        """Both mixtures, their labels and pseudo-labels in one map, and in `fixed` where it is pseudo-labels."""
+        """Both mixtures; `target` holds labels and pseudo-labels, `fixed` says where it holds pseudo-labels."""
         unlabelled = self.weak(unlabelled_of(batch))
         images, labels = labelled_of(batch)
         count = max(len(images), len(unlabelled))
@@ -78,14 +91,14 @@ class BCP(Method):
     def labelled_loss(
         self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
     ) -> Tensor:
-        """The loss over those whose target is a label, of the logits of `Views.labelled`; before, `criterion`."""
+        """The loss over pixels whose target is a label, for logits of `Views.labelled`; `criterion` without `views`."""
         logits = logits_of(outputs)
         if views is None:
             return criterion(logits, target)
         return self._loss(logits.split([len(images) for images in views.inputs]), views, ~views.fixed)
 
     def _loss(self, logits: Sequence[Tensor], views: Views, region: Tensor) -> Tensor:
-        """Half the sum over the mixtures."""
+        """Half of the sum of `region_loss` over the mixtures."""
         assert views.target is not None
         sizes = [len(images) for images in views.inputs]
         each = zip(logits, views.target.split(sizes), region.split(sizes), strict=True)
@@ -98,14 +111,22 @@ class BCP(Method):
 
 
 class BCPPreTraining(Method):
-    """The run before BCP: boxes pasted between labelled images, learnt from their labels. There is nothing to perturb.
+    """Training before BCP: boxes pasted between labelled images, learnt from labels. GAP has nothing to perturb by.
 
-    Of labelled halves (a, b) the mixture is a with a box of b. The authors' loss for ACDC is half of l(box) + l(rest),
-    with the l of `BCP`, and for LA half of l(all of it).
+    The labelled images come in halves (a, b); the mixture is a with a box of b. The authors' loss for ACDC is half of
+    l(box) + l(rest), with the l of `BCP`, and for LA half of l(all pixels).
 
     Args:
-        by_region: whether the box and what surrounds it count the same, as for ACDC, or each pixel does, as for LA.
+        by_region: whether box and surroundings count the same, as for ACDC, or every pixel does, as for LA.
         dice: as for `BCP`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, BCPPreTraining
+        >>> model, method = torch.nn.Conv2d(1, 3, kernel_size=1), BCPPreTraining()
+        >>> images, labels = torch.rand(2, 1, 8, 8), torch.randint(3, (2, 8, 8))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8), images, labels))
+        >>> method.labelled_loss(None, model(views.labelled), labels, views).backward()
     """
 
     def __init__(self, by_region: bool = True, dice: MaskedLoss | None = None) -> None:
@@ -114,7 +135,7 @@ class BCPPreTraining(Method):
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
-        """No views; the mixture in `labelled`, its labels, and in `fixed` the box."""
+        """No views: `labelled` is the mixture, `target` its labels, `fixed` the box."""
         unlabelled_of(batch)
         images, labels = labelled_of(batch)
         (a, b), (label_a, label_b) = (_halves(t, len(images)) for t in (images, labels))
@@ -131,7 +152,7 @@ class BCPPreTraining(Method):
     def labelled_loss(
         self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
     ) -> Tensor:
-        """The loss of the mixture; before there are views, `criterion`."""
+        """The loss of the mixture; `criterion` without `views`."""
         logits = logits_of(outputs)
         if views is None:
             return criterion(logits, target)
@@ -155,13 +176,16 @@ def random_box(images: Tensor) -> Tensor:
 
 
 def region_loss(logits: Tensor, target: Any, region: Tensor, dice: MaskedLoss) -> Tensor:
-    """Cross-entropy, mean over the pixels of `region`, plus `dice` over them.
+    """Cross-entropy, mean over the pixels of `region`, plus `dice` over the same pixels.
 
     Args:
         logits: (B, K, *spatial), any floating dtype; computed in float32 at least.
         target: (B, *spatial), int64.
         region: (B, *spatial), bool.
-        dice: called with all three.
+        dice: called with logits, target and region.
+
+    Returns:
+        0-dim tensor.
 
     Raises:
         ValueError: logits of one class.
@@ -176,7 +200,16 @@ def squared_dice_loss(logits: Tensor, target: Any, region: Tensor) -> Tensor:
 
     The sums are over the batch too. Unlike in `losses.dice_loss` a class that is in no label of the region counts 1.
 
-    Args, result and errors as for `linear_dice_loss`.
+    Args:
+        logits: as for `linear_dice_loss`.
+        target: as for `linear_dice_loss`.
+        region: as for `linear_dice_loss`.
+
+    Returns:
+        0-dim tensor.
+
+    Raises:
+        ValueError: as for `linear_dice_loss`.
     """
     p, t = _within(logits, target, region)
     over = (0, *range(2, logits.ndim))
@@ -196,6 +229,15 @@ def linear_dice_loss(logits: Tensor, target: Any, region: Tensor) -> Tensor:
 
     Raises:
         ValueError: logits of one class.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import linear_dice_loss
+        >>> target = torch.tensor([[0, 0, 1, 1]])
+        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # sure and right
+        >>> everywhere = torch.ones_like(target, dtype=torch.bool)
+        >>> linear_dice_loss(logits, target, everywhere) < 1e-4
+        tensor(True)
     """
     p, t = _within(logits, target, region)
     over = tuple(range(2, logits.ndim))
@@ -211,7 +253,7 @@ def _within(logits: Tensor, target: Tensor, region: Tensor) -> tuple[Tensor, Ten
 
 
 def _halves(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Two of the same size, with `count` rows or one more together: those of `tensor`, again and again."""
+    """Two halves of one size, together of `count` rows or one more: those of `tensor`, repeated if too few."""
     half = -(-count // 2)
     rows = torch.arange(2 * half, device=tensor.device) % len(tensor)
     return tensor[rows].split(half)

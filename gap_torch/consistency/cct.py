@@ -22,7 +22,7 @@ class CCT(Method):
     """Further decoders, behind perturbed features (`feature_perturbations`), are to say what the main decoder says.
 
     loss = (1 / K) sum_k d(g_k(z perturbed in k's way), softmax(g(z))), with z the encoder's features. The main decoder
-    g learns from labels alone, the others from it alone, the encoder from all.
+    g learns from labels alone, the further decoders from g alone, the encoder from both.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
@@ -31,6 +31,18 @@ class CCT(Method):
 
     Raises:
         ValueError: `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, CCT
+        >>> class TwoDecoders(torch.nn.Sequential):  # (logits, auxiliary logits)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoDecoders(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = CCT(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation, loss: SoftLoss = mean_squared, mode: Mode = "eval") -> None:
@@ -40,7 +52,7 @@ class CCT(Method):
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
-        """Weak views of the unlabelled images, and the main decoder's probabilities for them."""
+        """Weak views of the unlabelled images, and the main decoder's probabilities for these views."""
         weak = self.weak(unlabelled_of(batch))
         return Views((weak,), probabilities(model, weak, self.mode))
 
@@ -54,13 +66,25 @@ class CCT(Method):
 
 
 class MedicalCCT(CCT):
-    """CCT as in SSL4MIS: all decoders learn from labels, and the main one from the others as they from it.
+    """CCT as in SSL4MIS: all decoders learn from labels, and the main decoder and the further ones from each other.
 
-    The main decoder's prediction is that of the same pass, and carries a gradient.
+    The target is the main decoder's prediction in the same pass, and carries a gradient.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
         loss: as for `CCT`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, MedicalCCT
+        >>> class TwoDecoders(torch.nn.Sequential):  # (logits, auxiliary logits)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoDecoders(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = MedicalCCT(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation, loss: SoftLoss = mean_squared) -> None:
@@ -72,7 +96,7 @@ class MedicalCCT(CCT):
         return Views((self.weak(unlabelled_of(batch)),))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
-        """`loss` between each auxiliary prediction and the main one, mean over the decoders.
+        """`loss` between each auxiliary prediction and the main prediction, mean over the decoders.
 
         Raises:
             ValueError: `outputs` has no auxiliary logits, or logits of one class.

@@ -14,10 +14,10 @@ class CPS(TwinMethod):
 
         loss = CE(f_1(u), argmax f_2(u)) + CE(f_2(u), argmax f_1(u))
 
-    Two networks that agree still have a loss: that of their own hard labels. As in SSL4MIS the images are the
-    unlabelled ones, without strong augmentation; the authors' code for photographs takes the labelled ones too, CutMix,
-    and a constant weight. There the labels are of the very pass that is trained. Here they are of one before it, at
-    theta, in the model's own mode: with dropout, other units are dropped.
+    Two networks that agree still have a loss, between each prediction and its own hard labels. As in SSL4MIS the images
+    are unlabelled, without strong augmentation; the authors' code for photographs takes labelled images too, CutMix,
+    and a constant weight. There the classes come from the pass that is trained. Here they come from a pass before it,
+    at theta, in the model's own mode: with dropout, other units are dropped.
 
     The model returns (logits of f_1, logits of f_2) in training mode, and f_1's alone in eval mode.
 
@@ -26,6 +26,18 @@ class CPS(TwinMethod):
 
     Raises:
         ValueError: from `prepare` and `compare`, a model without a second network's logits, or logits of one class.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, CPS
+        >>> class Twins(torch.nn.Sequential):  # (logits of f_1, logits of f_2)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = Twins(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = CPS(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation) -> None:

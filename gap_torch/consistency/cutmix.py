@@ -10,9 +10,9 @@ from torch import Tensor
 class CutMix:
     """Paste a box from another sample of the batch, or of a second one, into each sample, with probability `p`.
 
-    Works in 2D and 3D. A box holds a uniformly drawn share of the area or volume; the ratio of two of its sides
-    lies between `1 / aspect` and `aspect`. A side longer than the image is cut off, which makes the box smaller.
-    A batch of one has nothing of its own to paste from and stays as it is.
+    Works in 2D and 3D. A box holds a uniformly drawn share of the area or volume; the ratio of two of its sides lies
+    between `1 / aspect` and `aspect`. A side longer than the image is cut off, which makes the box smaller. A batch of
+    one image has no other image to paste from and stays as it is.
 
     Args:
         p: probability of a box in each sample.
@@ -22,6 +22,12 @@ class CutMix:
 
     Raises:
         ValueError: `p` or `share` is outside [0, 1], or `aspect` is below 1 or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import CutMix
+        >>> images, pseudo_label = torch.rand(4, 1, 8, 8), torch.randint(3, (4, 8, 8))
+        >>> images, pseudo_label = CutMix(p=1.0)(images, pseudo_label)  # the same boxes in both
     """
 
     def __init__(
@@ -38,12 +44,15 @@ class CutMix:
         self.p, self.share, self.aspect, self.generator = p, share, aspect, generator
 
     def __call__(self, *tensors: Tensor, partners: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """The same boxes, from the same sample, in each of `tensors` (image, pseudo-label, confidence).
+        """Paste the same boxes, from the same sample, into each of `tensors` (image, pseudo-label, confidence).
 
         Args:
-            tensors: the first (B, C, *spatial), the others (B, C, *spatial) or (B, *spatial).
-            partners: what to paste from, sample i into sample i: one of the same shape for each of `tensors`. None for
-                these themselves, sample i - 1 into sample i.
+            tensors: the first is (B, C, *spatial), the others are (B, C, *spatial) or (B, *spatial).
+            partners: tensors to paste from, sample i into sample i: one for each of `tensors`, of its shape. None to
+                paste from `tensors` themselves, sample i - 1 into sample i.
+
+        Returns:
+            `tensors` with boxes, in new memory.
 
         Raises:
             ValueError: there are more or fewer partners than tensors, or one is of another shape.

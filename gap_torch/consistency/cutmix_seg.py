@@ -16,21 +16,29 @@ HALF_OF_EVERY_SAMPLE = CutMix(p=1.0, share=(0.5, 0.5), aspect=2.0)
 
 
 class CutMixSeg(PseudoLabel):
-    """Boxes pasted between the samples: the prediction on the mixed image is to be the same mix of predictions.
+    """Boxes pasted between the samples: the prediction on the mixed image is to be the same mix of pseudo-labels.
 
-    French et al. compare with a teacher's probabilities (`CutMixMeanTeacher`). Here the targets are its pseudo-labels,
+    French et al. compare with a teacher's probabilities (`CutMixMeanTeacher`). Here the targets are pseudo-labels,
     pasted together with their confidence, so that the loss is FixMatch's.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
-        cutmix: the boxes.
+        cutmix: pastes the boxes.
         tau: least confidence of a pseudo-label that counts, or a threshold that adapts.
         loss: called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).
         mode: the mode of the model, or of the teacher, while it makes pseudo-labels (`targets.Mode`).
-        teacher: what makes the pseudo-labels; `update` lets it follow the model. None for the model itself at theta.
+        teacher: makes the pseudo-labels; `update` lets it follow the model. None for the model itself at theta.
 
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, CutMixSeg
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = CutMixSeg(weak=lambda images: images.flip(-1), tau=0.4)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(
@@ -64,19 +72,28 @@ class CutMixMeanTeacher(Method):
 
         loss = c mean_v sum_k (p_k - q_k)^2
 
-    with q the pasted probabilities and c the share of pixels where their highest reaches tau: one number a batch. The
-    paper pastes between two batches; here the partner is the sample before, as in `CutMix`.
+    with q the pasted probabilities and c the share of pixels whose highest probability reaches tau: one number a batch.
+    The paper pastes between two batches; here the partner is the sample before, as in `CutMix`.
 
     Args:
-        teacher: what makes the targets; `update` lets it follow the model.
+        teacher: makes the targets; `update` lets it follow the model.
         weak: weak augmentation of images (B, C, *spatial).
-        cutmix: the boxes; the default's are half of the image (in 3D at most), with sides of at least half of its own,
-            as theirs.
+        cutmix: pastes the boxes. By default a box is half of the image (in 3D at most half), and its sides are at least
+            half of the image's, as in French et al.
         tau: least confidence of a pixel that counts in c, or a threshold that adapts.
         mode: the teacher's mode (`targets.Mode`).
 
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, CutMixMeanTeacher, Teacher
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = CutMixMeanTeacher(Teacher(model), weak=lambda images: images.flip(-1), tau=0.4)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(torch.rand(2, 1, 8, 8)))  # after the optimizer step
     """
 
     def __init__(
@@ -94,7 +111,7 @@ class CutMixMeanTeacher(Method):
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
-        """The weak view with boxes, the teacher's probabilities with the same ones, and c in `fixed`."""
+        """The weak view with boxes, the teacher's probabilities with the same boxes, and c in `fixed`."""
         weak = self.weak(unlabelled_of(batch))
         mixed, target = self.cutmix(weak, probabilities(self.teacher, weak, self.mode))
         return Views((mixed,), target, fixed=self.threshold(target).to(target.dtype).mean())

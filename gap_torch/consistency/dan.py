@@ -10,17 +10,28 @@ from .targets import probabilities
 
 
 class DAN(Method):
-    """Predictions on unlabelled images are to look, to a discriminator, like those on labelled ones.
+    """To a discriminator, predictions on unlabelled images are to look like predictions on labelled images.
 
-    loss = CE(D(softmax(f(u)), u), labelled), with D fixed; after each optimizer step D takes one of its own, on what
-    the model now predicts, in eval mode, on labelled and unlabelled images.
+    loss = CE(D(softmax(f(u)), u), labelled), with the discriminator D fixed. After each optimizer step D takes a step
+    of its own, on the model's new predictions, in eval mode, on labelled and unlabelled images.
 
-    As `train_adversarial_network_2D.py` of SSL4MIS has it: the paper's own network, of 2017, is not public. There both
-    are shown the same augmented images; here D's step draws another weak view of the unlabelled ones.
+    As `train_adversarial_network_2D.py` of SSL4MIS has it: the paper's own network, of 2017, is not public. There the
+    loss and D's step take the same augmented images; here D's step draws another weak view of the unlabelled images.
 
     Args:
-        adversary: whose discriminator takes K maps.
+        adversary: holds the discriminator, which takes maps of K channels.
         weak: weak augmentation of images (B, C, *spatial).
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import DAN, Adversary, Batch, Discriminator
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> adversary = Adversary(Discriminator(map_channels=3))
+        >>> method = DAN(adversary, weak=lambda images: images.flip(-1))
+        >>> labelled, unlabelled = torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16)
+        >>> views = method.prepare(model, Batch(unlabelled))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(unlabelled, labelled))  # the discriminator learns
     """
 
     def __init__(self, adversary: Adversary, weak: Augmentation) -> None:
@@ -33,13 +44,17 @@ class DAN(Method):
         return Views((self.weak(unlabelled_of(batch)),))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
-        """How surely the discriminator takes the predictions for those on unlabelled images."""
+        """Cross-entropy between the discriminator's verdicts on the predictions and the class "labelled"."""
         logits = check_classes(logits_of(only(outputs)))
         return self.adversary.loss(at_least_float32(logits).softmax(dim=1), views.inputs[0])
 
     @torch.no_grad()
     def update(self, model: nn.Module, batch: Batch) -> None:
-        """The discriminator's step. Raises ValueError without labelled images."""
+        """The discriminator's step.
+
+        Raises:
+            ValueError: `batch` has no labelled images.
+        """
         weak = self.weak(unlabelled_of(batch))
         images = all_images(batch, weak)
         self.adversary.step(probabilities(model, images, "eval"), images, len(images) - len(weak))

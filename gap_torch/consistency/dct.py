@@ -1,4 +1,4 @@
-"""Deep co-training as in SSL4MIS: one network, and a turned image. The paper's is `dct_views`."""
+"""Deep co-training as in SSL4MIS: one network, and a turned image. The paper's method is in `dct_views`."""
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ PLANE = (2, 3)
 class DCT(Method):
     """What SSL4MIS calls deep co-training: the prediction on a turned image is to be the turned prediction.
 
-    One network; R turns by k quarters of a circle in the plane of the first two axes, k from {0, 1, 2, 3}, one for the
-    whole batch. With p = f(u), p' = f(R u), and sg for what carries no gradient:
+    There is one network. R turns by k quarters of a circle in the plane of the first two axes, with one k from {0, 1,
+    2, 3} for the whole batch. With p = f(u), p' = f(R u), and sg x for x without a gradient:
 
         loss = 1/2 [ mean (sg p' - R p)^2 + mean (p' - sg R p)^2 ]       over batch, classes and pixels
 
@@ -24,6 +24,14 @@ class DCT(Method):
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, DCT
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = DCT(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation) -> None:
@@ -32,13 +40,13 @@ class DCT(Method):
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
-        """Weak views of the unlabelled images, and the same turned; `fixed` is k, 0-dim, on their device."""
+        """Weak views of the unlabelled images, and the same views turned; `fixed` is k, 0-dim, on their device."""
         weak = self.weak(unlabelled_of(batch))
         quarters = self.draw(weak.device)
         return Views((weak, turned(weak, quarters)), fixed=quarters)
 
     def draw(self, device: torch.device) -> Tensor:
-        """A k, 0-dim int64 on `device`."""
+        """A random k, 0-dim int64 on `device`."""
         return torch.randint(4, (), device=device)
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
@@ -53,11 +61,11 @@ class DCT(Method):
 
 
 def turned(images: Tensor, quarters: Tensor) -> Tensor:
-    """`images` (B, C, H, W, ...) turned in the plane of H and W; where they differ, by half turns alone.
+    """`images` (B, C, H, W, ...) turned in the plane of H and W; where H and W differ, by half turns alone.
 
     Args:
-        images: of any dtype.
-        quarters: of a circle, 0 to 3, 0-dim on the device of `images`: the host does not look at it.
+        images: tensor of any dtype.
+        quarters: number of quarters of a circle, 0 to 3, 0-dim on the device of `images`: the host does not read it.
     """
     height, width = (images.shape[axis] for axis in PLANE)
     images = torch.where(quarters >= 2, images.rot90(2, PLANE), images)

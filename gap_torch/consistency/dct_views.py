@@ -1,4 +1,4 @@
-"""Deep co-training (Qiao et al., ECCV 2018): two networks, each of which is to resist the other's adversary."""
+"""Deep co-training (Qiao et al., ECCV 2018): two networks, each to resist the other's adversarial examples."""
 
 import math
 
@@ -14,7 +14,7 @@ from .twins import TwinMethod, twins
 
 
 class ViewsDCT(TwinMethod):
-    """Deep co-training as in the paper: two networks that are to agree, and each to resist the other's adversary.
+    """Deep co-training as in the paper: two networks agree, and resist each other's adversarial examples.
 
     With p_1 and p_2 the predictions of two networks of different initial weights, H the entropy, u unlabelled images,
     x labelled and unlabelled ones, y their labels, or the network's own classes where there are none:
@@ -24,21 +24,34 @@ class ViewsDCT(TwinMethod):
         L_dif = CE(sg p_1(x), p_2(g_1(x))) + CE(sg p_2(x), p_1(g_2(x)))
         loss = cot L_cot + dif L_dif
 
-    The p_i(x) of L_dif are targets, fixed at theta. The paper makes the g_i in eval mode, in which the model here has
-    no second network: they are made with batch norm in its own mode, without dropout, and leave running statistics
-    alone. The paper gives each network labelled images in an order of its own; here both have the same.
+    The p_i(x) of L_dif are targets, fixed at theta. The paper makes the g_i in eval mode. Here the model has no second
+    network in eval mode, so the g_i are made with batch norm in its own mode, without dropout; running statistics stay
+    as they are. The paper gives each network labelled images in an order of its own; here both networks get the same
+    order.
 
     The model returns (logits of f_1, logits of f_2) in training mode, and f_1's alone in eval mode.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
-        radius: of the adversary, in units of the image's intensities.
+        radius: size of the adversarial change of each pixel, in units of the image's intensities.
         cot: weight of L_cot.
         dif: weight of L_dif.
 
     Raises:
         ValueError: `radius`, `cot` or `dif` is negative or not finite; from `prepare` and `compare`, a model without a
             second network's logits, or logits of one class.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, ViewsDCT
+        >>> class Twins(torch.nn.Sequential):  # (logits of f_1, logits of f_2)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = Twins(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = ViewsDCT(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation, radius: float = 0.02, cot: float = 10.0, dif: float = 0.5) -> None:
@@ -52,7 +65,7 @@ class ViewsDCT(TwinMethod):
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """Weak views u of the unlabelled images, g_1(x) and g_2(x); `fixed` are p_1(x) and p_2(x).
 
-        Labelled images come first in x. f_2 is not asked about g_2(x).
+        Labelled images come first in x. Of f_2 no output for g_2(x) is needed.
         """
         u = self.weak(unlabelled_of(batch))
         x = all_images(batch, u)
@@ -75,7 +88,7 @@ class ViewsDCT(TwinMethod):
         return self.cot * jensen_shannon(*twins(on_u)) + self.dif * difference
 
     def _adversarial(self, x: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
-        """What the network of `logits` finds hardest around `x`, whose first images have `labels`."""
+        """Adversarial examples, for the network that made `logits`, around `x`, whose first images have `labels`."""
         target = logits.detach().argmax(dim=1)
         if labels is not None:
             target = torch.cat([labels, target[len(labels) :]])
@@ -88,8 +101,8 @@ def jensen_shannon(logits: Tensor, others: Tensor) -> Tensor:
     """H((p + q) / 2) - (H(p) + H(q)) / 2 of two softmaxes, mean over pixels: 0 at agreement, at most ln 2.
 
     Args:
-        logits: of p, (B, K, *spatial), any floating dtype; computed in float32 at least.
-        others: of q, of the same shape. Gradients reach both.
+        logits: logits of p, (B, K, *spatial), any floating dtype; computed in float32 at least.
+        others: logits of q, of the same shape. Gradients reach both.
 
     Returns:
         0-dim tensor, in nats.

@@ -13,15 +13,25 @@ from .signed_distances import signed_distances
 class DistanceMethod(Method, ABC):
     """A method whose model returns (logits, z) in training mode, z in [-1, 1] the signed distances of K - 1 classes.
 
-    Labels train both: Dice(p, y) + distance_weight * mean (z - s(y))^2, with s of `signed_distances`. In public code
-    cross-entropy is computed beside it and left out of the sum, so the loop's own criterion is not asked here.
+    Labels train both heads: Dice(p, y) + distance_weight * mean (z - s(y))^2, with s of `signed_distances`. The public
+    code computes a cross-entropy too and leaves it out of the sum, so the loop's own criterion is not used here.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
-        distance_weight: of the squared difference.
+        distance_weight: weight of the squared difference.
 
     Raises:
         ValueError: `distance_weight` is negative or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import DTC, DistanceMethod, signed_distances
+        >>> method, target = DTC(torch.nn.Identity()), torch.tensor([[0, 0, 1, 1]])
+        >>> isinstance(method, DistanceMethod)
+        True
+        >>> logits = 20 * torch.nn.functional.one_hot(target, 2).mT.float()  # sure and right
+        >>> method.labelled_loss(None, (logits, signed_distances(target, 2)), target) < 1e-4
+        tensor(True)
     """
 
     def __init__(self, weak: Augmentation, distance_weight: float = 0.3) -> None:
@@ -36,7 +46,7 @@ class DistanceMethod(Method, ABC):
         """Dice of the logits, and the squared difference of the distances; `criterion` is not called.
 
         Raises:
-            ValueError: `outputs` has no signed distances, or of other classes than the logits.
+            ValueError: `outputs` has no signed distances, or distances of other classes than the logits.
         """
         logits, z = logits_and_distances(outputs)
         squared = (z - signed_distances(target, logits.shape[1])).square().mean()
@@ -47,7 +57,7 @@ def logits_and_distances(outputs: Outputs) -> tuple[Tensor, Tensor]:
     """Logits (B, K, *spatial) and signed distances (B, K - 1, *spatial), float32 at least.
 
     Raises:
-        ValueError: logits of one class; no distances behind them, or of another shape.
+        ValueError: the logits are of one class; there are no distances behind them, or distances of another shape.
     """
     logits, *others = all_logits(outputs)
     check_classes(logits)
@@ -61,7 +71,7 @@ def logits_and_distances(outputs: Outputs) -> tuple[Tensor, Tensor]:
 
 
 def vnet_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Soft Dice loss; of two classes the foreground's alone, which is that of one sigmoid (Milletari et al., 2016)."""
+    """Soft Dice loss; of two classes that of the foreground alone, as with one sigmoid (Milletari et al., 2016)."""
     if logits.shape[1] > 2:
         return dice_loss(logits, target)
     p, t = logits.softmax(dim=1)[:, 1], target == 1

@@ -17,7 +17,8 @@ def kl_divergence(logits: Tensor, probabilities: Tensor | None) -> Tensor:
         (B, *spatial).
 
     Raises:
-        ValueError: logits of one class; the two differ in shape; there are no probabilities (`Views` without a target).
+        ValueError: the logits are of one class; logits and probabilities differ in shape; `probabilities` is None
+            (`Views` without a target).
     """
     if probabilities is None or probabilities.shape != logits.shape:
         got = None if probabilities is None else (*probabilities.shape,)

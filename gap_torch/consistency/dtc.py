@@ -10,24 +10,38 @@ from .method import Augmentation, Batch, Outputs, Views, all_images, only, unlab
 
 
 class DTC(DistanceMethod):
-    """A head that learns signed distances z is to agree, turned into a mask, with the prediction p.
+    """A second head learns signed distances z; turned into a mask, they are to agree with the prediction p.
 
-    loss = mean (sigmoid(-k z) - p)^2 over all images, labelled too, all pixels, and the classes but the background.
+    loss = mean (sigmoid(-k z) - p)^2 over all images, also labelled ones, all pixels, and all classes but the
+    background.
 
-    Gradient goes to both sides, to z in a narrow band of the surface alone. Labels train as `DistanceMethod` says.
+    The gradient goes to both heads; it reaches z in a narrow band around the surface alone. Labels train as
+    `DistanceMethod` says.
 
-    By the authors' code (LA, one class behind a sigmoid): with two classes p is that of the foreground. For more there
-    is no public code, but the author's word that each has a map of its own. The code's one batch of labelled and
-    unlabelled images is this loss's here; the labelled loss has a pass of its own.
+    As in the authors' code (LA, one class behind a sigmoid): with two classes p is the probability of the foreground.
+    For more classes there is no public code; the author says that each class has a map of its own. As in the code, this
+    loss takes labelled and unlabelled images in one batch; here the labelled loss has a pass of its own.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
-        k: steepness of the sigmoid, as large as the arithmetic bears (1,500, the code's and the paper's).
-        distance_weight: of the squared difference of the distances in the labelled loss.
+        k: steepness of the sigmoid, as large as the arithmetic allows: 1,500 in code and paper.
+        distance_weight: weight of the squared difference of the distances in the labelled loss.
 
     Raises:
         ValueError: `k` isn't above 0 and finite, or `distance_weight` is negative or not finite; from `compare`,
             outputs without signed distances.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, DTC
+        >>> class TwoHeads(torch.nn.Sequential):  # (logits, signed distances)
+        ...     def forward(self, images):
+        ...         logits, z = super().forward(images).split([2, 1], dim=1)
+        ...         return (logits, z.tanh()) if self.training else logits
+        >>> model = TwoHeads(torch.nn.Conv2d(1, 2 + 1, kernel_size=1))
+        >>> method = DTC(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation, k: float = 1500.0, distance_weight: float = 0.3) -> None:

@@ -14,6 +14,14 @@ class EntropyMinimisation(Method):
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, EntropyMinimisation
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = EntropyMinimisation(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation) -> None:
@@ -29,7 +37,7 @@ class EntropyMinimisation(Method):
         """-sum p log p / log K, mean over pixels: from 0 where the model is certain to 1 where all K are as likely.
 
         Raises:
-            ValueError: logits of one class, whose entropy is always 0.
+            ValueError: the logits are of one class, whose entropy is always 0.
         """
         logits = check_classes(logits_of(only(outputs)))
         log_p = at_least_float32(logits).log_softmax(dim=1)

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 
 class FeaturePerturbation(nn.Module, ABC):
-    """Features times a random factor, to which no gradient goes."""
+    """Features times a random factor, to which no gradient goes.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import FeaturePerturbation
+        >>> class RandomSize(FeaturePerturbation):
+        ...     def factor(self, features):
+        ...         return 1 + self.rand(features, *[1] * (features.ndim - 1))
+        >>> RandomSize()(torch.ones(2, 4, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+    """
 
     def forward(self, features: Tensor) -> Tensor:
         """`features` (B, C, *spatial), perturbed in training mode; of the same shape and dtype."""
@@ -28,7 +38,7 @@ class FeaturePerturbation(nn.Module, ABC):
 
     @abstractmethod
     def factor(self, features: Tensor) -> Tensor:
-        """What to multiply with, of a shape that broadcasts to that of `features`."""
+        """The factor to multiply with, of a shape that broadcasts to the shape of `features`."""
 
     def rand(self, features: Tensor, *size: int) -> Tensor:
         """Random numbers (B, *size) from [0, 1): all that a perturbation draws, a row for each sample."""
@@ -38,8 +48,18 @@ class FeaturePerturbation(nn.Module, ABC):
 class FeatureNoise(FeaturePerturbation):
     """z -> z n + z, n uniform in [-bound, bound], drawn for every value.
 
+    Args:
+        bound: greatest size of n.
+
     Raises:
         ValueError: `bound` is negative or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import FeatureNoise
+        >>> noisy = FeatureNoise(bound=0.3)(torch.ones(2, 4, 8, 8))
+        >>> 0.69 < noisy.min() and noisy.max() < 1.31
+        tensor(True)
     """
 
     def __init__(self, bound: float = 0.3) -> None:
@@ -53,14 +73,24 @@ class FeatureNoise(FeaturePerturbation):
 
 
 class FeatureDrop(FeaturePerturbation):
-    """Takes away where a sample is most active.
+    """Sets features to zero where a sample is most active.
 
     A position is dropped, in all channels, where the mean over the channels reaches gamma times the highest such mean
-    of the sample, gamma ~ U(low, high): what is within 10 to 30 % of the highest, at the default. U(0.7, 0.9) is the
-    authors' code's; the paper, as we recall it, has U(0.6, 0.9).
+    of the sample, gamma ~ U(low, high). At the default these are the positions within 10 to 30 % of the highest mean.
+    The authors' code has U(0.7, 0.9); the paper, as we recall it, has U(0.6, 0.9).
+
+    Args:
+        low: least gamma.
+        high: greatest gamma.
 
     Raises:
         ValueError: not 0 <= low <= high <= 1.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import FeatureDrop
+        >>> FeatureDrop()(torch.tensor([[[1.0, 2.0, 10.0]]]))  # (B, C, *spatial)
+        tensor([[[1., 2., 0.]]])
     """
 
     def __init__(self, low: float = 0.7, high: float = 0.9) -> None:
@@ -79,8 +109,20 @@ class FeatureDrop(FeaturePerturbation):
 class ChannelDropout(FeaturePerturbation):
     """Drops whole channels with probability `p` and scales the others by 1 / (1 - p): spatial dropout.
 
+    Args:
+        p: probability of dropping a channel.
+
     Raises:
         ValueError: `p` is outside [0, 1).
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import ChannelDropout
+        >>> features = torch.ones(8, 16, 8, 8)
+        >>> ChannelDropout(p=0.5)(features).unique()  # whole channels
+        tensor([0., 2.])
+        >>> torch.equal(ChannelDropout(p=0.5).eval()(features), features)
+        True
     """
 
     def __init__(self, p: float = 0.5) -> None:

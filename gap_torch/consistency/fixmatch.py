@@ -28,6 +28,17 @@ class FixMatch(PseudoLabel):
 
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, FixMatch
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> weak, strong = lambda images: images.flip(-1), lambda images: images * 0.8
+        >>> method = FixMatch(weak, strong, tau=0.4)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
+        >>> views.inputs[0].shape, views.target.shape  # the strong view, and its pseudo-labels
+        (torch.Size([2, 1, 8, 8]), torch.Size([2, 8, 8]))
     """
 
     def __init__(

@@ -7,29 +7,36 @@ from .thresholds import FixedThreshold, Threshold, check_momentum, check_num_cla
 
 
 class CurriculumThreshold(Threshold):
-    """tau M(beta_c) for a pixel of predicted class c, beta_c = sigma_c / max sigma and M(x) = x / (2 - x).
+    """Threshold tau M(beta_c) for a pixel of predicted class c, beta_c = sigma_c / max sigma, M(x) = x / (2 - x).
 
     FlexMatch's sigma_c, the learning effect, counts the samples of the data set whose latest prediction is c with a
-    confidence of tau or more. A memory entry for each pixel of a data set is out of the question, and a count would
-    take a small structure for one that is badly learnt, next to a background of most pixels. So sigma_c is here the
-    share of the confident among the pixels predicted as c, both counted with a moving average over the batches.
-    Where all classes are predicted equally often, beta_c is the paper's.
+    confidence of tau or more. A memory entry for each pixel of a data set would be too much, and a count would take a
+    small structure for a badly learnt one, next to a background of most pixels. So here sigma_c is the share of
+    confident pixels among the pixels predicted as c, both counted with a moving average over the batches. Where all
+    classes are predicted equally often, beta_c is the paper's.
 
     With `warm_up`, K times the share of all unconfident pixels takes the place of a smaller max sigma, as the number
     of unused samples does in the paper: thresholds are low until most pixels are confident, and begin at 0.
 
-    A batch enters the average before its own pixels are judged. The two averages are buffers; on several ranks each
-    has its own.
+    A batch enters the average before its own pixels are judged. The two averages are buffers; each rank has its own.
 
     Args:
-        num_classes: K.
+        num_classes: number of classes, K.
         tau: the highest threshold, of the class that is learnt best.
-        momentum: of the average over batches; its memory is about 1 / (1 - momentum) of them, best an epoch.
+        momentum: momentum of the averages, which remember about 1 / (1 - momentum) batches; best an epoch.
         warm_up: whether unconfident pixels keep the thresholds low.
 
     Raises:
-        ValueError: `num_classes` is below 2, `tau` outside [0, 1], `momentum` outside [0, 1); when called, another
-            number of classes.
+        ValueError: `num_classes` is below 2, `tau` outside [0, 1], `momentum` outside [0, 1); when called,
+            probabilities of another number of classes.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import CurriculumThreshold
+        >>> threshold = CurriculumThreshold(num_classes=2, tau=0.8)
+        >>> mask = threshold(torch.tensor([[[0.9, 0.4], [0.1, 0.6]]]))
+        >>> threshold.thresholds()  # class 0 is confident, class 1 not yet
+        tensor([0.8000, 0.0000])
     """
 
     confident: Tensor

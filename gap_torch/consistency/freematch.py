@@ -10,21 +10,30 @@ from .thresholds import Threshold, check_momentum, check_num_classes, check_prob
 
 
 class SelfAdaptiveThreshold(Threshold):
-    """tau_t p~_t(c) / max p~_t for a pixel of predicted class c.
+    """Threshold tau_t p~_t(c) / max p~_t for a pixel of predicted class c.
 
-    tau_t is the moving average of the highest probability, p~_t that of each class's; both begin at 1 / K. A batch
-    enters them before its own pixels are judged, and each pixel is a sample. As in the paper p~_t(c) grows with the
-    size of a class as well as with its certainty, so that the pixels of small structures count early. A batch's mean
-    that isn't finite is left out.
+    tau_t is the moving average of the highest probability, p~_t(c) that of the probability of class c; both begin at 1
+    / K. A batch enters the averages before its own pixels are judged, and each pixel is a sample. As in the paper
+    p~_t(c) grows with the size of a class as well as with its certainty, so that the pixels of small structures count
+    early. A batch's mean that isn't finite is left out.
 
-    The averages are buffers; on several ranks each has its own.
+    The averages are buffers; each rank has its own.
 
     Args:
-        num_classes: K.
-        momentum: of the averages over batches, the paper's lambda.
+        num_classes: number of classes, K.
+        momentum: momentum of the averages over batches, the paper's lambda.
 
     Raises:
-        ValueError: `num_classes` is below 2, `momentum` outside [0, 1); when called, another number of classes.
+        ValueError: `num_classes` is below 2, `momentum` outside [0, 1); when called, probabilities of another number of
+            classes.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import SelfAdaptiveThreshold
+        >>> threshold = SelfAdaptiveThreshold(num_classes=2, momentum=0.9)
+        >>> mask = threshold(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))
+        >>> threshold.thresholds()  # from 1 / K on
+        tensor([0.5250, 0.4750])
     """
 
     overall: Tensor

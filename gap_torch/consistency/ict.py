@@ -19,13 +19,22 @@ class ICT(MixUp):
     Args:
         teacher: f', the moving average of the model to train.
         weak: weak augmentation of images (B, C, *spatial), before the mix.
-        beta: of the Beta distribution.
+        beta: parameter of the Beta distribution.
         loss: called with logits and mixed probabilities, both (B, K, *spatial).
         mode: the teacher's mode (`targets.Mode`).
         generator: source of random numbers, on the images' device; None for the default one.
 
     Raises:
         ValueError: `beta` is outside [1e-6, 1e6], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, ICT, Teacher
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = ICT(Teacher(model), weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(torch.rand(2, 1, 8, 8)))  # after the optimizer step
     """
 
     def __init__(
@@ -41,7 +50,7 @@ class ICT(MixUp):
         self.teacher = teacher
 
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
-        """Mixes of the weak views of the unlabelled images, and of the teacher's probabilities for those."""
+        """Mixes of the weak views of the unlabelled images, and of the teacher's probabilities for these views."""
         return super().prepare(self.teacher, batch)
 
     def update(self, model: nn.Module, batch: Batch) -> None:

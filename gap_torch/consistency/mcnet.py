@@ -18,16 +18,17 @@ from .method import (
 
 
 class MCNet(Method):
-    """Decoders of one encoder, which differ in how they upsample; each is to say what each other says, sharpened.
+    """Decoders of one encoder, which upsample differently, are to agree with each other's sharpened predictions.
 
     With p_i the prediction of decoder i (two of them in MC-Net, three in MC-Net+) and s the sharpening (`sharpen`):
 
         loss = sum_{i != j} mean (p_i - s(p_j))^2               over batch, classes and pixels
         labelled loss = 1/2 sum_i Dice(p_i, y)
 
-    Over labelled and unlabelled images, if the batch has labelled ones. As in the code, s(p_j) carries a gradient, so
-    that the partner is pulled too; nothing is held fixed. The code's labelled loss is a Dice of half this project's
-    gradient, with slightly other denominators; its cross-entropy is computed and not used. Nor is the criterion here.
+    `loss` is over labelled and unlabelled images, if the batch has labelled ones. As in the code, s(p_j) carries a
+    gradient, so that decoder j is pulled too; nothing is held fixed. The code's labelled loss is a Dice of half this
+    project's gradient, with slightly other denominators. The code computes a cross-entropy and does not use it; here
+    the criterion is not used either.
 
     The model returns the logits of its other decoders behind its own.
 
@@ -37,6 +38,18 @@ class MCNet(Method):
 
     Raises:
         ValueError: `temperature` isn't above 0; from `compare`, a model of one decoder, or logits of one class.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, MCNet
+        >>> class TwoDecoders(torch.nn.Sequential):  # (logits, the other decoder's logits)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoDecoders(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = MCNet(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation, temperature: float = 0.1) -> None:
@@ -51,7 +64,7 @@ class MCNet(Method):
         return Views((all_images(batch, self.weak(unlabelled_of(batch))),))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
-        """The squared difference of each decoder from each other one sharpened: mean over pixels, sum over pairs."""
+        """Squared difference of each prediction from each other, sharpened: mean over pixels, sum over pairs."""
         p = [at_least_float32(check_classes(logits)).softmax(dim=1) for logits in with_auxiliary_logits(only(outputs))]
         sharp = [sharpen(each, self.temperature) for each in p]
         pairs = [(i, j) for i in range(len(p)) for j in range(len(p)) if i != j]
@@ -60,7 +73,7 @@ class MCNet(Method):
     def labelled_loss(
         self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
     ) -> Tensor:
-        """Half of the Dice loss of each decoder's logits, summed; `criterion` is not asked.
+        """Half of the Dice loss of each decoder's logits, summed; `criterion` is not called.
 
         Raises:
             ValueError: `outputs` is of one decoder alone.
@@ -69,10 +82,10 @@ class MCNet(Method):
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
-    """p^(1/T) / (p^(1/T) + (1 - p)^(1/T)): each class by itself, against all others.
+    """p^(1/T) / (p^(1/T) + (1 - p)^(1/T)): each class by itself, against all other classes.
 
-    Of two classes the result sums to 1. Of more it need not: where none has half of the probability all go towards 0,
-    which is the method's, and pulls an unsure pixel towards no class.
+    With two classes the result sums to 1. With more classes it need not: where no class has half of the probability,
+    all classes go towards 0. The method has it so; it pulls an unsure pixel towards no class.
 
     Args:
         probabilities: of any shape, in float32 at least: powers of 1 / T underflow in 16 bits.

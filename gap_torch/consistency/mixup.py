@@ -11,18 +11,28 @@ from .targets import Mode, check_mode, probabilities
 class MixUp(Method):
     """Each image mixed with another of the batch, the target the same mix of the model's probabilities at theta.
 
-    MixUp's own labels are annotations. Without any, the model's predictions stand in for them: this is Interpolation
-    Consistency Training (`ICT`) without its teacher. A batch of one is mixed with itself, which leaves it as it is.
+    The paper mixes labels of annotated images. Here the model's predictions take their place: this is Interpolation
+    Consistency Training (`ICT`) without its teacher. A batch of one image is mixed with itself, which leaves it as it
+    is.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
-        beta: lambda is drawn from Beta(beta, beta), once a sample; the paper's alpha. Near 0 images hardly mix.
+        beta: parameter of Beta(beta, beta), from which lambda is drawn, once a sample; the paper's alpha. Near 0 images
+            hardly mix.
         loss: called with logits and target probabilities, both (B, K, *spatial).
         mode: the model's mode while it makes targets (`targets.Mode`).
         generator: source of random numbers, on the images' device; None for the default one.
 
     Raises:
         ValueError: `beta` is outside [1e-6, 1e6], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, MixUp
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = MixUp(weak=lambda images: images.flip(-1), beta=0.2)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(
@@ -69,7 +79,7 @@ def mixed(beta: float, *tensors: Tensor, generator: torch.Generator | None = Non
 def check_beta(beta: float) -> None:
     """Raise ValueError unless lambda can be drawn from Beta(beta, beta) in float32: far outside it would be nan.
 
-    Within these bounds it goes all the way from 0 or 1, a coin's toss, to 1/2.
+    Between these bounds lambda goes all the way from 0 or 1, by the toss of a coin, to 1/2.
     """
     if not 1e-6 <= beta <= 1e6:
         raise ValueError(f"beta must be between 1e-6 and 1e6, got {beta}.")

@@ -10,7 +10,7 @@ def clipped_noise(like: Tensor, deviation: float) -> Tensor:
     """Gaussian noise, cut off at two standard deviations, in shape, dtype and on the device of `like`.
 
     Args:
-        like: images, of any shape.
+        like: images of any shape.
         deviation: standard deviation before the cut, in units of the image's intensities.
     """
     return deviation * torch.randn_like(like).clamp(-2, 2)

@@ -12,8 +12,8 @@ from .thresholds import Threshold, as_threshold
 class PseudoLabel(Method):
     """The model's own confident classes on a view are the labels of that very view.
 
-    Lee labels every sample and lets the loss's weight grow over training instead: that is `tau=0`, and a `weight` that
-    grows with progress.
+    Lee's paper labels every sample, and the weight of the loss grows over training instead: that is `tau=0`, and a
+    `weight` that grows with progress.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
@@ -23,6 +23,16 @@ class PseudoLabel(Method):
 
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, PseudoLabel
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = PseudoLabel(weak=lambda images: images.flip(-1), tau=0.4)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
+        >>> views.target.shape, views.mask.dtype
+        (torch.Size([2, 8, 8]), torch.bool)
     """
 
     def __init__(

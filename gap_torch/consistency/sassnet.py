@@ -10,21 +10,37 @@ from .targets import layers_in_eval_mode
 
 
 class SASSNet(DistanceMethod):
-    """Signed distances of unlabelled images are to look, to a discriminator, like those of labelled ones.
+    """To a discriminator, signed distances of unlabelled images are to look like those of labelled images.
 
-    loss = CE(D(z_u, u), labelled), with D fixed; its step is DAN's. Labels train as `DistanceMethod` says. The loss
-    reaches the head of z and what is before it, not that of the logits.
+    loss = CE(D(z_u, u), labelled), with the discriminator D fixed; D's step is that of `DAN`. Labels train as
+    `DistanceMethod` says. The gradient of `loss` reaches the head of z and the layers before it, not the head of the
+    logits.
 
-    By the authors' code (LA, one class), whose loss of the distances is the squared difference; the paper's product
-    form is not called there. For several classes there is no public code: D sees K - 1 maps at once.
+    As in the authors' code (LA, one class), whose loss of the distances is the squared difference; the paper's product
+    form is not used there. For several classes there is no public code: D sees K - 1 maps at once.
 
     Args:
-        adversary: whose discriminator takes K - 1 maps.
+        adversary: holds the discriminator, which takes maps of K - 1 channels.
         weak: weak augmentation of images (B, C, *spatial).
-        distance_weight: of the squared difference of the distances in the labelled loss.
+        distance_weight: weight of the squared difference of the distances in the labelled loss.
 
     Raises:
         ValueError: `distance_weight` is negative or not finite; from `compare`, outputs without signed distances.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Adversary, Batch, Discriminator, SASSNet
+        >>> class TwoHeads(torch.nn.Sequential):  # (logits, signed distances)
+        ...     def forward(self, images):
+        ...         logits, z = super().forward(images).split([2, 1], dim=1)
+        ...         return (logits, z.tanh()) if self.training else logits
+        >>> model = TwoHeads(torch.nn.Conv2d(1, 2 + 1, kernel_size=1))
+        >>> adversary = Adversary(Discriminator(map_channels=1))
+        >>> method = SASSNet(adversary, weak=lambda images: images.flip(-1))
+        >>> labelled, unlabelled = torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16)
+        >>> views = method.prepare(model, Batch(unlabelled))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(unlabelled, labelled))  # the discriminator learns
     """
 
     def __init__(self, adversary: Adversary, weak: Augmentation, distance_weight: float = 0.3) -> None:
@@ -37,13 +53,17 @@ class SASSNet(DistanceMethod):
         return Views((self.weak(unlabelled_of(batch)),))
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
-        """How surely the discriminator takes the distances for those of unlabelled images."""
+        """Cross-entropy between the discriminator's verdicts on the distances and the class "labelled"."""
         _, z = logits_and_distances(only(outputs))
         return self.adversary.loss(z, views.inputs[0])
 
     @torch.no_grad()
     def update(self, model: nn.Module, batch: Batch) -> None:
-        """The discriminator's step. Raises ValueError without labelled images."""
+        """The discriminator's step.
+
+        Raises:
+            ValueError: `batch` has no labelled images.
+        """
         weak = self.weak(unlabelled_of(batch))
         images = all_images(batch, weak)
         with layers_in_eval_mode(model):

@@ -8,22 +8,28 @@ from torch import Tensor
 def signed_distances(labels: Tensor, num_classes: int) -> Tensor:
     """How far each pixel is from the surface of each class but the background, negative inside.
 
-    With d_out the Euclidean distance of a pixel outside to the nearest one inside, d_in that of a pixel inside to the
-    nearest one outside, and the maxima over the image:
+    d_out is the Euclidean distance from a pixel outside of the class to the nearest pixel inside, d_in the distance
+    from a pixel inside to the nearest pixel outside. With maxima over the image:
 
         s = d_out / max(d_out) - d_in / max(d_in),  and 0 on the inner boundary, where d_in = 1
 
     A class that is not there, or fills the image, has zeros. Distances are in pixels or voxels, whatever their size,
-    and an image knows nothing beyond its edge: the map of a crop is not a crop of the map. As in the public code of
-    DTC (Luo et al., AAAI 2021) and SASSNet (Li et al., MICCAI 2020) for one class; a map for each of several is what
-    DTC's author says of them.
+    and an image knows nothing beyond its edge: the map of a crop is not a crop of the map. As in the public code of DTC
+    (Luo et al., AAAI 2021) and SASSNet (Li et al., MICCAI 2020) for one class; for several classes, DTC's author says
+    that each has a map.
 
     Args:
-        labels: (B, *spatial), integer; classes that are not of 0 to K - 1 are background.
-        num_classes: K, background included.
+        labels: (B, *spatial), integer; classes outside 0 to K - 1 count as background.
+        num_classes: number of classes, K, background included.
 
     Returns:
         (B, K - 1, *spatial) in [-1, 1], of the default dtype.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import signed_distances
+        >>> signed_distances(torch.tensor([[0, 0, 1, 1, 1]]), num_classes=2)
+        tensor([[[ 1.0000,  0.5000,  0.0000, -0.6667, -1.0000]]])
     """
     classes = torch.arange(1, num_classes, device=labels.device).view(-1, *[1] * (labels.ndim - 1))
     inside = labels.unsqueeze(1) == classes

@@ -14,9 +14,9 @@ from ..losses import at_least_float32, check_classes
 from .method import logits_of
 
 Mode = Literal["eval", "batch", "train"]
-"""Of a model while it makes targets. "eval": running statistics, no dropout. "batch": no dropout either, but batch norm
-takes its statistics from the batch, and its running ones see it; so does every other layer that tracks some. "train":
-the model's own, as a rule with dropout."""
+"""Mode of a model while it makes targets. "eval": running statistics, no dropout. "batch": no dropout either, but batch
+norm takes its statistics from the batch, which also enters the running statistics; the same goes for every other layer
+that tracks running statistics. "train": the model's own mode, as a rule with dropout."""
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def probabilities(model: nn.Module, images: Tensor, mode: Mode) -> Tensor:
     """Softmax of `model` (a teacher, or the model itself at theta) on `images`, (B, K, *spatial), float32 at least.
 
     Raises:
-        ValueError: logits of one class.
+        ValueError: the logits are of one class.
     """
     with in_mode(model, mode):
         outputs = model(images)

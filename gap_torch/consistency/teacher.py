@@ -13,26 +13,35 @@ class Teacher(nn.Module):
     """A copy of `model` whose parameters are a moving average of the model's; its buffers are copies of the latest.
 
     theta' <- a theta' + (1 - a) theta with a = min(decay, 1 - 1 / (updates + 1)), so that the random initial weights
-    leave early; without `warm_up` with a = decay, for a model whose first weights are worth keeping. It is never
+    leave early. Without `warm_up` a = decay, for a model whose first weights are worth keeping. The teacher is never
     trained: its parameters require no gradient and are in no optimizer.
 
-    Parameters must be float32 or float64: of a step of 1 - a = 0.01, 16 bits round most away, and the average stands
-    still. Autocast leaves them float32.
+    Parameters must be float32 or float64: in 16 bits most of a step of 1 - a = 0.01 is rounded away, and the average
+    stands still. Autocast leaves them float32.
 
-    It takes over the model's training flags, and no mode (`targets.Mode`) switches a layer on that is off: make it from
-    a model in training mode.
+    The teacher takes over the model's training flags, and no mode (`targets.Mode`) switches a layer to training that is
+    not in it: make a teacher from a model in training mode.
 
     Args:
-        model: what is averaged; the teacher starts as a copy.
+        model: the model that is averaged; the teacher starts as a copy of it.
         decay: weight of the old average once it is warm, in [0, 1).
         warm_up: whether the first updates weigh more.
 
     Raises:
         ValueError: `decay` is outside [0, 1), or `model` has floating parameters of fewer than 32 bits.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Teacher
+        >>> student = torch.nn.Linear(1, 1)
+        >>> teacher = Teacher(student, decay=0.99)
+        >>> teacher.update(student)  # after each step of the student's optimizer
+        >>> teacher(torch.ones(4, 1)).requires_grad
+        False
     """
 
     updates: Tensor
-    """How many there were; on the device, so that a captured CUDA graph counts them too."""
+    """Number of updates; on the device, so that a captured CUDA graph counts its updates too."""
 
     def __init__(self, model: nn.Module, decay: float = 0.99, warm_up: bool = True) -> None:
         super().__init__()
@@ -45,7 +54,7 @@ class Teacher(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
     def forward(self, images: Tensor) -> Outputs:
-        """What the averaged model makes of `images`, without gradient to it."""
+        """Outputs of the averaged model for `images`; no gradient reaches its parameters."""
         return self.model(images)
 
     @torch.no_grad()
@@ -53,7 +62,7 @@ class Teacher(nn.Module):
         """Take in the present parameters of `model`.
 
         Raises:
-            ValueError: they, or its buffers, are of other shapes than the teacher's.
+            ValueError: parameters or buffers of `model` have other shapes than the teacher's.
         """
         _check_alike(list(self.model.parameters()), list(model.parameters()))
         _check_alike(list(self.model.buffers()), list(model.buffers()))
@@ -70,7 +79,7 @@ class Teacher(nn.Module):
         return self.updates  # under the name that it had when it was a number
 
     def set_extra_state(self, state: Tensor) -> None:
-        """What `get_extra_state` gave."""
+        """Load what `get_extra_state` returned."""
         self.updates.copy_(state)
 
 
@@ -81,9 +90,9 @@ def follow(average: nn.Module, model: nn.Module, keep: Tensor) -> None:
     As b + keep (a - b): exactly b where `keep` is 0, and a stays what it is where the two are equal.
 
     Args:
-        average: changed in place.
-        model: of the same architecture, on the same devices.
-        keep: in [0, 1], 0-dim: nothing is read by the host.
+        average: module that is changed in place.
+        model: module of the same architecture, on the same devices.
+        keep: weight of the old average in [0, 1], 0-dim: the host does not read it.
     """
     parameters = ([p.detach() for p in each.parameters()] for each in (average, model))
     buffers, latest_buffers = list(average.buffers()), list(model.buffers())

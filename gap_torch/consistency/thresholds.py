@@ -6,7 +6,18 @@ from torch import Tensor, nn
 
 
 class Threshold(nn.Module, ABC):
-    """Called once an iteration with the probabilities that pseudo-labels are made of."""
+    """Says which pseudo-labels count. Called once an iteration, with the probabilities that they are made of.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Threshold
+        >>> class AboveMean(Threshold):
+        ...     def forward(self, probabilities):
+        ...         confidence = probabilities.amax(dim=1)
+        ...         return confidence >= confidence.mean()
+        >>> AboveMean()(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))  # of (1, 2, 2)
+        tensor([[ True, False]])
+    """
 
     @abstractmethod
     def forward(self, probabilities: Tensor) -> Tensor:
@@ -14,10 +25,19 @@ class Threshold(nn.Module, ABC):
 
 
 class FixedThreshold(Threshold):
-    """FixMatch's: confidence of at least `tau` (equation 5).
+    """FixMatch's threshold: a confidence of at least `tau` (equation 5).
+
+    Args:
+        tau: least confidence of a pseudo-label that counts.
 
     Raises:
         ValueError: `tau` is outside [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import FixedThreshold
+        >>> FixedThreshold(0.8)(torch.tensor([[[0.9, 0.6], [0.1, 0.4]]]))  # of (1, 2, 2)
+        tensor([[ True, False]])
     """
 
     def __init__(self, tau: float = 0.95) -> None:
@@ -31,7 +51,7 @@ class FixedThreshold(Threshold):
 
 
 def as_threshold(tau: float | Threshold) -> Threshold:
-    """`tau` as a threshold: a number is a fixed one."""
+    """`tau` as a threshold: a number becomes a `FixedThreshold`."""
     return tau if isinstance(tau, Threshold) else FixedThreshold(tau)
 
 

@@ -1,4 +1,4 @@
-"""What CPS and deep co-training of two networks share: a second network, which labels train as the first."""
+"""What CPS and deep co-training of two networks share: a second network, which learns from labels as the first does."""
 
 from abc import ABC
 
@@ -9,7 +9,19 @@ from .method import Method, Outputs, Views, auxiliary_logits, logits_of
 
 
 class TwinMethod(Method, ABC):
-    """A method whose model returns (logits of f_1, logits of f_2) in training mode, and f_1's alone in eval mode."""
+    """A method whose model returns (logits of f_1, logits of f_2) in training mode, and f_1's alone in eval mode.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import CPS, TwinMethod
+        >>> from gap_torch.losses import cross_entropy
+        >>> method = CPS(weak=lambda images: images.flip(-1))
+        >>> logits, target = torch.zeros(1, 2, 4), torch.zeros(1, 4, dtype=torch.int64)
+        >>> isinstance(method, TwinMethod)
+        True
+        >>> method.labelled_loss(cross_entropy, (logits, logits), target)  # 2 ln 2
+        tensor(1.3863)
+    """
 
     def labelled_loss(
         self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
@@ -24,5 +36,5 @@ class TwinMethod(Method, ABC):
 
 
 def twins(outputs: Outputs) -> tuple[Tensor, Tensor]:
-    """The model's own logits and those of a second network behind them. Raises as `auxiliary_logits`."""
+    """The model's own logits and a second network's logits behind them. Raises as `auxiliary_logits`."""
     return logits_of(outputs), auxiliary_logits(outputs)[0]

@@ -13,33 +13,42 @@ from .teacher import Teacher
 
 
 class UAMT(Method):
-    """The student is to say what its moving average says of a noisy image, where that one is sure of itself.
+    """The student is to predict what a teacher, its moving average, predicts on a noisy image where it is sure.
 
-    With p_s the student's prediction on the weak view, p_t the teacher's with noise added, p the mean of its
-    predictions in T more noisy passes, which dropout lets differ too, and t the progress of the run:
+    p_s is the student's prediction on the weak view, p_t the teacher's on this view with noise. p is the mean of the
+    teacher's predictions in T more noisy passes, which differ by dropout too; t is the progress of the run:
 
         U = -sum_k p log(p + 1e-6)                               uncertainty of each pixel, in nats
         H(t) = (3/4 + 1/4 exp(-5 (1 - t)^2)) bound
         m = 1 where U < H(t)
         loss = sum_v m ||p_s - p_t||^2 / (2 sum_v m + 1e-16)
 
-    The 2 is the code's for any number of classes; so is the bound ln 2, which is the greatest entropy of two. With four
-    classes a pixel then counts from a confidence of about 0.87 at the start and 0.81 at the end; ln K would let all
-    count in the end, and be another method. As in the code, labelled images are not compared.
+    The 2 is the code's for any number of classes, and so is the bound ln 2, the greatest entropy of two classes. With
+    four classes a pixel then counts from a confidence of about 0.87 at the start and 0.81 at the end. With ln K all
+    pixels would count in the end, which would be another method. As in the code, labelled images are not compared.
 
-    The T passes go two and two in one batch of 2B, as in the code: batch norm sees both.
+    The T passes go two by two in one batch of 2B images, as in the code: batch norm sees both.
 
     Args:
         teacher: the moving average of the model to train.
         weak: weak augmentation of images (B, C, *spatial).
         noise: standard deviation of the noise (`noise.clipped_noise`), in units of the image's intensities.
-        pairs: T / 2.
-        bound: what H grows to, in nats.
+        pairs: number of pairs of passes, T / 2.
+        bound: value that H grows to, in nats.
         mode: the teacher's mode (`targets.Mode`); in "train", the code's, there is dropout in it.
 
     Raises:
         ValueError: `noise` is negative or not finite, `pairs` isn't an int of 1 or more, `bound` isn't above 0, or
             `mode` is unknown; from `compare`, logits of one class.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, Teacher, UAMT
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = UAMT(Teacher(model), weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
+        >>> method.update(model, Batch(torch.rand(2, 1, 8, 8)))  # after the optimizer step
     """
 
     def __init__(
@@ -75,7 +84,7 @@ class UAMT(Method):
         return (0.75 + 0.25 * math.e ** (-5 * (1 - progress) ** 2)) * self.bound
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
-        """The squared difference of the predictions where the teacher is sure; 0 where it is nowhere."""
+        """The squared difference of the predictions where the teacher is sure; 0 if it is sure nowhere."""
         assert views.target is not None
         assert views.mask is not None
         logits = at_least_float32(check_classes(logits_of(only(outputs))))  # 1e-16 would be 0 in half precision
@@ -90,7 +99,7 @@ class UAMT(Method):
         return probabilities(self.teacher, images + clipped_noise(images, self.noise), self.mode)
 
     def _mean_prediction(self, weak: Tensor) -> Tensor:
-        """Over the passes, of which none but their sum is kept."""
+        """Mean of the teacher's predictions over the T passes, of which the sum alone is kept."""
         twice = torch.cat([weak, weak])
         total = self._teachers(twice)
         for _ in range(self.pairs - 1):

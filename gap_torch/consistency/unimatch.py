@@ -15,17 +15,17 @@ HALF_OF_THE_SAMPLES = CutMix(p=0.5)
 
 
 class UniMatch(PseudoLabel):
-    """FixMatch with two strong views, and with perturbed features of the weak one.
+    """FixMatch with two strong views, and with perturbed features of the weak view.
 
     With y the confident classes of the weak view, R a loss over them, s_1 and s_2 strong views with boxes pasted into
     them, y_1 and y_2 the classes with the same boxes, and g(P(z)) what the decoder g makes of perturbed features:
 
         loss = R(f(s_1), y_1) / 4  +  R(f(s_2), y_2) / 4  +  R(g(P(z)), y) / 2
 
-    Boxes come from other images: the unlabelled batch is of 2B, of which the first B are learnt from, and the others,
-    whose classes the model predicts in eval mode, are pasted from. The public code adds half of this loss to half of
-    the labelled one, and has the labelled images in one pass with the weak view, from which it takes the classes too;
-    here they are of a pass of their own.
+    Boxes come from other images: of a batch of 2B unlabelled images the model learns from the first B, and boxes are
+    cut out of the other B, whose classes the model predicts in eval mode. The public code adds half of this loss to
+    half of the labelled loss. It has the labelled images in one pass with the weak view, and takes the classes y from
+    that pass too; here y comes from a pass of its own.
 
     The model returns (logits, logits of perturbed features) in training mode. The pass over the strong views needs no
     more than logits (`Views.attached`).
@@ -33,15 +33,28 @@ class UniMatch(PseudoLabel):
     Args:
         weak: weak augmentation of images (B, C, *spatial): geometry.
         strong: strong augmentation of the weak view: intensities alone, so that pseudo-labels stay in place.
-        tau: least confidence of a pseudo-label that counts, or a threshold that adapts, to all 2B images.
-        cutmix: the boxes of each strong view, drawn apart.
+        tau: least confidence of a pseudo-label that counts, or a threshold that adapts (to all 2B images).
+        cutmix: pastes the boxes, which are drawn for each strong view apart.
         loss: R, called with logits (B, K, *spatial), pseudo-label and mask (B, *spatial).
-        mode: the model's mode while it makes the pseudo-labels of the first B (`targets.Mode`). These passes leave
-            running statistics alone.
+        mode: the model's mode while it makes the pseudo-labels of the first B images (`targets.Mode`). The passes for
+            pseudo-labels leave running statistics as they are.
 
     Raises:
         ValueError: `tau` is outside [0, 1], or `mode` is unknown; from `prepare`, an odd number of images; from
             `compare`, no logits of perturbed features.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, UniMatch
+        >>> class TwoOutputs(torch.nn.Sequential):  # (logits, those of perturbed features)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoOutputs(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> weak, strong = lambda images: images.flip(-1), lambda images: images * 0.8
+        >>> method = UniMatch(weak, strong, tau=0.4)
+        >>> views = method.prepare(model, Batch(torch.rand(4, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(
@@ -58,9 +71,9 @@ class UniMatch(PseudoLabel):
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
-        """The weak view and both strong ones, as one input, (B, C, *spatial) and (2B, C, *spatial).
+        """Two inputs: the weak view, (B, C, *spatial), and both strong views in one batch, (2B, C, *spatial).
 
-        `target` and `mask` are those of the strong views, `fixed` those of the weak one.
+        `target` and `mask` belong to the strong views; `fixed` holds target and mask of the weak view.
         """
         images = unlabelled_of(batch)
         if len(images) % 2:
@@ -84,7 +97,7 @@ class UniMatch(PseudoLabel):
         return self.cutmix(*own, partners=partners)
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
-        """Half of the loss is the perturbed features', a quarter each strong view's."""
+        """A quarter of each strong view's loss, and half of the loss of the perturbed features."""
         weak, strong = one_each(outputs, 2)
         features = self.criterion(auxiliary_logits(weak)[0], *views.fixed)
         assert views.target is not None

@@ -10,9 +10,9 @@ from .method import Augmentation, Batch, Method, Outputs, Views, only, unlabelle
 
 
 class URPC(Method):
-    """The predictions of all levels of the decoder are to agree with their mean, the less the more they diverge.
+    """The predictions of all levels of the decoder are to agree with their mean, less where they diverge more.
 
-    With p_s the prediction at scale s of S, the model's own included, p_c = (sum_s p_s) / S, and v over the pixels:
+    p_s is the prediction at scale s of S, the model's own included, p_c = (sum_s p_s) / S, and v goes over the pixels:
 
         D_s = sum_k p_s log(p_s / p_c)                      uncertainty of each pixel, KL(p_s || p_c)
         w_s = exp(-D_s)
@@ -26,6 +26,18 @@ class URPC(Method):
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, URPC
+        >>> class TwoScales(torch.nn.Sequential):  # (logits, another level's logits)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoScales(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = URPC(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(self, weak: Augmentation) -> None:
@@ -66,11 +78,27 @@ class MedicalURPC(URPC):
 
         loss = (1 / S) sum_s [ mean_v w_s ||p_s - p_c||^2 / K / (mean_v w_s + 1e-8)  +  mean_v D_s ]
 
-    There the heads of the network are behind dropout and noise besides.
+    In that code there is also dropout and noise before the heads of the network.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, MedicalURPC
+        >>> class TwoScales(torch.nn.Sequential):  # (logits, another level's logits)
+        ...     def forward(self, images):
+        ...         first, second = super().forward(images).chunk(2, dim=1)
+        ...         return (first, second) if self.training else first
+        >>> model = TwoScales(torch.nn.Conv2d(1, 2 * 3, kernel_size=1))
+        >>> method = MedicalURPC(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
-        """The disagreement of the scales. Raises as `URPC.compare`."""
+        """The disagreement of the scales.
+
+        Raises:
+            ValueError: as for `URPC.compare`.
+        """
         log_p, log_c = _log_probabilities(only(outputs))
         p, c = log_p.exp(), log_c.exp()
         divergence = (c * (log_c - log_p)).sum(dim=2).flatten(1)

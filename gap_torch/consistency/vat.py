@@ -14,30 +14,38 @@ from .thresholds import Threshold, as_threshold
 
 
 class VAT(Method):
-    """The prediction is to stay the same where, within a small radius around the image, it would change most.
+    """Within a small radius around the image the prediction is to stay the same, even where it would change most.
 
     r_adv = argmax over ||r|| <= radius of KL(f(u) || f(u + r)), approximated by power iteration: from a random
     direction d on, d <- the gradient of KL(f(u) || f(u + xi d)), normalised. f(u) stays fixed throughout.
 
-    `radius` and `xi` are root mean squares over the values of each image, in units of its intensities. The paper's are
-    L2 norms of a whole image: those allow less to each pixel the more pixels there are, and mean different things for a
-    slice, a larger slice and a volume. An L2 norm of x on an image of n values is a radius of x / sqrt(n); the defaults
-    are the customary norms of 6 and 10 on 256 x 256 slices. `xi` isn't as small as in the paper, for in float32 the
-    difference of two nearly equal predictions is noise, and in bfloat16 all the more.
+    `radius` and `xi` are root mean squares over the values of each image, in units of its intensities. In the paper
+    they are L2 norms of a whole image. Such a norm allows less to each pixel the more pixels there are, and means
+    different things for a slice, a larger slice and a volume. An L2 norm of x on an image of n values is a radius of x
+    / sqrt(n); the defaults are the customary norms of 6 and 10 on 256 x 256 slices. `xi` isn't as small as in the
+    paper, for in float32 the difference of two nearly equal predictions is noise, and in bfloat16 all the more.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
-        radius: of the perturbation that is learnt against.
-        xi: of the one that is tried out in the power iteration.
-        iterations: of the power iteration, 1 or more, each one forward and backward pass.
+        radius: size of the perturbation that the model is to resist.
+        xi: size of the perturbation that the power iteration tries out.
+        iterations: number of power iterations, 1 or more; each is a forward and a backward pass.
         tau: least confidence of f(u) for a pixel to count, or a threshold that adapts; None for every pixel. Pixels
             that don't count are in the mean as zeros, as in `losses.cross_entropy`.
         mode: the model's mode for f(u) and in the power iteration (`targets.Mode`), whose passes leave running
             statistics alone. With "train" dropout can outweigh `xi`.
 
     Raises:
-        ValueError: `radius` is negative, `xi` isn't above 0, or one of them not finite; `iterations` isn't an int of 1
-            or more, `tau` is outside [0, 1], or `mode` is unknown; from `compare`, `views` without a target.
+        ValueError: `radius` is negative, `xi` isn't above 0, or either is not finite; `iterations` isn't an int of 1 or
+            more, `tau` is outside [0, 1], or `mode` is unknown; from `compare`, `views` without a target.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, VAT
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = VAT(weak=lambda images: images.flip(-1))
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(
@@ -84,7 +92,7 @@ class VAT(Method):
 
     @torch.enable_grad()
     def _gradient(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-        """Of the divergence from `target` in `images`, and in nothing else: no parameter gets one."""
+        """Gradient of the divergence from `target` with respect to `images` alone: no parameter gets one."""
         images = images.detach().requires_grad_()
         return torch.autograd.grad(self._divergence(logits_of(model(images)), target), images)[0]
 
@@ -97,27 +105,35 @@ class VAT(Method):
         return torch.randn_like(u)
 
     def _divergence(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Whose gradient is followed. A sum, for a mean over so many pixels would vanish in float16."""
+        """The divergence whose gradient is followed: a sum, for a mean over so many pixels would vanish in float16."""
         return kl_divergence(logits, target).sum()
 
 
 class DiceVAT(VAT):
-    """VAT as in SS-Net (Wu et al., 2022) and what descends from it: with the soft Dice loss as the divergence.
+    """VAT as in SS-Net (Wu et al., 2022) and codes that descend from it: the divergence is the soft Dice loss.
 
-    Dice over batch and space, mean over the classes, weighs a small organ as much as the background. Theirs are also a
-    start that is uniform in each value, the model in training mode throughout, and L2 norms of a whole image: they mean
-    more to each pixel the fewer there are. SS-Net takes the labelled images too, and in 3D a Dice of both classes at
-    once; here the images are the unlabelled ones, and the Dice is the same in 2D and 3D.
+    Dice over batch and space, mean over the classes, weighs a small organ as much as the background. Those codes also
+    have a start that is uniform in each value, the model in training mode throughout, and L2 norms of a whole image,
+    which mean more to each pixel the fewer pixels there are. SS-Net takes the labelled images too, and in 3D a Dice of
+    both classes at once; here the images are unlabelled, and the Dice is the same in 2D and 3D.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
-        radius: L2 norm of the perturbation that is learnt against; None for 6 in 2D and 10 in 3D.
-        xi: L2 norm of the one that is tried out in the power iteration.
-        iterations: of the power iteration.
+        radius: L2 norm of the perturbation that the model is to resist; None for 6 in 2D and 10 in 3D.
+        xi: L2 norm of the perturbation that the power iteration tries out.
+        iterations: number of power iterations.
         mode: as for `VAT`.
 
     Raises:
         ValueError: as for `VAT`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.consistency import Batch, DiceVAT
+        >>> model = torch.nn.Conv2d(1, 3, kernel_size=1)
+        >>> method = DiceVAT(weak=lambda images: images.flip(-1), radius=0.5)
+        >>> views = method.prepare(model, Batch(torch.rand(2, 1, 8, 8)))
+        >>> method.loss(model, views).backward()
     """
 
     def __init__(
