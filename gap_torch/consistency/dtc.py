@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .distance_head import DistanceMethod, logits_and_distances
-from .method import Augmentation, Batch, Outputs, Views, all_images, only, unlabelled_of
+from .method import Augmentation, Batch, Outputs, Views, all_in_one_view, only
 
 
 class DTC(DistanceMethod):
@@ -20,7 +20,8 @@ class DTC(DistanceMethod):
 
     As in the authors' code (LA, one class behind a sigmoid): with two classes p is the probability of the foreground.
     For more classes there is no public code; the author says that each class has a map of its own. As in the code, this
-    loss takes labelled and unlabelled images in one batch; here the labelled loss has a pass of its own.
+    loss takes labelled and unlabelled images in one batch; the labelled loss may take its outputs from there too, as in
+    the code (`Views.labelled_first`), or have a pass of its own.
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
@@ -53,7 +54,7 @@ class DTC(DistanceMethod):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """The labelled images, if there are any, and weak views of the unlabelled ones, in one batch."""
-        return Views((all_images(batch, self.weak(unlabelled_of(batch))),))
+        return all_in_one_view(batch, self.weak)
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """The disagreement of the two tasks."""

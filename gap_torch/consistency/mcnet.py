@@ -10,9 +10,8 @@ from .method import (
     Method,
     Outputs,
     Views,
-    all_images,
+    all_in_one_view,
     only,
-    unlabelled_of,
     with_auxiliary_logits,
 )
 
@@ -61,7 +60,7 @@ class MCNet(Method):
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Batch) -> Views:
         """The labelled images, and behind them weak views of the unlabelled ones."""
-        return Views((all_images(batch, self.weak(unlabelled_of(batch))),))
+        return all_in_one_view(batch, self.weak)
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """Squared difference of each prediction from each other, sharpened: mean over pixels, sum over pairs."""

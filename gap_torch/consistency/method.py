@@ -65,6 +65,9 @@ class Views:
     mixed: bool = False
     """Whether `labelled` is `inputs`, one behind the other. A loop that has the outputs of `inputs` may give them to
     `labelled_loss`, in that order, and save a pass."""
+    labelled_first: bool = False
+    """Whether the first of `inputs` begins with `Batch.labelled`. A loop that puts labelled images into one batch with
+    the first view need not add them, and may give the first rows of its outputs to `labelled_loss`."""
     attached: tuple[bool, ...] | None = None
     """For each of `inputs`, whether `compare` reads its auxiliary logits; None for all of them. Where it does not, a
     loop need not let the model compute auxiliary logits; the outputs may still be a tuple."""
@@ -157,6 +160,12 @@ def labelled_of(batch: Batch) -> tuple[Tensor, Tensor]:
 def all_images(batch: Batch, unlabelled: Tensor) -> Tensor:
     """The labelled images of `batch`, if it has any, and behind them `unlabelled`, views of its unlabelled images."""
     return unlabelled if batch.labelled is None else torch.cat([batch.labelled, unlabelled])
+
+
+def all_in_one_view(batch: Batch, weak: Augmentation) -> Views:
+    """The labelled images of `batch`, if it has any, and behind them weak views of the unlabelled ones, in one view."""
+    images = all_images(batch, weak(unlabelled_of(batch)))
+    return Views((images,), labelled_first=batch.labelled is not None)
 
 
 def only(outputs: tuple[Outputs, ...]) -> Outputs:

@@ -75,10 +75,12 @@ def test_the_labelled_loss_is_dice_and_the_distances_squared_difference(classes:
 def test_labelled_images_are_compared_too() -> None:
     unlabelled, labelled = torch.rand(2, 1, 4, 4), torch.rand(1, 1, 4, 4)
     method = DTC(lambda images: images.flip(-1))
-    (images,) = method.prepare(torch.nn.Identity(), Batch(unlabelled, labelled)).inputs
-    assert torch.equal(images, torch.cat([labelled, unlabelled.flip(-1)]))
-    (images,) = method.prepare(torch.nn.Identity(), Batch(unlabelled)).inputs
-    assert torch.equal(images, unlabelled.flip(-1))
+    views = method.prepare(torch.nn.Identity(), Batch(unlabelled, labelled))
+    assert torch.equal(views.inputs[0], torch.cat([labelled, unlabelled.flip(-1)]))
+    assert views.labelled_first
+    views = method.prepare(torch.nn.Identity(), Batch(unlabelled))
+    assert torch.equal(views.inputs[0], unlabelled.flip(-1))
+    assert not views.labelled_first
 
 
 def test_half_precision_keeps_the_band() -> None:

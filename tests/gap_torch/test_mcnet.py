@@ -81,10 +81,12 @@ def test_the_gradient_goes_through_the_sharpened_side() -> None:
 def test_labelled_images_are_compared_too_and_come_first() -> None:
     labelled, unlabelled = torch.rand(3, 1, 4, 4), torch.rand(2, 1, 4, 4)
     method, labels = MCNet(lambda x: x.flip(-1)), torch.zeros(3, 4, 4, dtype=torch.int64)
-    (images,) = method.prepare(nn.Identity(), Batch(unlabelled, labelled, labels)).inputs
-    assert torch.equal(images, torch.cat([labelled, unlabelled.flip(-1)]))
-    (images,) = method.prepare(nn.Identity(), Batch(unlabelled)).inputs
-    assert torch.equal(images, unlabelled.flip(-1))
+    views = method.prepare(nn.Identity(), Batch(unlabelled, labelled, labels))
+    assert torch.equal(views.inputs[0], torch.cat([labelled, unlabelled.flip(-1)]))
+    assert views.labelled_first
+    views = method.prepare(nn.Identity(), Batch(unlabelled))
+    assert torch.equal(views.inputs[0], unlabelled.flip(-1))
+    assert not views.labelled_first
 
 
 def test_labels_supervise_all_decoders_by_half_of_dice() -> None:

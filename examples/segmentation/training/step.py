@@ -231,17 +231,19 @@ class Trainer:
             return self.joint(images)
 
     def _joint_outputs(self, views: Views, labelled: Tensor) -> tuple[Outputs, tuple[Outputs, ...]]:
-        """Of the labelled images, and of the views; the same ones where these are those."""
+        """Of the labelled images, and of the views; the same ones where these are those, or have them in them."""
+        count = len(labelled)
         if views.mixed:
             outputs = self._outputs(views)
             return torch.cat([logits_of(output) for output in outputs]), outputs
+        if views.labelled_first:
+            outputs = self._outputs(views)
+            return _rows(outputs[0], slice(count)), outputs
         first, *others = views.inputs
         attached, *others_attached = _attached(views)
         both = self._output(torch.cat([labelled, first]), attached)
         rest = tuple(map(self._output, others, others_attached))
-        if isinstance(both, Tensor):
-            return both[: len(labelled)], (both[len(labelled) :], *rest)
-        return tuple(o[: len(labelled)] for o in both), (tuple(o[len(labelled) :] for o in both), *rest)
+        return _rows(both, slice(count)), (_rows(both, slice(count, None)), *rest)
 
     def _labelled_loss(self, outputs: Outputs, labels: Tensor, views: Views | None) -> Tensor:
         if self.method is None:
@@ -349,6 +351,11 @@ class Trainer:
             "scaler": self.scaler,
             **({} if self.method is None else {"method": self.method}),
         }
+
+
+def _rows(outputs: Outputs, rows: slice) -> Outputs:
+    """Those of the batch."""
+    return outputs[rows] if isinstance(outputs, Tensor) else tuple(output[rows] for output in outputs)
 
 
 def _attached(views: Views) -> tuple[bool, ...]:

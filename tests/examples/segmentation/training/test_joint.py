@@ -87,6 +87,7 @@ RECIPES = {
     "two networks and their adversaries in 3D": {"method": "dct_views", "size": (32, 32, 16)},
     "two passes": {"method": "unimatch", "joint": False},
     "one batch with labelled images": {"method": "unimatch", "gap": False},
+    "one batch that begins with them": {"method": "mcnet", "gap": False, "joint": True},
     "mixtures": {"method": "bcp", "gap": False},
     "mixtures in two passes": {"method": "bcp", "joint": False},
     "mixtures in two passes in 3D": {"method": "bcp", "joint": False, "size": (32, 32, 16)},

@@ -1,4 +1,4 @@
-"""A step whose labelled images are its views: Algorithm 1, in as few passes as there are views."""
+"""A step whose views have labelled images in them: Algorithm 1, in as few passes as there are views."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gap_torch.consistency import Batch, Views
 from gap_torch.losses import ce_dice_loss
 from gap_torch.reference import algorithm_1
 from segmentation import ranks
@@ -87,6 +88,40 @@ def test_how_many_passes_there_are(changes: dict[str, Any], run: str, expected: 
     trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     trainer.step(0)
     assert seen == expected
+
+
+@pytest.mark.parametrize("dims", PROBLEMS)
+@pytest.mark.parametrize("run", ["mcnet", "mcnet+gap", "dtc", "dtc+gap"])
+def test_labelled_images_that_the_view_begins_with_are_in_the_joint_batch_once(
+    run: str, dims: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"k": 15.0} if run.startswith("dtc") else {}  # its own multiplies rounding
+    trainer, twin = (_trainer(dims, run, joint=True, options=options) for _ in range(2))
+    batches: list[Batch] = []
+    seen: list[Tensor] = []
+    prepare = trainer.method.prepare
+    monkeypatch.setattr(trainer.method, "prepare", lambda model, batch: prepare(model, batches.append(batch) or batch))
+    trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.step(0)
+    (batch,), images, passes = batches, seen[0], 2 if trainer.recipe.gap else 1
+    assert [len(each) for each in seen] == [4 + 4] * passes
+    assert torch.equal(images[:4], batch.labelled)
+    lr, model, method = trainer.sgd.lr, twin.model, twin.method
+    moved = [(old - new).detach() / lr for old, new in zip(before, trainer.model.parameters(), strict=True)]
+
+    def consistency() -> Tensor:
+        return trainer.own.weight * method.compare((model(images),), Views((images,)))
+
+    def labelled() -> Tensor:
+        return method.labelled_loss(ce_dice_loss, tuple(output[:4] for output in model(images)), batch.labels)
+
+    if trainer.recipe.gap:
+        expected = algorithm_1(list(model.parameters()), consistency, labelled, eps=0.3, alpha=0.7)
+    else:
+        expected = torch.autograd.grad(consistency() + labelled(), list(model.parameters()))
+    for ours, theirs in zip(moved, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-6)
 
 
 def test_labels_alone_are_learnt_from_where_pseudo_labels_weigh_nothing() -> None:
