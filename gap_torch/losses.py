@@ -46,7 +46,7 @@ def cross_entropy(logits: Tensor, target: Tensor, mask: Tensor | None = None) ->
         >>> cross_entropy(logits, target, mask=target == 1)  # no pixel counts
         tensor(0.)
     """
-    _check(logits, target, mask)
+    check_target(logits, target, mask)
     return _cross_entropy(logits, target, mask)
 
 
@@ -83,7 +83,7 @@ def dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None, smooth
         >>> dice_loss(-logits, target) > 0.999  # sure and wrong
         tensor(True)
     """
-    _check(logits, target, mask)
+    check_target(logits, target, mask)
     return _dice_loss(logits, target, mask, smooth)
 
 
@@ -110,7 +110,7 @@ def ce_dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> 
         >>> torch.allclose(ce_dice_loss(logits, target, mask), sum(both) / 2)
         True
     """
-    _check(logits, target, mask)
+    check_target(logits, target, mask)
     return (_cross_entropy(logits, target, mask) + _dice_loss(logits, target, mask, SMOOTH)) / 2
 
 
@@ -225,6 +225,36 @@ def check_classes(logits: Tensor) -> Tensor:
     return logits
 
 
+def check_target(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
+    """Check that `target` and `mask` are of these logits.
+
+    Dice itself would broadcast a target of another shape, and take a wrong index for a pixel of no class.
+
+    Args:
+        logits: (B, C, *spatial).
+        target: as for `cross_entropy`.
+        mask: as for `cross_entropy`.
+
+    Raises:
+        ValueError: as `cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from gap_torch.losses import check_target
+        >>> check_target(torch.zeros(1, 2, 8, 8), torch.full((1, 8, 8), 255))
+        Traceback (most recent call last):
+            ...
+        ValueError: target must hold classes from 0 to 1, got values from 255 to 255.
+    """
+    check_classes(logits)
+    shape = (*logits.shape[:1], *logits.shape[2:])
+    _check_kind("target", target, torch.int64, shape)
+    if mask is not None:
+        _check_kind("mask", mask, torch.bool, shape)
+    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+        _check_range(target, logits.shape[1])
+
+
 def at_least_float32(logits: Tensor) -> Tensor:
     """`logits` in float32; float64 stays float64.
 
@@ -253,17 +283,6 @@ def _dice_loss(logits: Tensor, target: Tensor, mask: Tensor | None, smooth: floa
     intersection, size = (probabilities * classes).sum(over), classes.sum(over)
     losses = 1 - (2 * intersection + smooth) / (probabilities.square().sum(over) + size + smooth)
     return losses.mean() if mask is None else torch.where(size > 0, losses, 0.0).mean()
-
-
-def _check(logits: Tensor, target: Tensor, mask: Tensor | None) -> None:
-    # Dice would take a wrong index for a pixel of no class, and broadcast a target of another shape.
-    check_classes(logits)
-    shape = (*logits.shape[:1], *logits.shape[2:])
-    _check_kind("target", target, torch.int64, shape)
-    if mask is not None:
-        _check_kind("mask", mask, torch.bool, shape)
-    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
-        _check_range(target, logits.shape[1])
 
 
 def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

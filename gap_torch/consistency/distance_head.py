@@ -5,7 +5,7 @@ from abc import ABC
 
 from torch import Tensor
 
-from ..losses import SMOOTH, Criterion, at_least_float32, check_classes, dice_loss
+from ..losses import SMOOTH, Criterion, at_least_float32, check_classes, check_target, dice_loss
 from .method import Augmentation, Method, Outputs, Views, all_logits
 from .signed_distances import signed_distances
 
@@ -46,9 +46,11 @@ class DistanceMethod(Method, ABC):
         """Dice of the logits, and the squared difference of the distances; `criterion` is not called.
 
         Raises:
-            ValueError: `outputs` has no signed distances, or distances of other classes than the logits.
+            ValueError: `outputs` has no signed distances, or distances of other classes than the logits; `target` is
+                not as for `losses.dice_loss`.
         """
         logits, z = logits_and_distances(outputs)
+        check_target(logits, target)
         squared = (z - signed_distances(target, logits.shape[1])).square().mean()
         return vnet_dice_loss(logits, target) + self.distance_weight * squared
 

@@ -33,10 +33,11 @@ class MCNet(Method):
 
     Args:
         weak: weak augmentation of images (B, C, *spatial).
-        temperature: T of the sharpening.
+        temperature: T of the sharpening, from 0.01 to 1.
 
     Raises:
-        ValueError: `temperature` isn't above 0; from `compare`, a model of one decoder, or logits of one class.
+        ValueError: `temperature` is below 0.01 or above 1; from `compare`, a model of one decoder, or logits of one
+            class.
 
     Examples:
         >>> import torch
@@ -53,8 +54,8 @@ class MCNet(Method):
 
     def __init__(self, weak: Augmentation, temperature: float = 0.1) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}.")
+        if not 0.01 <= temperature <= 1:  # below, powers underflow; above, certainty has an infinite gradient
+            raise ValueError(f"temperature must be from 0.01 to 1, got {temperature}.")
         self.weak, self.temperature = weak, temperature
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
 
     Args:
         probabilities: of any shape, in float32 at least: powers of 1 / T underflow in 16 bits.
-        temperature: T, above 0; 1 changes nothing.
+        temperature: T, from 0.01 to 1, which changes nothing.
     """
     power, rest = probabilities ** (1 / temperature), (1 - probabilities) ** (1 / temperature)
     return power / (power + rest)

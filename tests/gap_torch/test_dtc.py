@@ -72,6 +72,24 @@ def test_the_labelled_loss_is_dice_and_the_distances_squared_difference(classes:
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (torch.zeros(2, 1, 4, 4, dtype=torch.int64), r"of shape \(2, 4, 4\)"),
+        (torch.zeros(1, 4, 4, dtype=torch.int64), r"of shape \(2, 4, 4\)"),
+        (torch.zeros(2, 4, 4), "of torch.int64"),
+        (torch.full((2, 4, 4), 255), "values from 255 to 255"),
+    ],
+)
+def test_labels_that_would_be_broadcast_or_taken_for_background_are_named(
+    wrong: Tensor, text: str, classes: int
+) -> None:
+    outputs = torch.randn(2, classes, 4, 4), torch.rand(2, classes - 1, 4, 4)
+    with pytest.raises(ValueError, match=f"target must .*{text}"):
+        DTC(_identity).labelled_loss(ce_dice_loss, outputs, wrong)
+
+
 def test_labelled_images_are_compared_too() -> None:
     unlabelled, labelled = torch.rand(2, 1, 4, 4), torch.rand(1, 1, 4, 4)
     method = DTC(lambda images: images.flip(-1))

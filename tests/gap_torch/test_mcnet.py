@@ -105,7 +105,17 @@ def test_a_model_of_one_decoder_is_an_error() -> None:
             ask()
 
 
-@pytest.mark.parametrize("bad", [0.0, -0.1, float("nan")])
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+def test_any_temperature_has_a_finite_gradient_for_any_prediction(temperature: float) -> None:
+    """Where it is undecided both powers are least, and certainty is where a root would be steepest."""
+    logits = torch.tensor([[0.0, 1e-3, 1.0, 100.0], [0.0] * 4]).view(1, 2, 4, 1).requires_grad_()
+    loss = MCNet(_identity, temperature).compare(((logits, logits.flip(2)),), Views(()))
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.1, 0.005, 2.0, float("nan")])
 def test_bad_arguments_are_named(bad: float) -> None:
     with pytest.raises(ValueError, match="temperature"):
         MCNet(_identity, temperature=bad)
