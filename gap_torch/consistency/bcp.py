@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses import Criterion, MaskedLoss, at_least_float32, check_classes
+from ..losses import Criterion, MaskedLoss, at_least_float32, check_target
 from .method import Augmentation, Batch, Method, Outputs, Views, labelled_of, logits_of, one_each, unlabelled_of
 from .targets import Mode, check_mode, probabilities
 from .teacher import Teacher
@@ -188,9 +188,10 @@ def region_loss(logits: Tensor, target: Any, region: Tensor, dice: MaskedLoss) -
         0-dim tensor.
 
     Raises:
-        ValueError: logits of one class.
+        ValueError: as `losses.cross_entropy`.
     """
-    losses = F.cross_entropy(at_least_float32(check_classes(logits)), target, reduction="none")
+    check_target(logits, target, region)
+    losses = F.cross_entropy(at_least_float32(logits), target, reduction="none")
     mean = torch.where(region, losses, 0.0).sum() / region.sum().clamp(min=1)
     return mean + dice(logits, target, region)
 
@@ -228,7 +229,7 @@ def linear_dice_loss(logits: Tensor, target: Any, region: Tensor) -> Tensor:
         0-dim tensor.
 
     Raises:
-        ValueError: logits of one class.
+        ValueError: as `losses.cross_entropy`.
 
     Examples:
         >>> import torch
@@ -246,7 +247,8 @@ def linear_dice_loss(logits: Tensor, target: Any, region: Tensor) -> Tensor:
 
 def _within(logits: Tensor, target: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax, and bool where a pixel is of a class, both (B, K, *spatial) and 0 beside `region`."""
-    probabilities = at_least_float32(check_classes(logits)).softmax(dim=1)
+    check_target(logits, target, region)
+    probabilities = at_least_float32(logits).softmax(dim=1)
     classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
     within = region.unsqueeze(1)
     return torch.where(within, probabilities, 0.0), (target.unsqueeze(1) == classes) & within

@@ -253,6 +253,27 @@ def test_one_logit_is_refused() -> None:
             method.labelled_loss(ce_dice_loss, torch.zeros(1, 1, 4, 4), torch.tensor(0), views)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (torch.zeros(4, 1, 6, 6, dtype=torch.int64), r"of shape \(2, 6, 6\)"),
+        (torch.zeros(4, 6, 6), "of torch.int64"),
+        (torch.full((4, 6, 6), 255), "values from "),
+    ],
+)
+def test_bad_labels_are_named(wrong: Tensor, text: str) -> None:
+    batch = _batch((6, 6))
+    views = BCPPreTraining().prepare(nn.Identity(), Batch(batch.unlabelled, batch.labelled, wrong))
+    logits = torch.randn(2, 3, 6, 6)
+    for loss in (
+        lambda: BCPPreTraining().labelled_loss(ce_dice_loss, logits, wrong, views),
+        lambda: squared_dice_loss(logits, views.target, views.fixed),
+        lambda: linear_dice_loss(logits, views.target, views.fixed),
+    ):
+        with pytest.raises(ValueError, match=f"target must .*{text}"):
+            loss()
+
+
 def test_an_unknown_mode_is_named() -> None:
     with pytest.raises(ValueError, match="mode"):
         _bcp(mode="test")
