@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..batchnorm import frozen_running_stats
 from ..losses import cross_entropy
 from .method import Augmentation, Batch, Outputs, Views, only, unlabelled_of
-from .twins import TwinMethod, twins
+from .twins import TwinMethod, disagreement, twins
 
 
 class CPS(TwinMethod):
@@ -50,6 +50,7 @@ class CPS(TwinMethod):
         weak = self.weak(unlabelled_of(batch))
         with frozen_running_stats(model):
             first, second = twins(model(weak))
+        self.disagreement = disagreement(first, second)
         torch.clear_autocast_cache()  # an autocast region around this and the loss would reuse casts without gradient
         return Views((weak,), fixed=(first.argmax(dim=1), second.argmax(dim=1)))
 

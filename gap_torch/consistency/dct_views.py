@@ -10,7 +10,7 @@ from ..batchnorm import frozen_running_stats
 from ..losses import at_least_float32, check_classes, soft_cross_entropy
 from .method import Augmentation, Batch, Outputs, Views, all_images, logits_of, one_each, unlabelled_of
 from .targets import without_dropout
-from .twins import TwinMethod, twins
+from .twins import TwinMethod, disagreement, twins
 
 
 class ViewsDCT(TwinMethod):
@@ -75,6 +75,7 @@ class ViewsDCT(TwinMethod):
             logits = [at_least_float32(check_classes(each)) for each in twins(model(x))]
             adversarial = [self._adversarial(x, each, labels) for each in logits]
         torch.clear_autocast_cache()  # an autocast region around this and the loss would reuse casts of another graph
+        self.disagreement = disagreement(*(each[len(x) - len(u) :] for each in logits))
         fixed = tuple(each.detach().softmax(dim=1) for each in logits)
         return Views((u, *adversarial), fixed=fixed, attached=(True, True, False))
 

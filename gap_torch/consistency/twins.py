@@ -11,6 +11,8 @@ from .method import Method, Outputs, Views, auxiliary_logits, logits_of
 class TwinMethod(Method, ABC):
     """A method whose model returns (logits of f_1, logits of f_2) in training mode, and f_1's alone in eval mode.
 
+    Networks that never disagree teach each other nothing: the log says how often they do.
+
     Examples:
         >>> import torch
         >>> from gap_torch.consistency import CPS, TwinMethod
@@ -23,6 +25,10 @@ class TwinMethod(Method, ABC):
         tensor(1.3863)
     """
 
+    disagreement: Tensor | None = None
+    """Share of the unlabelled images' pixels to which the networks gave different classes in the last `prepare`, 0-dim;
+    None before the first."""
+
     def labelled_loss(
         self, criterion: Criterion, outputs: Outputs, target: Tensor, views: Views | None = None
     ) -> Tensor:
@@ -33,6 +39,15 @@ class TwinMethod(Method, ABC):
         """
         first, second = twins(outputs)
         return criterion(first, target) + criterion(second, target)
+
+    def logged(self) -> dict[str, Tensor]:
+        """The disagreement of the networks; nothing before the first `prepare`."""
+        return {} if self.disagreement is None else {"disagreement": self.disagreement}
+
+
+def disagreement(logits: Tensor, others: Tensor) -> Tensor:
+    """Share of pixels whose likeliest class differs between `logits` and `others` (B, K, *spatial), 0-dim."""
+    return (logits.argmax(dim=1) != others.argmax(dim=1)).float().mean()
 
 
 def twins(outputs: Outputs) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,28 @@ def test_the_classes_are_of_a_training_pass_that_moves_nothing(classes: int, spa
     assert all(map(torch.equal, views.fixed, expected))
 
 
+def test_the_log_has_where_the_networks_disagree() -> None:
+    """Of six pixels f_2 sees another class in two; before it has been asked there is nothing to tell."""
+    first = torch.tensor([0, 1, 2, 0, 1, 2]).view(1, 2, 3)
+    second = torch.tensor([0, 1, 2, 0, 2, 1]).view(1, 2, 3)
+    method = CPS(_identity)
+    assert not method.logged()
+    logits = [nn.functional.one_hot(each, 3).movedim(-1, 1).float() for each in (first, second)]
+    method.prepare(Fixed(logits), Batch(torch.rand(1, 1, 2, 3)))
+    assert method.logged()["disagreement"].item() == pytest.approx(2 / 6)
+
+
+class Fixed(nn.Module):
+    """Says `outputs`, whatever it sees."""
+
+    def __init__(self, outputs: list[Tensor]) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.outputs)
+
+
 def test_labels_supervise_both_networks() -> None:
     model, images, labels = Twins(), torch.randn(2, 1, 6, 6), torch.randint(3, (2, 6, 6))
     outputs = model(images)

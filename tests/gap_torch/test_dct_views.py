@@ -83,6 +83,14 @@ def test_adversaries_go_against_labels_and_where_there_are_none_against_ones_own
     assert of_second.flatten().tolist() == pytest.approx([0.6, 0.4, 0.2, -0.2])
 
 
+def test_the_log_has_where_the_networks_disagree_on_unlabelled_images() -> None:
+    """`Line`'s say the opposite of each other but where x is 0."""
+    method, unlabelled = ViewsDCT(_identity), torch.tensor([0.3, 0.0, -0.3, 0.0]).view(1, 1, 1, 4)
+    assert not method.logged()
+    method.prepare(Line(), Batch(unlabelled, torch.full((1, 1, 1, 4), 0.5), torch.ones(1, 1, 4, dtype=torch.int64)))
+    assert method.logged()["disagreement"].item() == 0.5
+
+
 def test_the_loss_by_hand() -> None:
     model, x = Line(), torch.tensor([0.3, -0.1]).view(1, 1, 1, 2)
     method = ViewsDCT(_identity, radius=0.1, cot=3.0, dif=0.7)

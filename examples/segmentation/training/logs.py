@@ -118,6 +118,8 @@ def live_text(values: dict[str, float]) -> str:
         parts.append(f"||g1|| {values['grad_norm']:.2g}")
     if "discriminator" in values:
         parts.append(f"D {values['discriminator']:.0%}")
+    if "disagreement" in values:
+        parts.append(f"differ {values['disagreement']:.0%}")
     return " ".join(parts)
 
 

@@ -33,14 +33,15 @@ def test_the_live_line_fits_a_terminal(tmp_path: Path, width: int) -> None:
         assert part in line
 
 
-def test_the_live_line_shows_whether_a_discriminator_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part", "text"), [("discriminator", "D 62%"), ("disagreement", "differ 62%")])
+def test_the_live_line_shows_whether_a_discriminator_or_a_twin_learns(tmp_path: Path, part: str, text: str) -> None:
     console = Console(file=io.StringIO())
     log = RunLog(tmp_path, "dan", 0, 100, console)
-    log.step(20, {**VALUES, "discriminator": 0.625})
+    log.step(20, {**VALUES, part: 0.625})
     log.close()
-    assert " D 62% " in console.file.getvalue()
+    assert f" {text} " in console.file.getvalue()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.value for event in events.Scalars("train/discriminator")] == [0.625]
+    assert [event.value for event in events.Scalars(f"train/{part}")] == [0.625]
 
 
 @pytest.mark.parametrize("values", [VALUES, {"loss_labelled": 0.4, "learning_rate": 0.01, "it_per_s": 2.0}])
