@@ -14,6 +14,8 @@ TRAIN_COLUMNS = (
     "loss_perturbed",
     "confident",
     "grad_norm",
+    "discriminator",
+    "disagreement",
     "learning_rate",
     "it_per_s",
 )
@@ -28,12 +30,12 @@ class CsvLog:
 
     def __init__(self, path: Path, columns: tuple[str, ...], iteration: int) -> None:
         self.columns = columns
-        kept = [row for row in _rows(path, columns) if int(row[0]) <= iteration]
+        kept = [row for row in _rows(path, columns) if int(row["iteration"]) <= iteration]
         part = path.with_name(path.name + ".part")
         self.file = part.open("w", newline="")
         self.writer = csv.DictWriter(self.file, columns, restval="", extrasaction="ignore")
         self.writer.writeheader()
-        self.writer.writerows(dict(zip(columns, row, strict=True)) for row in kept)
+        self.writer.writerows(kept)
         self.file.flush()
         part.replace(path)  # the open file goes with its name: rows go on at its end
 
@@ -123,13 +125,16 @@ def live_text(values: dict[str, float]) -> str:
     return " ".join(parts)
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
-    """The rows that `CsvLog.write` wrote under the same columns."""
+def _rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows that `CsvLog.write` wrote, under these columns or before there were all of them."""
     if not path.is_file():
         return []
     header, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    rows = [line.split(",") for line in lines if header == ",".join(columns)]
-    return [row for row in rows if len(row) == len(columns) and _are_numbers(row)]
+    names = header.split(",")
+    if len(names) < 2 or names != [column for column in columns if column in names]:
+        return []
+    rows = [line.split(",") for line in lines]
+    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names) and _are_numbers(row)]
 
 
 def _are_numbers(row: list[str]) -> bool:

@@ -1,5 +1,6 @@
 """The live line in a narrow terminal, and logs that go on after a crash."""
 
+import csv
 import io
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def test_the_live_line_shows_whether_a_discriminator_or_a_twin_learns(tmp_path: 
     assert f" {text} " in console.file.getvalue()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars(f"train/{part}")] == [0.625]
+    (row,) = csv.DictReader((tmp_path / "train.csv").open())
+    assert row[part] == "0.625"
 
 
 @pytest.mark.parametrize("values", [VALUES, {"loss_labelled": 0.4, "learning_rate": 0.01, "it_per_s": 2.0}])
@@ -59,21 +62,33 @@ def test_a_log_file_has_one_line_a_row(tmp_path: Path, values: dict[str, float])
     "damage",
     [
         "40,0.2",  # cut off by a crash
-        "forty,0.2,,,,,,",
-        "40,0.2,none,,,,,",
-        "40,0.2,,,,,,,,",
+        "forty,0.2,,,,,,,,",
+        "40,0.2,none,,,,,,,",
+        "40,0.2,,,,,,,,,,",
         "\0\0\0",
         "",
     ],
 )
 def test_damaged_rows_are_dropped(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "train.csv"
-    header, row = ",".join(TRAIN_COLUMNS), "20,0.5,0.25,,0.9,1e-05,0.01,3.1"
-    path.write_text(f"{header}\n{row}\n{damage}\n60,0.1,,,,,,2\n")
+    header, row = ",".join(TRAIN_COLUMNS), "20,0.5,0.25,,0.9,1e-05,,,0.01,3.1"
+    path.write_text(f"{header}\n{row}\n{damage}\n60,0.1,,,,,,,,2\n")
     log = CsvLog(path, TRAIN_COLUMNS, 50)
     log.write({"iteration": 60, "loss_labelled": 0.125})
     log.close()
-    assert path.read_text().split() == [header, row, "60,0.125,,,,,,"]
+    assert path.read_text().split() == [header, row, "60,0.125,,,,,,,,"]
+
+
+def test_rows_from_before_there_were_all_columns_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("iteration,loss_labelled,it_per_s\n20,0.5,3.1\n40,0.25\n")
+    CsvLog(path, TRAIN_COLUMNS, 50).close()
+    (row,) = csv.DictReader(path.open())
+    assert {name: value for name, value in row.items() if value} == {
+        "iteration": "20",
+        "loss_labelled": "0.5",
+        "it_per_s": "3.1",
+    }
 
 
 @pytest.mark.parametrize("foreign", [b"", b"a,b\n1,2\n", b"\xff\xfe\n\xff\n", b"iteration\n1\n"])
