@@ -94,7 +94,7 @@ VARIANTS = [(method, {"variant": "medical"}) for method in ("vat", "urpc", "cct"
 @pytest.mark.parametrize("dims", PROBLEMS)
 @pytest.mark.parametrize(("method", "options"), VARIANTS)
 def test_so_are_those_of_variants(method: str, options: dict[str, str], dims: str) -> None:
-    recipe = _recipe(dims, f"{method}+gap", options=options)
+    recipe = _recipe(dims, method + "+gap" * (dims == "2D"), options=options)
     graphed, ordinary = _trainer(dims, recipe, graph=True), _trainer(dims, recipe, graph=False)
     _assert_same_steps(graphed, ordinary, range(STEPS))
     assert graphed.run.recorder.replays == STEPS - REHEARSALS
