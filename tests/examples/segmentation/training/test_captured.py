@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 CAPTURED = [run for run in RUNS if method_of(run)[0] != "bcp"]  # whose connected components are found on the host
 ON_CPU = [(run, "2D" if method_of(run)[1] else "3D") for run in CAPTURED] + [("supervised", "2D")]
 REHEARSALS = 2
-STEPS = REHEARSALS + 3
+STEPS = REHEARSALS + 2
 
 
 @pytest.fixture

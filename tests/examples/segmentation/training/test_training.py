@@ -279,12 +279,11 @@ def test_every_method_goes_on_from_a_checkpoint_bit_for_bit(
     run: str, slices, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     recipe = replace(tiny_recipe.for_run(run), targets="train", replay_dropout=True, warm_up=1)
-    whole, first = _trainer(recipe, slices), _trainer(recipe, slices)
+    whole = _trainer(recipe, slices)
     for t in range(4):
+        if t == 2:
+            checkpoint.save(tmp_path / "last.pt", whole.state_dict())
         whole.step(t)
-    for t in range(2):
-        first.step(t)
-    checkpoint.save(tmp_path / "last.pt", first.state_dict())
     second = _trainer(recipe, slices)
     second.load_state_dict(checkpoint.load(tmp_path / "last.pt", CPU))
     for t in range(2, 4):
