@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers with several threads each wai
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
 
+# What a process that starts others imports once for all of them; torch._dynamo is what the first optimizer imports.
+multiprocessing.set_forkserver_preload(["gap_torch", "torch._dynamo", "torch.nn.parallel", "segmentation.cli"])
 
 # What a full installation has beyond torch, NumPy, pytest and hypothesis, by the names to import.
 OF_EXTRAS = {
@@ -74,7 +76,6 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list
     if not dist.is_available():
         pytest.skip("needs torch.distributed")
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    multiprocessing.set_forkserver_preload(["gap_torch", "torch.nn.parallel", "segmentation.cli"])  # imported once
 
     def run(worker: Callable[..., Any], *args: Any) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")

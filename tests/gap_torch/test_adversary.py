@@ -128,7 +128,7 @@ def test_it_learns_to_tell_two_constant_maps_apart() -> None:
     adversary, maps, images = Adversary(Discriminator(2)), torch.zeros(2, 2, 16, 16), torch.rand(1, 1, 16, 16)
     maps[0, 0] = maps[1, 1] = 1  # all background, all foreground
     images = images.expand(2, 1, 16, 16)
-    for _ in range(200):
+    for _ in range(60):  # half of them are enough
         adversary.step(maps, images, labelled=1)
     right = adversary(maps, images).softmax(1)[[0, 1], [1, 0]]
     assert (right > 0.9).all()

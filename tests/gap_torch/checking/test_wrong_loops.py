@@ -890,25 +890,53 @@ def test_an_exception_of_ones_own_goes_its_way() -> None:
     assert "test_wrong_loops.py" in report.stopped
 
 
-@pytest.mark.parametrize(
-    "script", [step_while_perturbed, freed_graph_of_theta, labelled_forward_before_the_block], ids=lambda f: f.__name__
-)
-def test_as_a_statement_it_explains_the_exception_that_ends_the_program(
-    script: Callable[[Scene], None], tmp_path: Path
-) -> None:
-    file = tmp_path / "train.py"
+# Runs scripts as programs of their own that have imported torch already, and prints how each ended.
+LAUNCHER = """
+import os, runpy, sys
+import gap_torch, scene, torch._dynamo  # which the first optimizer imports
+for script in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        sys.stdout = open(script + ".out", "w")
+        sys.exit(runpy.run_path(script, run_name="__main__"))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+ENDING = [step_while_perturbed, freed_graph_of_theta, labelled_forward_before_the_block]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int]]:
+    """For each script that an exception ends its file, beside which is what it printed, and its exit status."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    folder = tmp_path_factory.mktemp("programs")
+    files = [folder / f"{script.__name__}.py" for script in ENDING]
     start = "import gap_torch\nfrom scene import Scene\ns = Scene()\ngap_torch.check(s.optimizer, s.model)\n"
-    file.write_text(f"{start}{inspect.getsource(script)}\n{script.__name__}(s)\n")
+    for script, file in zip(ENDING, files, strict=True):
+        file.write_text(f"{start}{inspect.getsource(script)}\n{script.__name__}(s)\n")
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(gap_torch.__file__).parents[1])])
     run = subprocess.run(
-        [sys.executable, str(file)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-c", LAUNCHER, *map(str, files)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
     )
+    return {file.stem: (file, int(status)) for file, status in zip(files, run.stdout.split(), strict=True)}
+
+
+@pytest.mark.parametrize("script", [script.__name__ for script in ENDING])
+def test_as_a_statement_it_explains_the_exception_that_ends_the_program(
+    script: str, ended: dict[str, tuple[Path, int]]
+) -> None:
+    file, status = ended[script]
+    printed = Path(f"{file}.out").read_text()
     (line,) = [n for n, text in enumerate(file.read_text().splitlines(), 1) if "# HERE" in text]
-    assert run.returncode == 1
-    assert f"train.py:{line}: " in run.stdout
-    assert "To mend it: " in run.stdout
-    assert f"Stopped by RuntimeError at {file}:{line}" in run.stdout
-    assert "no backward came after second_step()" not in run.stdout  # it was about to
+    assert status == 1
+    assert f"{file.name}:{line}: " in printed
+    assert "To mend it: " in printed
+    assert f"Stopped by RuntimeError at {file}:{line}" in printed
+    assert "no backward came after second_step()" not in printed  # it was about to
 
 
 def test_an_exception_from_before_the_check_is_not_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from gap_torch import GAPWrapper
 from gap_torch.consistency import CCT, CPS, DTC, URPC, Batch, MCNet, UniMatch, Views, ViewsDCT
@@ -88,15 +89,27 @@ class Fails(nn.Module):
         raise AssertionError("called")
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_without_an_attachment_a_training_pass_is_that_of_a_network_that_has_none(
-    name: str, kind: Any, compiled: bool
-) -> None:
+def test_without_an_attachment_a_training_pass_is_that_of_a_network_that_has_none(name: str, kind: Any) -> None:
     (plain, images), (network, _) = _network(name, None), _network(name, kind)
-    model: Any = Autocast(network, None)
-    if compiled:
-        model = torch.compile(model, backend="eager", dynamic=False)
+    model = Autocast(network, None)
+    _assert_plain_without_its_attachment(model, network, plain, images)
+    network.attachment.forward = Fails()
+    with without_attachment(model):
+        model(images)
+
+
+def test_so_is_a_compiled_one() -> None:
+    """With one kind for all: whether to call it is the network's choice, which is compiled anew."""
+    (plain, images), (network, _) = _network("UNet", None), _network("UNet", Pyramid)
+    torch._dynamo.reset()  # behind many others it would not be compiled at all
+    counter = CompileCounter()
+    model = torch.compile(Autocast(network, None), backend=counter, dynamic=False)
+    _assert_plain_without_its_attachment(model, network, plain, images)
+    assert counter.frame_count == 2
+
+
+def _assert_plain_without_its_attachment(model: Any, network: nn.Module, plain: nn.Module, images: Tensor) -> None:
     assert isinstance(model(images), tuple)
     network.load_state_dict(plain.state_dict(), strict=False)  # statistics too
     flags = [module.training for module in network.modules()]
@@ -110,10 +123,6 @@ def test_without_an_attachment_a_training_pass_is_that_of_a_network_that_has_non
     assert all(torch.equal(network.state_dict()[key], value) for key, value in plain.state_dict().items())
     assert [module.training for module in network.modules()] == flags
     assert isinstance(model(images), tuple)
-    if not compiled:
-        network.attachment.forward = Fails()
-        with without_attachment(model):
-            model(images)
 
 
 def test_without_an_attachment_ends_with_an_error_too_and_leaves_a_frozen_one_frozen() -> None:

@@ -23,7 +23,7 @@ KINDS = ["after a while", "at a line", "at a line that writes a checkpoint", "ha
 DRIVER = """
 import io, json, os, random, signal, sys, time
 from pathlib import Path
-import torch
+import torch, torch._dynamo  # which the first optimizer imports
 torch.set_num_threads(1)
 examples, data, out, seed, deaths, kinds = json.loads(sys.argv[1])
 import acdc_gapmatch, gap_torch

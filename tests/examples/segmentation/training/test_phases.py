@@ -108,16 +108,16 @@ def test_the_run_starts_from_the_kept_weights_of_its_phase_and_its_teacher_too(
     assert "pre-training" not in table
 
 
-@pytest.mark.parametrize("dims", TASKS)
-@pytest.mark.parametrize("run", ["bcp+gap"])
+@pytest.mark.parametrize(("dims", "deaths"), [("2D", (0, 1, 2, 5)), ("3D", (1, 5))])
 def test_wherever_it_is_interrupted_it_ends_as_one_that_was_left_alone(
-    run: str, dims: str, data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dims: str, deaths: tuple[int, ...], data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = "bcp+gap"
     command = (dims, data[dims])
     assert _run(*command, tmp_path / "whole", "--method", run) == 0
     whole = _left(tmp_path / "whole", run)
     step = Trainer.step
-    for death in (0, 1, 2, 5):
+    for death in deaths:
         left = [death]
 
         def press_ctrl_c(trainer: Trainer, iteration: int, left: list[int] = left) -> dict[str, torch.Tensor]:

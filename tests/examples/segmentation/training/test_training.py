@@ -115,39 +115,50 @@ def test_a_gapmatch_step_is_algorithm_1(aligned, slices, tiny_recipe: Recipe, mo
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-6)
 
 
+def _compiled_trainer(
+    run: str, backend: str, slices, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Trainer, CompileCounterWithBackend]:
+    """A trainer whose passes are compiled, and the count of the graphs."""
+    counter, compile = CompileCounterWithBackend(backend), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=counter, **options))
+    torch._dynamo.reset()
+    return Trainer(ACDC, recipe.for_run(run), *slices, CPU, None, compiled=True), counter
+
+
+def _graphs(trainer: Trainer, counter: CompileCounterWithBackend, steps: range) -> list[int]:
+    """How many there are after each of the steps."""
+    counts = []
+    for t in steps:
+        trainer.step(t)
+        trainer.scored_model()
+        counts.append(counter.frame_count)
+    return counts
+
+
 @pytest.mark.parametrize("run", ["gapmatch", "unimatch+gap"])
 def test_compiled_passes_give_the_same_weights_and_are_not_for_scoring(
     run: str, slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
-    torch._dynamo.reset()
-    recipe = tiny_recipe.for_run(run)
-    compiled, eager = Trainer(ACDC, recipe, *slices, CPU, None, compiled=True), _trainer(recipe, slices)
+    compiled, counter = _compiled_trainer(run, "aot_eager", slices, tiny_recipe, monkeypatch)
+    eager = _trainer(tiny_recipe.for_run(run), slices)
+    counts = _graphs(compiled, counter, range(2))
     for t in range(2):
-        compiled.step(t), eager.step(t)
+        eager.step(t)
     assert list(compiled.state_dict()["model"]) == list(eager.state_dict()["model"])
     for ours, theirs in zip(_weights(compiled), _weights(eager), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert not any("OptimizedModule" in type(m).__name__ for m in compiled.scored_model().modules())
+    counts += _graphs(compiled, counter, range(2, 4))
+    assert counts == counts[:1] * 4 != [0] * 4
 
 
-@pytest.mark.parametrize("run", ["gapmatch", "vat+gap", "cct+gap", "unimatch+gap", "cps+gap", "dct_views+gap"])
+@pytest.mark.parametrize("run", ["vat+gap", "cct+gap", "dct_views+gap"])  # the last with what cps+gap does
 def test_nothing_is_compiled_again_after_the_first_iteration(
     run: str, slices, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=counter, **options))
-    torch._dynamo.reset()
-    recipe = tiny_recipe.for_run(run)
-    trainer = Trainer(ACDC, recipe, *slices, CPU, None, compiled=True)
-    trainer.step(0)
-    first = counter.frame_count
-    for t in range(1, 4):
-        trainer.step(t)
-        trainer.scored_model()
-    assert first == counter.frame_count > 0
+    """Dynamo decides on that; what becomes of its graphs takes most of the time, and changes nothing here."""
+    counts = _graphs(*_compiled_trainer(run, "eager", slices, tiny_recipe, monkeypatch), range(4))
+    assert counts == counts[:1] * 4 != [0] * 4
 
 
 @pytest.mark.parametrize("gap", [False, True])
@@ -268,12 +279,11 @@ def test_every_method_goes_on_from_a_checkpoint_bit_for_bit(
     run: str, slices, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     recipe = replace(tiny_recipe.for_run(run), targets="train", replay_dropout=True, warm_up=1)
-    whole, first = _trainer(recipe, slices), _trainer(recipe, slices)
+    whole = _trainer(recipe, slices)
     for t in range(4):
+        if t == 2:
+            checkpoint.save(tmp_path / "last.pt", whole.state_dict())
         whole.step(t)
-    for t in range(2):
-        first.step(t)
-    checkpoint.save(tmp_path / "last.pt", first.state_dict())
     second = _trainer(recipe, slices)
     second.load_state_dict(checkpoint.load(tmp_path / "last.pt", CPU))
     for t in range(2, 4):
