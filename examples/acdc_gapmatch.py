@@ -1,6 +1,6 @@
 """GapMatch on cardiac MRI (ACDC): the paper's main experiment.
 
-    python examples/acdc_gapmatch.py                            a phantom, with and without GAP, in about 3 minutes
+    python examples/acdc_gapmatch.py                            a phantom, by three methods, in about 2 minutes
     python examples/acdc_gapmatch.py --data DIR --labelled 1     ACDC, GapMatch, 1 % of the labels
     torchrun --nproc-per-node 2 examples/acdc_gapmatch.py ...   the same, the batches shared out to two processes
 

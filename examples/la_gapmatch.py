@@ -1,6 +1,6 @@
 """GapMatch on late-gadolinium MRI of the left atrium (LA): the paper's experiment in 3D.
 
-    python examples/la_gapmatch.py                            a phantom, with and without GAP, in about 3 minutes
+    python examples/la_gapmatch.py                            a phantom, by three methods, in about 4 minutes
     python examples/la_gapmatch.py --data DIR --labelled 5     LA, GapMatch, 5 % of the labels
     torchrun --nproc-per-node 2 examples/la_gapmatch.py ...   the same, the batches shared out to two processes
 

@@ -15,7 +15,17 @@ from segmentation.errors import InputError
 from segmentation.job import Job, OldRuns
 from segmentation.methods import TABLE, parsed
 from segmentation.printing import show_every_character
-from segmentation.recipe import CHOICES, GAP_FIELDS, GAPMATCH, METHOD_FIELDS, METHODS, Recipe, Run, method_of
+from segmentation.recipe import (
+    CHOICES,
+    GAP_FIELDS,
+    GAPMATCH,
+    METHOD_FIELDS,
+    METHODS,
+    SUPERVISED,
+    Recipe,
+    Run,
+    method_of,
+)
 from segmentation.run import run
 from segmentation.task import Task
 from segmentation.training.captured import obstacle
@@ -167,7 +177,7 @@ def job(task: Task, arguments: argparse.Namespace) -> Job:
     knobs = {name: getattr(arguments, name) for name in KNOBS}
     knobs = {name: value for name, value in knobs.items() if value is not None}
     recipe = Recipe(seed=arguments.seed, **{**task.presets[preset], **knobs})
-    methods = _methods(arguments.method, arguments.gap, both=phantom)
+    methods = _methods(arguments.method, arguments.gap, all_three=phantom)
     _refuse_idle_knobs(knobs, methods, recipe)
     _warn_of_a_rounded_move(arguments.eps, AMP[arguments.amp])
     options = _options(arguments.option or (), [method for method, _ in methods])
@@ -241,17 +251,19 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         raise InputError("--labelled and --patients: both say how much is labelled; give one of them.")
 
 
-def _methods(names: Sequence[str] | None, gap: bool | None, both: bool) -> list[Run]:
+def _methods(names: Sequence[str] | None, gap: bool | None, all_three: bool) -> list[Run]:
     """What to run, each method with or without GAP. Raises InputError for what can't be, or would be twice.
 
     Args:
         names: as given; None for FixMatch.
         gap: as given; None leaves it to the names.
-        both: run FixMatch with and without GAP where nothing was said.
+        all_three: run labelled images alone, and FixMatch with and without GAP, where nothing was said.
     """
     method, _ = GAPMATCH
     if names is None:
-        return [(method, with_gap) for with_gap in ((False, True) if both and gap is None else (gap is not False,))]
+        if all_three and gap is None:
+            return [(SUPERVISED, False), (method, False), GAPMATCH]
+        return [(method, gap is not False)]
     asked = [method_of(name) for name in names]
     for name, (_, with_gap) in zip(names, asked, strict=True):
         if with_gap and gap is False:

@@ -31,7 +31,7 @@ Mask = npt.NDArray[np.bool_]
 def write_phantom(
     root: str | Path,
     train_patients: int = 12,
-    val_patients: int = 2,
+    val_patients: int = 4,
     test_patients: int = 4,
     slices: int = 6,
     size: int = 96,
@@ -67,7 +67,7 @@ def phantom_frame(seed: int, patient: int, frame: int, slices: int, size: int) -
     noise = np.random.default_rng([seed, patient, frame])
     grid = _grid(slices, size)
     tissue = _tissue(rng)
-    centre = rng.uniform(-0.2, 0.2, 2)
+    centre = rng.uniform(-0.15, 0.15, 2)
     image, inside = _torso(rng, grid, tissue)
     _paint_organs(rng, grid, tissue, centre, image, inside)
     heart = _heart(rng, grid, centre, contraction=float(frame))
@@ -122,22 +122,22 @@ def _grid(slices: int, size: int) -> _Grid:
 
 
 def _tissue(rng: np.random.Generator) -> _Tissue:
-    muscle = rng.uniform(0.18, 0.40)
+    muscle = rng.uniform(0.20, 0.38)
     return _Tissue(
         muscle=muscle,
-        blood=muscle + rng.uniform(0.22, 0.50),  # blood is the brighter, by a margin of each patient's own
+        blood=muscle + rng.uniform(0.30, 0.55),  # blood is the brighter, by a margin of each patient's own
         lung=rng.uniform(0.02, 0.10),
-        liver=muscle * rng.uniform(0.7, 1.4),
-        fat=rng.uniform(0.6, 1.1),
+        liver=muscle * rng.uniform(0.7, 1.2),
+        fat=rng.uniform(0.4, 0.8),
     )
 
 
 def _torso(rng: np.random.Generator, grid: _Grid, tissue: _Tissue) -> tuple[Array, Mask]:
     """Air, skin fat, chest wall and lung (D, S, S), and where the organs may lie."""
-    middle, width, height = rng.uniform(-0.08, 0.08, 2), rng.uniform(0.85, 1.40), rng.uniform(0.85, 1.25)
+    middle, width, height = rng.uniform(-0.08, 0.08, 2), rng.uniform(0.95, 1.40), rng.uniform(0.95, 1.25)
     depth = 1 - np.hypot((grid.x - middle[0]) / width, (grid.y - middle[1]) / height) + 0 * grid.level
     depth += 0.04 * np.sin(rng.integers(2, 5) * np.arctan2(grid.y, grid.x) + rng.uniform(0, 6))
-    fat = rng.uniform(0.05, 0.16)
+    fat = rng.uniform(0.04, 0.10)
     image = np.full(depth.shape, 0.01)
     image[depth > 0] = tissue.fat
     image[depth > fat] = tissue.muscle
@@ -150,15 +150,15 @@ def _paint_organs(
 ) -> None:
     for _ in range(3):  # the mediastinum: grey tissue around the heart
         blob = _ellipse(rng, grid, centre + rng.normal(0, 0.25, 2), rng.uniform(0.2, 0.45)) < 1
-        image[blob & inside] = tissue.muscle * rng.uniform(0.6, 1.5)
+        image[blob & inside] = tissue.muscle * rng.uniform(0.5, 1.1)
 
     dome = rng.uniform(0.1, 0.5) * (grid.x - rng.uniform(-0.8, 0.8)) ** 2
     top = centre[1] + rng.uniform(0.40, 0.65) - 0.12 * grid.level  # the liver rises towards the apex
     image[(grid.y > top + dome) & inside] = tissue.liver
 
-    for _ in range(rng.integers(4, 9)):  # vessels and gut: as bright as blood, as round as a ventricle
+    for _ in range(rng.integers(3, 6)):  # vessels and gut: as bright as blood, as round as a ventricle
         place = rng.uniform(-0.85, 0.85, 2)
-        blob = _ellipse(rng, grid, place, rng.uniform(0.05, 0.16), drift=rng.normal(0, 0.08, 2)) < 1
+        blob = _ellipse(rng, grid, place, rng.uniform(0.05, 0.11), drift=rng.normal(0, 0.08, 2)) < 1
         image[blob & inside] = tissue.blood * rng.uniform(0.6, 1.15)
     for _ in range(rng.integers(10, 30)):  # the small vessels of the lung
         spot = _ellipse(rng, grid, rng.uniform(-0.85, 0.85, 2), rng.uniform(0.012, 0.03)) < 1
@@ -173,10 +173,10 @@ def _heart(rng: np.random.Generator, grid: _Grid, centre: Array, contraction: fl
     along, across = _turned(x, y, septum)
     angle = np.arctan2(across, along)
 
-    outer = rng.uniform(0.26, 0.38) * np.sqrt(1 - rng.uniform(0.65, 0.85) * grid.level**2)
+    outer = rng.uniform(0.34, 0.44) * np.sqrt(1 - rng.uniform(0.50, 0.75) * grid.level**2)
     outer = outer * (1 - 0.08 * contraction)
     radius = np.hypot(along, across * rng.uniform(0.85, 1.15)) / _wobble(rng, angle, 0.03)
-    wall = rng.uniform(0.20, 0.38) * (1 + rng.uniform(0.3, 0.6) * contraction)  # a share of the outer radius
+    wall = rng.uniform(0.26, 0.36) * (1 + rng.uniform(0.3, 0.6) * contraction)  # a share of the outer radius
     inner = outer * (1 - wall * _wobble(rng, angle, 0.12))
 
     # The right ventricle: an ellipse behind the left one, so that a crescent of it is seen.
@@ -212,8 +212,8 @@ def _scan(rng: np.random.Generator, noise: np.random.Generator, grid: _Grid, ima
     image = ndimage.gaussian_filter(image, (0, *(size * rng.uniform(0.003, 0.007, 2))))
     coil = rng.uniform(-1.1, 1.1, 2)
     distance = (grid.x - coil[0]) ** 2 + (grid.y - coil[1]) ** 2
-    image = image * (1 + rng.uniform(0.2, 2.5) * np.exp(-distance / rng.uniform(0.4, 1.2)))
-    image = image ** rng.uniform(0.7, 1.5)
+    image = image * (1 + rng.uniform(0.2, 1.0) * np.exp(-distance / rng.uniform(0.4, 1.2)))
+    image = image ** rng.uniform(0.7, 1.2)
     image = image / np.quantile(image, 0.99)
     real, imaginary = rng.uniform(0.01, 0.04) * noise.normal(size=(2, *image.shape))
     image = np.hypot(image + real, imaginary)
