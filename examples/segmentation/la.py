@@ -33,6 +33,7 @@ LA = VolumeTask(
             "width": 8,
             "iterations": 300,
             "lr": 0.03,
+            "tau": 0.8,
             "eps": 0.02,  # of 0.02, 0.05 and 0.1 the best on the phantom of another seed
             "validate_every": 50,
         },
