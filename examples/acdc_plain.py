@@ -33,7 +33,7 @@ from segmentation.networks.unet import UNet
 CLASSES = ("RV", "Myo", "LV")  # classes 1, 2 and 3; 0 is the background
 BATCH = 12  # labelled images, and as many unlabelled ones
 LR, MOMENTUM, WEIGHT_DECAY, POWER = 0.01, 0.9, 1e-4, 0.9  # SGD with a poly learning rate
-TAU = 0.95  # confidence from which on a pseudo-label counts
+TAU = 0.95  # confidence from which on a pseudo-label counts; long runs can fall with it: try 0.8 (docs/acdc.md)
 EPS, ALPHA = 0.1, 1.0  # GAP: radius of the perturbation, and weight of the gradient there
 
 weak = WeakSlices()  # geometry: turns, flips and small rotations
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(root: Path, percent: float, methods: Sequence[str], iterations: int, size: int) -> None:
-    """Train each method from the same weights, and print its scores on the validation volumes."""
+    """Train each method from the same weights; print the last weights' scores on the validation volumes."""
     names = (root / "train_slices.list").read_text().split()
     patients = list(dict.fromkeys(name.split("_")[0] for name in names))
     chosen = patients[: max(1, int(len(patients) * percent / 100))]
