@@ -49,10 +49,10 @@ class CPS(TwinMethod):
         """Weak views of the unlabelled images; `fixed` are the classes that f_1 and f_2 see, each (B, *spatial)."""
         weak = self.weak(unlabelled_of(batch))
         with frozen_running_stats(model):
-            first, second = twins(model(weak))
-        self.disagreement = disagreement(first, second)
+            classes = tuple(logits.argmax(dim=1) for logits in twins(model(weak)))
+        self.disagreement = disagreement(*classes)
         torch.clear_autocast_cache()  # an autocast region around this and the loss would reuse casts without gradient
-        return Views((weak,), fixed=(first.argmax(dim=1), second.argmax(dim=1)))
+        return Views((weak,), fixed=classes)
 
     def compare(self, outputs: tuple[Outputs, ...], views: Views) -> Tensor:
         """Cross-entropy of each network with the other's classes, summed."""

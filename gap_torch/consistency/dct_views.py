@@ -75,7 +75,7 @@ class ViewsDCT(TwinMethod):
             logits = [at_least_float32(check_classes(each)) for each in twins(model(x))]
             adversarial = [self._adversarial(x, each, labels) for each in logits]
         torch.clear_autocast_cache()  # an autocast region around this and the loss would reuse casts of another graph
-        self.disagreement = disagreement(*(each[len(x) - len(u) :] for each in logits))
+        self.disagreement = disagreement(*(each[len(x) - len(u) :].argmax(dim=1) for each in logits))
         fixed = tuple(each.detach().softmax(dim=1) for each in logits)
         return Views((u, *adversarial), fixed=fixed, attached=(True, True, False))
 

@@ -45,9 +45,9 @@ class TwinMethod(Method, ABC):
         return {} if self.disagreement is None else {"disagreement": self.disagreement}
 
 
-def disagreement(logits: Tensor, others: Tensor) -> Tensor:
-    """Share of pixels whose likeliest class differs between `logits` and `others` (B, K, *spatial), 0-dim."""
-    return (logits.argmax(dim=1) != others.argmax(dim=1)).float().mean()
+def disagreement(classes: Tensor, others: Tensor) -> Tensor:
+    """Share of pixels at which `classes` and `others` (B, *spatial) differ, 0-dim."""
+    return (classes != others).float().mean()
 
 
 def twins(outputs: Outputs) -> tuple[Tensor, Tensor]:
