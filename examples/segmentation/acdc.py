@@ -1,7 +1,7 @@
 """The data set ACDC: its files, the paper's scores, and the recipes for it."""
 
 from segmentation.data.phantoms.heart import write_phantom
-from segmentation.recipe import REDUCED
+from segmentation.recipe import AVERAGED, REDUCED
 from segmentation.slice_task import SliceTask
 
 # Table 1 of the GapMatch paper (Huang et al., AAAI 2025), rows LS, FS (as 100 %) and GapMatch. It prints no row for
@@ -20,7 +20,7 @@ ACDC = SliceTask(
         "paper": {},
         "cpu": {**REDUCED, "size": (128, 128), "iterations": 1_500, "validate_every": 100},
         "study": {
-            **REDUCED,
+            **AVERAGED,
             "size": (64, 64),
             "iterations": 600,
             "warm_up": 200,  # else confident background wins before anything else is learnt (docs/acdc.md)
@@ -37,19 +37,18 @@ ACDC = SliceTask(
             "blur": 64 / 256,
             "tau": 0.8,  # at 0.95 some runs lose classes, with GAP and without (docs/acdc.md)
         },
-        # For many methods: each by its own weights, its averaged weights scored as in the other reduced presets.
+        # For many methods: each by its own weights.
         "short": {
+            **AVERAGED,
             "size": (64, 64),
             "iterations": 600,
             "warm_up": 200,  # as in `study`
             "validate_every": 100,
             "blur": 64 / 256,
             "tau": 0.8,
-            "average_decay": 0.99,
-            "statistics_samples": 240,
         },
         "phantom": {
-            **REDUCED,
+            **AVERAGED,
             "size": (64, 64),
             "width": 8,
             "iterations": 360,
